@@ -1,0 +1,63 @@
+"""whence: which training examples made the model do this?
+
+    record        a store that fills while your own loop trains           (needs torch)
+    query         the training examples that helped and harmed a query    (needs torch)
+    open          a store, searched with arrays                           (numpy only)
+    Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
+    register_layer  teach whence a layer type of your own                 (needs torch)
+    evaluate      whether scores are right, beside baselines
+
+Positive score = helpful: training on the example lowers the query's loss.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from whence import errors, evaluate, report
+from whence._core import HASH_VERSION
+from whence.errors import WhenceError
+from whence.search import Hits, Side, Store, open
+from whence.sketch import Sketch
+
+if TYPE_CHECKING:
+    from whence.attribution import query
+    from whence.gradients import Recorder, record, register_layer
+
+_NEED_TORCH = {
+    "query": "whence.attribution",
+    "record": "whence.gradients",
+    "Recorder": "whence.gradients",
+    "register_layer": "whence.gradients",
+}
+
+__all__ = [
+    "HASH_VERSION",
+    "Hits",
+    "Recorder",
+    "Side",
+    "Sketch",
+    "Store",
+    "WhenceError",
+    "errors",
+    "evaluate",
+    "open",
+    "query",
+    "record",
+    "register_layer",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs torch when it is first asked for."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module 'whence' has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(_NEED_TORCH[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise errors.MissingDependencyError(
+            f"whence.{name} needs torch: pip install 'whence[torch]'"
+        ) from error

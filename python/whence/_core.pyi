@@ -1,0 +1,84 @@
+from os import PathLike
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["HASH_VERSION", "MAX_DIM", "Rows", "Sketch", "encode", "instruction_set"]
+
+HASH_VERSION: Final[int]
+"""Version of the definition of randomness; rows of different versions do not compare."""
+MAX_DIM: Final[int]
+"""The widest row a sketch makes."""
+
+def instruction_set() -> str:
+    """The instruction set the kernels use on this machine."""
+
+def encode(rows: NDArray[np.float32], half: bool) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Unit rows, float16 if `half` else float32, and the scale of each row."""
+
+@final
+class Sketch:
+    """The chunked sparse Johnson-Lindenstrauss map; adds to running float64 totals."""
+
+    def __new__(cls, dim: int, seed: int) -> Sketch: ...
+    @property
+    def dim(self) -> int: ...
+    def add_flat(
+        self,
+        name: str,
+        shape: list[int],
+        start: int,
+        values: NDArray[Any],
+        totals: NDArray[np.float64],
+        threads: int,
+        *,
+        bfloat16: bool = False,
+    ) -> list[int]: ...
+    def add_outer(
+        self,
+        name: str,
+        shape: list[int],
+        start: int,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        totals: NDArray[np.float64],
+        threads: int,
+    ) -> list[int]: ...
+    def add_lookup(
+        self,
+        name: str,
+        shape: list[int],
+        indices: NDArray[np.int64],
+        values: NDArray[np.float32],
+        ignored: int | None,
+        totals: NDArray[np.float64],
+        threads: int,
+    ) -> list[int]: ...
+    def slots(
+        self, name: str, shape: list[int]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]: ...
+
+@final
+class Rows:
+    """Stored rows in files, numbered through."""
+
+    def __new__(
+        cls,
+        files: list[tuple[str | PathLike[str], int, int]],
+        dim: int,
+        half: bool,
+        scales: NDArray[np.float32],
+    ) -> Rows: ...
+    def read(self, numbers: NDArray[np.uint64]) -> NDArray[np.float32]: ...
+    def ends(
+        self,
+        rows: NDArray[np.uint64],
+        queries: NDArray[np.float32],
+        k: int,
+        excluded: list[list[int]],
+        threads: int,
+    ) -> tuple[
+        tuple[NDArray[np.uint64], NDArray[np.float32]],
+        tuple[NDArray[np.uint64], NDArray[np.float32]],
+    ]: ...

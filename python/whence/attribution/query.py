@@ -1,0 +1,212 @@
+"""`query`: the gradient of a user's own loss, against a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from whence import _arrays
+from whence.errors import (
+    ArgumentError,
+    CheckpointError,
+    DtypeError,
+    LayerError,
+    WeightsError,
+)
+from whence.gradients.capture import Capture, Hooks, not_finite
+from whence.gradients.recorder import REDUCTIONS, count_tokens
+from whence.gradients.structure import structure_in_store
+from whence.gradients.weights import State, digest, load, preserved, put
+from whence.search import Hits, Store
+from whence.sketch import Sketch
+
+
+def query(
+    model: nn.Module,
+    store: Store | str | os.PathLike[str],
+    closure: Callable[[], Tensor],
+    k: int = 10,
+    *,
+    states: Mapping[str, State] | None = None,
+    reduction: str | None = None,
+    tokens: Any = None,
+    queries: int | None = None,
+    unbatched: Sequence[str] = (),
+    where: Any = None,
+    exclude: Sequence[Sequence[Any]] | None = None,
+    missing: str = "error",
+    threads: int | None = None,
+) -> Hits:
+    """The training examples that helped and harmed a batch of queries most.
+
+    Runs the closure once for each checkpoint, takes the gradient of each query's own loss, and
+    searches the store with it. Weights, modes, `.grad` and random state are afterwards as before.
+
+    Args:
+        model: The recorded model; one, not a list.
+        store: An open store, or its path.
+        closure: () -> loss of the queries, by your own lines, without backward.
+        k: How many to return at each end.
+        states: Checkpoint name -> state dict or file of torch.save. Each is loaded into `model` in
+            place while the closure runs. None for a store of one checkpoint: the model as it is.
+        reduction: How the closure's loss combines the queries: "mean", "sum", "token_mean"; None
+            means as recorded.
+        tokens: [queries] counted tokens, for reduction="token_mean".
+        queries: How many queries there are; None means dimension 0 of the model's first tensor.
+        unbatched: As in `record`.
+        where: As in `Store.search`, with exclude, missing and threads.
+        exclude: See where.
+        missing: See where.
+        threads: See where.
+
+    Returns:
+        Hits, one row per query.
+
+    Raises:
+        CheckpointError: If a state is missing, unknown, or does not fit the model.
+        MismatchError: If the store is of another model.
+        WeightsError: If the weights are not those of a checkpoint recorded with fixed weights.
+        LayerError: If no gradient reached a recorded layer, or dimension 0 is not the batch.
+        NotFiniteError: If a query's gradient is NaN or infinite.
+        WhenceError: And whatever `Store.search` raises.
+
+    Examples:
+        >>> hits = whence.query(model, "runs/digits", lambda: loss_fn(model(x), y))  # doctest: +SKIP
+    """
+    if not isinstance(store, Store):
+        store = Store(Path(store))
+    _arrays.integer("k", k, 1)
+    _arrays.choice("missing", missing, ("error", "drop"))
+    rows = query_rows(
+        model, store, closure, states=states, reduction=reduction, tokens=tokens, queries=queries,
+        unbatched=unbatched,
+    )
+    return store.search(
+        rows, k, where=where, exclude=exclude, missing=missing, threads=threads
+    )
+
+
+def query_rows(
+    model: nn.Module,
+    store: Store,
+    closure: Callable[[], Tensor],
+    *,
+    states: Mapping[str, State] | None = None,
+    reduction: str | None = None,
+    tokens: Any = None,
+    queries: int | None = None,
+    unbatched: Sequence[str] = (),
+) -> NDArray[np.float32]:
+    """[checkpoints, queries, dim] the sketched gradients of the queries; arguments as in `query`.
+
+    Raises:
+        WhenceError: As `query`.
+    """
+    if isinstance(model, (list, tuple)):
+        raise DtypeError(f"model must be one nn.Module, since the closure sees one, got "
+                         f"{len(model)}; pass the others' weights as states=")
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
+    if not callable(closure):
+        raise DtypeError(f"closure must be a function without arguments that returns the loss, "
+                         f"got {_arrays.describe(closure)}")
+    if queries is not None:
+        queries = _arrays.integer("queries", queries, 1)
+    reduction = _arrays.choice(
+        "reduction", store.manifest.reduction if reduction is None else reduction, REDUCTIONS
+    )
+    if reduction != "token_mean" and tokens is not None:
+        raise ArgumentError(f"tokens must be None for reduction={reduction!r}, "
+                            f"got {_arrays.describe(tokens)}")
+    loaded = _states(store, states)
+    structure = structure_in_store(model, store.manifest.model, store.path)
+    spec = store.manifest.sketch
+    sketch = Sketch(
+        spec["kind"], dim=spec["dim"], seed=spec["seed"], threads=torch.get_num_threads()
+    )
+    hooks = Hooks(model, structure, strict=False)
+    found = []
+    with preserved(model):
+        hooks.install()
+        try:
+            for index, checkpoint in enumerate(store.manifest.checkpoints):
+                if loaded is not None:
+                    put(model, checkpoint.name, load(checkpoint.name, loaded[checkpoint.name]))
+                if checkpoint.weights == "fixed" and checkpoint.first not in (None, digest(model)):
+                    raise WeightsError(
+                        f"weights must be those that checkpoint {checkpoint.name!r} was recorded "
+                        "with, got others; load them, or pass them as states="
+                    )
+                if index:
+                    torch.set_rng_state(random_state)
+                else:
+                    random_state = torch.get_rng_state()
+                found.append(
+                    _rows(hooks, Capture(structure, sketch, queries, unbatched), closure,
+                          reduction, tokens)
+                )
+        finally:
+            hooks.remove()
+    return np.stack(found)
+
+
+def _rows(
+    hooks: Hooks,
+    capture: Capture,
+    closure: Callable[[], Tensor],
+    reduction: str,
+    tokens: Any,
+) -> NDArray[np.float32]:
+    """[queries, dim] at the model's present weights."""
+    with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
+        loss = closure()
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            raise DtypeError("closure must return the loss, a tensor without dimensions, got "
+                             f"{_arrays.describe(loss)}")
+        if not loss.requires_grad:
+            raise LayerError("closure must return a loss of the recorded model that can be "
+                             "differentiated, got one without a graph (torch.no_grad, .item or "
+                             ".detach in it?)")
+        loss.backward()  # type: ignore[no-untyped-call]
+    capture.rows()
+    if reduction == "token_mean":
+        factor = count_tokens(tokens, capture.batch)
+    else:
+        factor = float(capture.batch) if reduction == "mean" else 1.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = (capture.accumulator.totals * factor).astype(np.float32)
+    for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
+        capture.bad.setdefault(int(row), "the sum of all layers")
+    if capture.bad:
+        raise not_finite([f"query {index}" for index in range(capture.batch)], capture.bad)
+    return rows
+
+
+def _states(
+    store: Store, states: Mapping[str, State] | None
+) -> Mapping[str, State] | None:
+    """The states, if there is one for each checkpoint and no other."""
+    names = store.checkpoints
+    if states is None:
+        if len(names) > 1:
+            raise CheckpointError(f"states must have the weights of each checkpoint {names}, "
+                                  "got None")
+        return None
+    if not isinstance(states, Mapping):
+        raise DtypeError(f"states must be a dict of checkpoint name to weights, got "
+                         f"{_arrays.describe(states)}")
+    lacking = [name for name in names if name not in states]
+    if lacking:
+        raise CheckpointError(f"states must have the weights of each checkpoint {names}, got none "
+                              f"for {lacking}")
+    unknown = [name for name in states if name not in names]
+    if unknown:
+        raise CheckpointError(f"states must name checkpoints of {names}, got {unknown[0]!r}")
+    return states

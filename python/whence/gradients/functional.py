@@ -1,0 +1,69 @@
+"""Per-sample gradients of any module by torch.func: slow, exact, [batch, parameters] of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from whence.errors import LayerError
+from whence.gradients.layers import Sink
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a module, and the autocast it ran under."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: tuple[bool, torch.dtype] = field(
+        default_factory=lambda: (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+        )
+    )
+
+
+def add_functional(sink: Sink, layer: Any, call: Call, delta: Tensor) -> None:
+    """Adds the vector-Jacobian product of each sample's output gradient.
+
+    Raises:
+        LayerError: If the module draws random numbers, or torch.func cannot run it.
+    """
+    module: nn.Module = layer.module
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
+            raise LayerError(f"{layer.name} must be free of active dropout for "
+                             f"uncovered='functional', got {name or 'itself'} in training mode")
+    parameters = {name: module.get_parameter(name).detach() for name in layer.parameters}
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    sampled = [
+        isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == sink.batch
+        for leaf in leaves
+    ]
+    tensors = tuple(leaf for leaf, each in zip(leaves, sampled, strict=True) if each)
+
+    def one(delta: Tensor, *values: Tensor) -> dict[str, Tensor]:
+        mine = iter(values)
+        full = [
+            next(mine).unsqueeze(0) if each else leaf
+            for leaf, each in zip(leaves, sampled, strict=True)
+        ]
+        args, kwargs = tree_unflatten(full, spec)
+        _, pull = vjp(lambda values: functional_call(module, values, args, kwargs), parameters)
+        return pull(delta.unsqueeze(0))[0]  # type: ignore[no-any-return]
+
+    enabled, dtype = call.autocast
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=enabled):
+            gradients = vmap(one)(delta, *tensors)
+    except (RuntimeError, ValueError) as error:
+        raise LayerError(f"{layer.name} must run under torch.func for uncovered='functional', "
+                         f"got: {str(error).splitlines()[0]}") from error
+    for name, values in gradients.items():
+        sink.flat(name, values)

@@ -1,0 +1,531 @@
+"""`record`: a store that fills while a model trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from whence import _arrays
+from whence._arrays import Ids
+from whence.errors import ArgumentError, DtypeError, IdError, LayerError, WeightsError, WhenceError
+from whence.gradients.capture import Capture, Hooks, not_finite
+from whence.gradients.structure import Structure, structure_of
+from whence.gradients.verify import Verified, verify
+from whence.gradients.weights import digest, versions
+from whence.sketch import Sketch
+from whence.store import Checkpoint, Manifest, Writer
+
+REDUCTIONS = ("mean", "sum", "token_mean")
+"""How a loss combines its examples."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which of the trainable values in the chosen layers are recorded.
+
+    Attributes:
+        share: From 0 to 1.
+        recorded: Number of values.
+        total: Number of trainable values.
+        uncovered: Names of parameters that no rule accounts for.
+        silent: Names of recorded parameters that have not received a gradient so far.
+    """
+
+    share: float
+    recorded: int
+    total: int
+    uncovered: list[str]
+    silent: list[str]
+
+    def __str__(self) -> str:
+        text = f"{self.share:.1%} of {self.total:,} trainable values are recorded"
+        if self.uncovered:
+            text += f"; no rule for {', '.join(self.uncovered)}"
+        if self.silent:
+            text += f"; no gradient yet in {', '.join(self.silent)}"
+        return text
+
+
+@dataclass
+class Batch:
+    """One recorded batch.
+
+    Attributes:
+        ids: [batch] as given.
+        rows: [stored, dim] float32 rows as computed, before they are stored; None until the end
+            of the batch.
+        stored: [stored] the ids that were stored: without those skipped.
+    """
+
+    ids: Ids
+    rows: NDArray[np.float32] | None = None
+    stored: Ids | None = None
+
+
+class Recorder:
+    """What `record` returns; see there."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | os.PathLike[str],
+        *,
+        dim: int,
+        seed: int,
+        sketch: str,
+        dtype: str,
+        reduction: str,
+        layers: str | Sequence[str] | None,
+        uncovered: str,
+        unbatched: Sequence[str],
+        weights: str | None,
+        weight_gradients: bool,
+        nonfinite: str,
+        on_duplicate: str,
+        threads: int | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
+        if threads is None:
+            threads = torch.get_num_threads()
+        self._sketch = Sketch(sketch, dim=dim, seed=seed, threads=threads)
+        self._reduction = _arrays.choice("reduction", reduction, REDUCTIONS)
+        self._nonfinite = _arrays.choice("nonfinite", nonfinite, ("error", "skip"))
+        self._on_duplicate = _arrays.choice("on_duplicate", on_duplicate, ("error", "skip"))
+        _arrays.choice("uncovered", uncovered, ("error", "skip", "functional"))
+        _arrays.choice("dtype", dtype, ("float16", "float32"))
+        if weights is not None:
+            _arrays.choice("weights", weights, ("fixed", "moving"))
+        self._model = model
+        self._weights = weights
+        self._weight_gradients = bool(weight_gradients)
+        self._unbatched = [unbatched] if isinstance(unbatched, str) else list(unbatched)
+        self._structure = structure_of(model, layers, uncovered)
+        self._hooks = Hooks(model, self._structure, strict=uncovered == "error")
+        self._fired: set[str] = set()
+        self._checked = False
+        self._busy = False
+        self._open = False
+        self._versions: int | None = None
+        wanted = Manifest(self._sketch.spec, dtype, reduction, self._structure.describe())
+        self._writer = Writer(Path(path), wanted)
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._writer.path
+
+    @property
+    def rows(self) -> int:
+        """Rows that are confirmed: they are there after a crash."""
+        return self._writer.rows
+
+    def __enter__(self) -> Recorder:
+        if self._open:
+            raise WhenceError("a recorder must be entered once, got a second with")
+        self._open = True
+        self._hooks.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hooks.remove()
+        self._open = False
+        try:
+            self._end_checkpoint(failing=error is not None)
+        finally:
+            self._writer.close()
+
+    def coverage(self) -> Coverage:
+        """What share of the trainable values is recorded."""
+        recorded = {p.name: p.tensor.numel() for p in self._structure.parameters.values()}
+        total = self._structure.total
+        share = sum(recorded.values()) / total if total else 0.0
+        return Coverage(
+            share=share,
+            recorded=sum(recorded.values()),
+            total=total,
+            uncovered=sorted(self._structure.uncovered),
+            silent=sorted(set(recorded) - self._fired) if self._fired else [],
+        )
+
+    def pending(self, ids: Any) -> list[Any]:
+        """Those of `ids` that are not recorded in the current checkpoint yet, in order.
+
+        Ids that were left out because their gradient is not finite are not pending.
+
+        Raises:
+            IdError: If ids are of another kind than the store's, or appear twice.
+        """
+        array = _arrays.ids("ids", ids) if len(ids) else np.empty(0, np.int64)
+        if not len(array):
+            return []
+        left_out = {id_ for index, id_ in self._writer.manifest.skipped
+                    if self._current() == index}
+        known = self._writer.has(array)
+        return [
+            id_ for id_, there in zip(array.tolist(), known, strict=True)
+            if not there and id_ not in left_out
+        ]
+
+    def checkpoint(self, name: str, learning_rate: float | None = None) -> None:
+        """Records into the checkpoint of this name from now on; starts it if it is new.
+
+        Args:
+            name: Its name; `states` of `whence.query` uses the same.
+            learning_rate: The step size in use, by which scores of this checkpoint are weighted;
+                for all checkpoints of a store or for none.
+
+        Raises:
+            ArgumentError: If called inside a batch, or the learning rate is not positive, or
+                differs from what the checkpoint has.
+        """
+        self._check_idle("checkpoint")
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"name must be a non-empty str, got {name!r}")
+        if learning_rate is not None:
+            learning_rate = _arrays.number("learning_rate", learning_rate, positive=True)
+        self._end_checkpoint()
+        found = self._writer.set_checkpoint(Checkpoint(name, learning_rate))
+        if found.learning_rate != learning_rate:
+            raise ArgumentError(f"learning_rate must be {found.learning_rate} as checkpoint "
+                                f"{name!r} has, got {learning_rate}")
+
+    def commit(self) -> None:
+        """Confirms all rows so far: when it returns, a crash or power cut keeps them.
+
+        Rows are confirmed on their own every ten seconds or 64 MiB, and at the end.
+        """
+        self._check_idle("commit")
+        self._writer.commit()
+
+    def verify(
+        self, closure: Callable[..., torch.Tensor], batch: Sequence[Any], *, tokens: Any = None
+    ) -> Verified:
+        """Compares recorded rows of two examples with their exact gradients. Stores nothing.
+
+        Three things are checked: that a row is the sketch of the gradient of the example's own
+        loss, and so the scale that `reduction` stands for; and that an example's row does not
+        depend on who else is in the batch.
+
+        Args:
+            closure: (*batch) -> loss, in the way the training loop computes it.
+            batch: Its arguments; tensors, or containers of tensors, with at least two examples in
+                dimension 0. The first two are used.
+            tokens: Counted tokens of the first two examples, for reduction="token_mean".
+
+        Returns:
+            The largest relative differences found.
+
+        Raises:
+            LayerError: If a difference is larger than rounding explains; says which check failed.
+        """
+        self._check_idle("verify")
+        self._refuse_batch_norm()
+        return verify(
+            self._model, self._structure, self._hooks, self._sketch, self._reduction, closure,
+            batch, tokens, self._unbatched,
+        )
+
+    @contextmanager
+    def batch(
+        self,
+        ids: Any,
+        loss: Any = None,
+        label: Any = None,
+        group: Any = None,
+        *,
+        tokens: Any = None,
+        scale: float = 1.0,
+        **columns: Any,
+    ) -> Iterator[Batch]:
+        """Records the forward and backward pass inside it, one row per example.
+
+        Args:
+            ids: [batch] your own keys, int64 or str, one kind in a store.
+            loss: [batch] a column, as are `label`, `group` and any other keyword: one number or
+                str per example, stored beside the row. Which columns there are, and their types,
+                is fixed by the first batch.
+            label: See loss.
+            group: See loss.
+            tokens: [batch] counted tokens of each example; required for, and only for,
+                reduction="token_mean".
+            scale: What the loss was multiplied with on top (1 / accumulation steps, the factor of
+                a GradScaler); rows are divided by it.
+            **columns: See loss.
+
+        Yields:
+            The batch; its `rows` are filled at the end.
+
+        Raises:
+            IdError: If ids are of mixed kinds, appear twice, or are recorded already.
+            ArgumentError: If columns or tokens do not fit.
+            CoverageError: If a trainable parameter received a gradient that no rule saw.
+            LayerError: If dimension 0 of a layer is not the batch, or nothing was recorded.
+            NotFiniteError: If a gradient is NaN or infinite; says for which ids, in which layer.
+            WeightsError: If weights moved where they must not.
+        """
+        self._check_idle("batch")
+        if not self._open:
+            raise WhenceError("batch must be called inside `with whence.record(...)`, got a closed "
+                              "recorder")
+        array = _arrays.ids("ids", ids)
+        given = {"loss": loss, "label": label, "group": group, **columns}
+        checked = self._writer.check_columns(
+            {
+                name: _arrays.column(name, value, len(array))
+                for name, value in given.items()
+                if value is not None
+            }
+        )
+        factor = self._factor(len(array), tokens) / _arrays.number("scale", scale, positive=True)
+        self._refuse_batch_norm()
+        self._note_weights()
+        keep = ~self._writer.has(array)
+        if not keep.all() and self._on_duplicate == "error":
+            twice = array[~keep][0].item()
+            checkpoint = self._writer.checkpoint
+            raise IdError(
+                f"ids must be new in checkpoint {checkpoint.name if checkpoint else None!r}, got "
+                f"{twice!r}, which is recorded; pass on_duplicate='skip' to leave it out, or "
+                "start a new checkpoint with rec.checkpoint(name)"
+            )
+        batch = Batch(array)
+        if not keep.any():
+            batch.rows = np.empty((0, self._sketch.dim), np.float32)
+            batch.stored = array[:0]
+            yield batch
+            return
+        capture = Capture(
+            self._structure, self._sketch, len(array), self._unbatched, check=not self._checked
+        )
+        self._busy = True
+        try:
+            with self._hooks.capturing(capture, weight_gradients=self._weight_gradients):
+                yield batch
+            self._finish(batch, capture, keep, checked, factor)
+        finally:
+            self._busy = False
+
+    def _finish(
+        self,
+        batch: Batch,
+        capture: Capture,
+        keep: NDArray[np.bool_],
+        columns: dict[str, NDArray[Any]],
+        factor: float,
+    ) -> None:
+        """Turns what was captured into stored rows."""
+        rows = capture.rows()
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = (capture.accumulator.totals * factor).astype(np.float32)
+        for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
+            capture.bad.setdefault(int(row), "the sum of all layers")
+        bad = [row for row in sorted(capture.bad) if keep[row]]
+        if bad and self._nonfinite == "error":
+            raise not_finite(batch.ids.tolist(), {row: capture.bad[row] for row in bad})
+        good = keep.copy()
+        good[bad] = False
+        if bad:
+            self._writer.skip(batch.ids[bad])
+        self._fired |= capture.fired
+        self._checked = True
+        batch.stored, batch.rows = batch.ids[good], rows[good]
+        self._writer.append(
+            batch.stored, batch.rows, {name: column[good] for name, column in columns.items()}
+        )
+
+    def _factor(self, count: int, tokens: Any) -> float:
+        """What a row is multiplied with to be the gradient of the example's own loss."""
+        if self._reduction != "token_mean":
+            if tokens is not None:
+                raise ArgumentError(f"tokens must be None for reduction={self._reduction!r}, "
+                                    f"got {_arrays.describe(tokens)}")
+            return float(count) if self._reduction == "mean" else 1.0
+        return count_tokens(tokens, count)
+
+    def _current(self) -> int | None:
+        checkpoint = self._writer.checkpoint
+        return None if checkpoint is None else self._writer.manifest.checkpoints.index(checkpoint)
+
+    def _check_idle(self, call: str) -> None:
+        if self._busy:
+            raise WhenceError(f"{call} must not be called inside a batch, got one that is open")
+
+    def _refuse_batch_norm(self) -> None:
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise LayerError(
+                    f"{name} ({type(module).__name__}) must be in evaluation mode, got training "
+                    "mode: its output mixes the examples of a batch, so no example has a gradient "
+                    "of its own; call .eval() on it, or use GroupNorm or LayerNorm"
+                )
+
+    def _note_weights(self) -> None:
+        """At the start of a batch: which weights its rows belong to."""
+        if self._writer.checkpoint is None:
+            self._writer.set_checkpoint(Checkpoint("0"))
+        checkpoint = self._writer.checkpoint
+        if checkpoint is None:
+            return
+        now = versions(self._model)
+        if self._versions is None:
+            current = digest(self._model)
+            if checkpoint.first is None:
+                checkpoint.first = current
+                checkpoint.weights = self._weights or "fixed"
+            elif checkpoint.weights == "fixed" and current != checkpoint.first:
+                if self._weights != "moving":
+                    raise self._moved(checkpoint)
+                checkpoint.weights = "moving"
+            elif self._weights == "fixed" and checkpoint.weights == "moving":
+                raise WeightsError(f"weights must be 'moving' as checkpoint {checkpoint.name!r} "
+                                   "was recorded, got 'fixed'")
+            checkpoint.last = None
+            self._versions = now
+        elif now != self._versions:
+            if self._weights == "fixed":
+                raise self._moved(checkpoint)
+            checkpoint.weights = "moving"
+            self._versions = now
+
+    def _end_checkpoint(self, *, failing: bool = False) -> None:
+        """Notes the last weights of the current checkpoint."""
+        checkpoint = self._writer.checkpoint
+        if checkpoint is None or self._versions is None:
+            return
+        self._versions = None
+        checkpoint.last = digest(self._model)
+        self._writer.touch()
+        if checkpoint.weights == "fixed" and checkpoint.last != checkpoint.first:
+            if self._weights == "fixed" and not failing:
+                raise self._moved(checkpoint)
+            checkpoint.weights = "moving"
+
+    @staticmethod
+    def _moved(checkpoint: Checkpoint) -> WeightsError:
+        return WeightsError(
+            f"weights must be those that checkpoint {checkpoint.name!r} was recorded with, got "
+            "others; load those, start a new checkpoint with rec.checkpoint(name), or pass "
+            "weights='moving' to record along a moving model"
+        )
+
+
+def count_tokens(tokens: Any, count: int) -> float:
+    """The number of counted tokens in a batch.
+
+    Raises:
+        ArgumentError: If they are missing, or none is counted.
+    """
+    if tokens is None:
+        raise ArgumentError("tokens must be the counted tokens of each example for "
+                            "reduction='token_mean', got None")
+    counts = _arrays.column("tokens", tokens, count)
+    if counts.dtype.kind not in "if" or (counts < 0).any() or counts.sum() <= 0:
+        raise ArgumentError(f"tokens must be counts, at least one above 0, got {counts.tolist()}")
+    return float(counts.sum())
+
+
+def record(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dim: int = 4096,
+    seed: int = 0,
+    sketch: str = "chunked_sjlt",
+    dtype: str = "float16",
+    reduction: str = "mean",
+    layers: str | Sequence[str] | None = None,
+    uncovered: str = "error",
+    unbatched: Sequence[str] = (),
+    weights: str | None = None,
+    weight_gradients: bool = True,
+    nonfinite: str = "error",
+    on_duplicate: str = "error",
+    threads: int | None = None,
+) -> Recorder:
+    """Records each example's gradient while your own loop runs.
+
+    Use it as a context manager; hooks are removed at its end, on an exception too. A row is the
+    sketch of the gradient of the example's own loss. A second `record` on the same path goes on
+    where the first ended, or was killed; it must be of the same model and sketch.
+
+    Args:
+        model: Any module whose layers have a rule: Linear, Conv1d/2d/3d, Embedding, LayerNorm,
+            RMSNorm, GroupNorm, BatchNorm in evaluation mode, MultiheadAttention with batch_first,
+            Hugging Face's Conv1D, and what `register_layer` teaches.
+        path: The store's folder; made if it is not there.
+        dim: Width of a row.
+        seed: Seed of the sketch.
+        sketch: Kind of the sketch.
+        dtype: "float16" or "float32", the type of stored unit rows. float16 adds an error of
+            about 2^-12 of the row's norm.
+        reduction: How your loss combines the examples of a batch: "mean", "sum", or "token_mean"
+            (mean over all counted tokens; an example's own loss is the sum over its tokens).
+        layers: Patterns of layer names to record, as in `fnmatch`; None for all.
+        uncovered: What to do with a trainable parameter that receives a gradient without a rule:
+            "error", "skip", or "functional" (torch.func per sample; slow).
+        unbatched: Patterns of embeddings that are called with positions rather than a batch;
+            needed only where the two cannot be told apart.
+        weights: "fixed": rows of a checkpoint belong to the same weights, and a change is an
+            error. "moving": weights change while rows are recorded, as in one epoch of training;
+            rows then belong to different points of the path, and a score is an approximation
+            that treats the path between the first and the last weights, whose digests are kept,
+            as one point. None: fixed if nothing moves them, else moving.
+        weight_gradients: False leaves `.grad` as it was and skips computing the batch's own
+            weight gradients: collecting then costs about what training costs.
+        nonfinite: What to do with an example whose gradient is NaN or infinite: "error", or
+            "skip" to leave it out and note its id.
+        on_duplicate: What to do with an id that is recorded in this checkpoint: "error" or
+            "skip".
+        threads: How many threads the sketch uses; None means as many as torch.
+
+    Returns:
+        The recorder.
+
+    Raises:
+        ArgumentError: If an argument is out of range.
+        LockedError: If another process records to the path.
+        MismatchError: If the store at the path is of another model, sketch or setting.
+        StoreError: If the path is a file, or cannot be written.
+
+    Examples:
+        >>> with whence.record(model, "runs/digits") as rec:  # doctest: +SKIP
+        ...     for ids, x, y in loader:
+        ...         with rec.batch(ids, label=y):
+        ...             loss_fn(model(x), y).backward()
+    """
+    return Recorder(
+        model,
+        path,
+        dim=dim,
+        seed=seed,
+        sketch=sketch,
+        dtype=dtype,
+        reduction=reduction,
+        layers=layers,
+        uncovered=uncovered,
+        unbatched=unbatched,
+        weights=weights,
+        weight_gradients=weight_gradients,
+        nonfinite=nonfinite,
+        on_duplicate=on_duplicate,
+        threads=threads,
+    )
+
+
+__all__ = ["Batch", "Coverage", "Recorder", "Structure", "count_tokens", "record"]

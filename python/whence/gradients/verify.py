@@ -1,0 +1,186 @@
+"""Recorded rows against exact gradients, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from whence import _arrays
+from whence.errors import ArgumentError, LayerError
+from whence.gradients.capture import Capture, Hooks
+from whence.gradients.structure import Structure
+from whence.gradients.weights import preserved
+from whence.sketch import Accumulator, Sketch
+
+EXACT = 1e-4
+"""Largest relative difference that float32 rounding explains."""
+
+ROUNDED = 5e-2
+"""The same when layers compute in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `Recorder.verify` found.
+
+    Attributes:
+        gradient: Largest relative difference of a recorded row from the exact gradient's.
+        batch: Largest relative difference of an example's row in a batch from its row alone.
+    """
+
+    gradient: float
+    batch: float
+
+    def __str__(self) -> str:
+        return (f"recorded rows equal exact gradients to {self.gradient:.1e}, and do not depend "
+                f"on the batch to {self.batch:.1e} (relative)")
+
+
+def verify(
+    model: nn.Module,
+    structure: Structure,
+    hooks: Hooks,
+    sketch: Sketch,
+    reduction: str,
+    closure: Callable[..., Tensor],
+    batch: Sequence[Any],
+    tokens: Any,
+    unbatched: Sequence[str],
+) -> Verified:
+    """See `Recorder.verify`."""
+    counts = np.ones(2)
+    if reduction == "token_mean":
+        if tokens is None:
+            raise ArgumentError("tokens must be the counted tokens of the first two examples for "
+                                "reduction='token_mean', got None")
+        counts = _arrays.column("tokens", tokens, 2).astype(np.float64)
+    pair = _slice(batch, 0, 2)
+    if _batch_size(pair) != 2:
+        raise ArgumentError("batch must hold tensors of at least two examples, got "
+                            f"{_batch_size(pair)}")
+    with preserved(model), _without_dropout(model):
+        exact, own = zip(
+            *(_exact(structure, sketch, closure, _slice(batch, i, i + 1)) for i in range(2)),
+            strict=True,
+        )
+    with preserved(model), _without_dropout(model):
+        both, rounded = _recorded(structure, hooks, sketch, closure, pair, 2, unbatched)
+        alone, _ = _recorded(
+            structure, hooks, sketch, closure, _slice(batch, 0, 1), 1, unbatched
+        )
+    tolerance = ROUNDED if rounded or any(own) else EXACT
+    factor = {"mean": 2.0, "sum": 1.0, "token_mean": float(counts.sum())}[reduction]
+    rows = both * factor
+    exact_rows = np.stack(exact) * (counts[:, None] if reduction == "token_mean" else 1.0)
+    gradient = _difference(rows, exact_rows)
+    first = both[0] * factor
+    single = alone[0] * {"mean": 1.0, "sum": 1.0, "token_mean": counts[0]}[reduction]
+    in_batch = _difference(first[None], single[None])
+    if gradient > tolerance:
+        norms = np.linalg.norm(rows, axis=1) / np.maximum(np.linalg.norm(exact_rows, axis=1), 1e-30)
+        parallel = _difference(rows / np.maximum(norms[:, None], 1e-30), exact_rows) <= tolerance
+        if parallel:
+            raise LayerError(
+                f"reduction must fit the loss, got {reduction!r}, by which recorded rows are "
+                f"{norms[0]:.6g} and {norms[1]:.6g} times the exact gradients of the two examples"
+            )
+        if in_batch > tolerance:
+            raise LayerError(
+                "an example's gradient must not depend on who else is in the batch, got a "
+                f"relative difference of {in_batch:.2g} (batch statistics, padding without a "
+                "mask, or dimension 0 is not the batch)"
+            )
+        raise LayerError(f"recorded rows must equal the exact gradients, got a relative difference "
+                         f"of {gradient:.2g}")
+    if in_batch > tolerance:
+        raise LayerError("an example's gradient must not depend on who else is in the batch, got a "
+                         f"relative difference of {in_batch:.2g}")
+    return Verified(gradient, in_batch)
+
+
+def _exact(
+    structure: Structure, sketch: Sketch, closure: Callable[..., Tensor], batch: Sequence[Any]
+) -> tuple[NDArray[np.float64], bool]:
+    """The sketch of the gradient of the loss of one example, by autograd, and if it is 16 bit."""
+    parameters = list(structure.parameters.values())
+    with torch.enable_grad():
+        loss = closure(*batch)
+        gradients = torch.autograd.grad(
+            loss, [parameter.tensor for parameter in parameters], allow_unused=True
+        )
+    accumulator = Accumulator(sketch, 1)
+    rounded = loss.dtype in (torch.float16, torch.bfloat16)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            accumulator.add(parameter.name, parameter.shape,
+                            gradient.float().cpu().numpy().reshape(1, -1))
+    return accumulator.totals[0], rounded
+
+
+def _recorded(
+    structure: Structure,
+    hooks: Hooks,
+    sketch: Sketch,
+    closure: Callable[..., Tensor],
+    batch: Sequence[Any],
+    count: int,
+    unbatched: Sequence[str],
+) -> tuple[NDArray[np.float64], bool]:
+    """What the hooks make of a batch, and whether a layer computed in 16 bits."""
+    capture = Capture(structure, sketch, count, unbatched, check=True)
+    with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
+        closure(*batch).backward()
+    capture.rows()
+    return capture.accumulator.totals, capture.rounded
+
+
+def _slice(value: Any, start: int, end: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:end] if value.dim() else value
+    if isinstance(value, dict):
+        return {key: _slice(each, start, end) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_slice(each, start, end) for each in value)
+    return value
+
+
+def _batch_size(value: Any) -> int:
+    """Dimension 0 of the first tensor in a container."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() else 0
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((size for each in value if (size := _batch_size(each))), 0)
+    return 0
+
+
+def _difference(found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    """The largest |found - expected| / |expected| over rows."""
+    norms = np.maximum(np.linalg.norm(expected, axis=1), np.linalg.norm(found, axis=1))
+    return float((np.linalg.norm(found - expected, axis=1) / np.maximum(norms, 1e-30)).max())
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Switches dropout modules off: their masks depend on the place in the batch."""
+    active = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training
+    ]
+    try:
+        for module in active:
+            module.eval()
+        yield
+    finally:
+        for module in active:
+            module.train()

@@ -1,0 +1,114 @@
+"""Digests of weights, and loading other weights for a while."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from whence.errors import CheckpointError, StoreError
+from whence.sketch import canonical_name
+
+State: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
+"""A state dict, or the path of one saved by torch.save."""
+
+
+def digest(model: nn.Module) -> str:
+    """A digest of all parameters and saved buffers under their canonical names. O(weights)."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in _tensors(model):
+        value = tensor.detach().to("cpu").contiguous()
+        total.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def versions(model: nn.Module) -> int:
+    """A number that grows whenever an optimizer changes a parameter in place. O(parameters)."""
+    return sum(parameter._version for parameter in model.parameters())
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    state = model.state_dict()
+    return sorted(
+        (canonical_name(name), value) for name, value in state.items() if isinstance(value, Tensor)
+    )
+
+
+def load(name: str, state: State) -> dict[str, Tensor]:
+    """A state dict under canonical names.
+
+    Raises:
+        StoreError: If the file cannot be read.
+        CheckpointError: If it is not a state dict.
+    """
+    if isinstance(state, (str, os.PathLike)):
+        path = Path(state)
+        if not path.is_file():
+            raise StoreError(f"states[{name!r}] must be a state dict or its file, got {path}, "
+                             "which is no file")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise StoreError(f"states[{name!r}] must be a file of torch.save, got {path}: "
+                             f"{str(error).splitlines()[0]}") from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise CheckpointError(f"states[{name!r}] must be a state dict of tensors, "
+                              f"got {type(state).__name__}")
+    return {canonical_name(key): value for key, value in state.items()}
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Puts weights, buffers, modes, `.grad` and random state back afterwards, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    kept = [
+        (tensor, tensor.detach().clone()) for tensor in [*model.parameters(), *model.buffers()]
+    ]
+    python_state = copy.copy(torch.get_rng_state())
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for module, training in modes.items():
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        torch.set_rng_state(python_state)
+        if device_states is not None:
+            torch.cuda.set_rng_state_all(device_states)
+
+
+def put(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Copies a state into the model in place.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unknown, or of another shape.
+    """
+    mine = dict(_tensors(model))
+    if set(mine) != set(state):
+        odd = min(set(mine) ^ set(state))
+        where = "is missing" if odd in mine else "is not in the model"
+        raise CheckpointError(f"states[{name!r}] must fit the model, got one in which {odd} {where}")
+    with torch.no_grad():
+        for key, value in state.items():
+            if mine[key].shape != value.shape:
+                raise CheckpointError(
+                    f"states[{name!r}] must fit the model, got {key} of shape {list(value.shape)} "
+                    f"instead of {list(mine[key].shape)}"
+                )
+            mine[key].copy_(value)

@@ -1,0 +1,20 @@
+"""Rows on disk: immutable shards and a manifest that is replaced whole.
+
+A store is a directory:
+
+    manifest-00000002.json     what is there; the highest number counts
+    shard-00000001/rows.npy    unit rows, float16 or float32, [rows, dim]
+                   scales.npy  float32 [rows]; row = scale * unit row
+                   ids.npy ... ids and columns
+    lock                       held while a writer is open
+
+Shards are written and synced first; then a manifest that names them appears under its final name
+in one step. What no manifest names was never confirmed, and is not read. This is format version 0,
+which later versions need not read.
+"""
+
+from whence.store.manifest import Checkpoint, Manifest
+from whence.store.reader import Reader
+from whence.store.writer import Writer
+
+__all__ = ["Checkpoint", "Manifest", "Reader", "Writer"]

@@ -1,0 +1,163 @@
+"""Writing and reading the files of a store: synced, checksummed, never pickled."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence.errors import StoreError
+
+
+class Written(NamedTuple):
+    """What a manifest says of a file: its length in bytes and the CRC-32 of all of them."""
+
+    length: int
+    checksum: int
+
+
+@contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says about `path` into a `StoreError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+def write(path: Path, *parts: bytes | memoryview) -> Written:
+    """Writes and syncs a new file."""
+    length, checksum = 0, 0
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            checksum = zlib.crc32(part, checksum)
+            length += memoryview(part).nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(length, checksum)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> Written:
+    """Writes and syncs a new `.npy` file."""
+    array = np.ascontiguousarray(array)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return write(path, header.getvalue(), memoryview(array.reshape(-1).view(np.uint8)))
+
+
+def write_strings(folder: Path, stem: str, array: NDArray[np.str_]) -> dict[str, Written]:
+    """Writes strings as their UTF-8 bytes and [rows + 1] offsets, both `.npy`."""
+    encoded = [str(text).encode("utf-8", "surrogatepass") for text in array]
+    offsets = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(text) for text in encoded], out=offsets[1:])
+    bytes_name, offsets_name = f"{stem}.npy", f"{stem}-offsets.npy"
+    return {
+        bytes_name: write_array(folder / bytes_name, np.frombuffer(b"".join(encoded), np.uint8)),
+        offsets_name: write_array(folder / offsets_name, offsets),
+    }
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable, where the system can."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: Path, written: Written) -> bytes:
+    """The bytes of a file, once length and checksum agree with the manifest.
+
+    Raises:
+        StoreError: If they do not, or the file cannot be read.
+    """
+    with store_errors(path):
+        if path.stat().st_size != written.length:
+            raise StoreError(f"{path} is damaged: it must be {written.length} bytes long, "
+                             f"got {path.stat().st_size}")
+        content = path.read_bytes()
+    if zlib.crc32(content) != written.checksum:
+        raise StoreError(f"{path} is damaged: its checksum must be {written.checksum:#010x}, "
+                         f"got {zlib.crc32(content):#010x}")
+    return content
+
+
+def read_array(path: Path, written: Written, kind: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The array of a checked `.npy` file.
+
+    Raises:
+        StoreError: If it is damaged, or of another type or shape than asked for.
+    """
+    content = io.BytesIO(read(path, written))
+    try:
+        array = np.lib.format.read_array(content, allow_pickle=False)
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
+    _check_kind(path, array.dtype, array.shape, kind, shape)
+    return array
+
+
+def read_strings(
+    folder: Path, stem: str, files: dict[str, Written], rows: int
+) -> NDArray[np.str_]:
+    """The strings that `write_strings` wrote."""
+    offsets_path, path = folder / f"{stem}-offsets.npy", folder / f"{stem}.npy"
+    offsets = read_array(offsets_path, _of(files, offsets_path), "<i8", (rows + 1,))
+    total = int(offsets[-1])
+    if offsets[0] != 0 or np.any(np.diff(offsets) < 0) or total > _of(files, path).length:
+        raise StoreError(f"{offsets_path} is damaged: offsets must rise from 0")
+    content = read_array(path, _of(files, path), "|u1", (total,)).tobytes()
+    try:
+        texts = [
+            content[start:end].decode("utf-8", "surrogatepass")
+            for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
+    return np.array(texts, np.str_)
+
+
+def data_offset(path: Path, kind: str, shape: tuple[int, ...]) -> int:
+    """The byte at which the values of a `.npy` file begin.
+
+    Raises:
+        StoreError: If its header does not announce this type and shape, in C order.
+    """
+    with store_errors(path), path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise StoreError(f"{path} is damaged: npy version must be 1.0, got {version}")
+            found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged: {error}") from None
+        _check_kind(path, dtype, found, kind, shape)
+        if fortran:
+            raise StoreError(f"{path} is damaged: values must lie in C order")
+        return file.tell()
+
+
+def _of(files: dict[str, Written], path: Path) -> Written:
+    if path.name not in files:
+        raise StoreError(f"{path} must be named in the manifest, and is not")
+    return files[path.name]
+
+
+def _check_kind(
+    path: Path, dtype: np.dtype[Any], found: tuple[int, ...], kind: str, shape: tuple[int, ...]
+) -> None:
+    if dtype.str != kind or found != shape:
+        raise StoreError(f"{path} is damaged: it must hold {kind} of shape {list(shape)}, "
+                         f"got {dtype.str} of shape {list(found)}")

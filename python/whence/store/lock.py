@@ -1,0 +1,77 @@
+"""One writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from whence.errors import LockedError
+from whence.store.files import store_errors
+
+_FAR = 1 << 30
+"""Windows locks bytes, not files: one far behind the text, so that the text stays readable."""
+
+
+class Lock:
+    """An exclusive lock on a store, which the system drops when its process ends.
+
+    Raises:
+        LockedError: If another writer holds it; says which.
+        StoreError: If the file cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "lock"
+        with store_errors(path):
+            self._file = path.open("a+", encoding="utf-8")
+        try:
+            _lock(self._file)
+        except OSError:
+            self._file.seek(0)
+            text = self._file.read()
+            self._file.close()
+            raise LockedError(f"{folder} must have one writer, got {_holder(text)}") from None
+        with store_errors(path):
+            self._file.truncate(0)
+            self._file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _lock(file: Any) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_FAR)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _holder(text: str) -> str:
+    try:
+        held = json.loads(text)
+        return f"a second one while process {held['process']} on {held['host']} writes"
+    except (ValueError, KeyError, TypeError):
+        return "a second one while another process writes"

@@ -1,0 +1,163 @@
+"""The manifest: what a store holds, and how it came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whence.errors import StoreError
+from whence.store.files import Written, store_errors, sync_directory, write
+
+FORMAT = "whence store"
+VERSION = 0
+KEPT = 2
+"""Older manifests kept for readers that are just opening one."""
+
+DTYPES = {"float16": "<f2", "float32": "<f4"}
+"""Types of stored rows, and what `.npy` calls them."""
+
+COLUMN_KINDS = {"bool": "|b1", "int64": "<i8", "float64": "<f8", "str": ""}
+"""Types of columns, and what `.npy` calls them; strings have a form of their own."""
+
+_NAME = re.compile(r"manifest-(\d{8})\.json")
+
+
+@dataclass
+class Checkpoint:
+    """A point of training at which gradients were taken.
+
+    Attributes:
+        name: Its name.
+        learning_rate: The step size in use, or None if not said.
+        weights: "fixed" if no weight changed while rows were recorded, else "moving".
+        first: Digest of the weights at the first row.
+        last: Digest of the weights when recording last ended; None if it never ended in order.
+    """
+
+    name: str
+    learning_rate: float | None = None
+    weights: str = "fixed"
+    first: str | None = None
+    last: str | None = None
+
+
+@dataclass
+class Shard:
+    """Rows of one checkpoint that were committed together."""
+
+    name: str
+    checkpoint: int
+    rows: int
+    files: dict[str, Written]
+
+
+@dataclass
+class Manifest:
+    """All that a store says about itself.
+
+    Attributes:
+        sketch: kind, dim, seed and hash_version of the map.
+        dtype: "float16" or "float32", the type of stored unit rows.
+        reduction: How the recorded loss combined its examples.
+        model: digest and parameters of the recorded model.
+        ids: "int64" or "str"; None until the first rows.
+        columns: name -> "bool", "int64", "float64" or "str"; None until the first rows.
+        checkpoints: In the order they were recorded.
+        shards: In the order they were committed.
+        skipped: [checkpoint, id] of examples left out because their gradient was not finite.
+    """
+
+    sketch: dict[str, Any]
+    dtype: str
+    reduction: str
+    model: dict[str, Any]
+    ids: str | None = None
+    columns: dict[str, str] | None = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
+    skipped: list[tuple[int, int | str]] = field(default_factory=list)
+
+    @property
+    def dim(self) -> int:
+        """The width of a row."""
+        return int(self.sketch["dim"])
+
+    def save(self, folder: Path, number: int) -> None:
+        """Commits: the manifest appears whole, or not at all."""
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        text = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
+        final = folder / f"manifest-{number:08}.json"
+        temporary = folder / f"manifest-{number:08}.part"
+        with store_errors(final):
+            write(temporary, text, f"\n{zlib.crc32(text):08x}\n".encode())
+            os.replace(temporary, final)
+            sync_directory(folder)
+            for old, path in _numbered(folder):
+                if old < number - KEPT:
+                    path.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[Manifest, int]:
+        """The newest manifest of a store, and its number.
+
+        Raises:
+            StoreError: If there is none, or it is damaged or of another format.
+        """
+        with store_errors(folder):
+            numbered = _numbered(folder)
+            if not numbered:
+                raise StoreError(f"{folder} must be a whence store, got a folder with no manifest")
+            number, path = max(numbered)
+            content = path.read_bytes()
+        text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
+        if checksum != f"{zlib.crc32(text):08x}".encode():
+            raise StoreError(f"{path} is damaged: its checksum does not fit its text")
+        try:
+            return cls._from_json(json.loads(text)), number
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+    @classmethod
+    def exists(cls, folder: Path) -> bool:
+        """Whether the folder has a manifest."""
+        with store_errors(folder):
+            return folder.is_dir() and bool(_numbered(folder))
+
+    @classmethod
+    def _from_json(cls, body: dict[str, Any]) -> Manifest:
+        if body.pop("format") != FORMAT:
+            raise ValueError("format must be a whence store")
+        if (version := body.pop("version")) != VERSION:
+            raise ValueError(f"version must be {VERSION}, got {version}")
+        manifest = cls(**body)
+        manifest.checkpoints = [Checkpoint(**each) for each in body["checkpoints"]]
+        manifest.shards = [
+            Shard(
+                name=each["name"],
+                checkpoint=each["checkpoint"],
+                rows=each["rows"],
+                files={name: Written(*written) for name, written in each["files"].items()},
+            )
+            for each in body["shards"]
+        ]
+        manifest.skipped = [(checkpoint, id_) for checkpoint, id_ in body["skipped"]]
+        for shard in manifest.shards:
+            if not re.fullmatch(r"shard-\d{8}", shard.name):
+                raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
+            if not 0 <= shard.checkpoint < len(manifest.checkpoints) or shard.rows < 1:
+                raise ValueError(f"{shard.name} must have rows of a known checkpoint")
+        if manifest.dtype not in DTYPES or not 1 <= manifest.dim:
+            raise ValueError("dtype and dim must be those of rows")
+        if any(kind not in COLUMN_KINDS for kind in (manifest.columns or {}).values()):
+            raise ValueError("columns must be of known types")
+        return manifest
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return [(int(match[1]), path) for match, path in found if match]

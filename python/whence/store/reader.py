@@ -1,0 +1,274 @@
+"""Reading a store: a snapshot of what was committed when it was opened."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence import _core
+from whence._arrays import Ids, describe
+from whence.errors import ArgumentError, CheckpointError, DtypeError, IdError, StoreError
+from whence.store.files import data_offset, read_array, read_strings, store_errors
+from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, Shard
+
+
+class Reader:
+    """The rows of a store with their ids and columns.
+
+    An *example* is an id; it has one row in each checkpoint it was recorded in. Examples are
+    numbered in the order their ids were first recorded.
+
+    Args:
+        path: The store's folder.
+
+    Raises:
+        StoreError: If there is no store, or it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with store_errors(path):
+            if not path.is_dir():
+                got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
+                raise StoreError(f"path must be the folder of a store, got {got}")
+        self.manifest, _ = Manifest.load(path)
+
+    @property
+    def dim(self) -> int:
+        """The width of a row."""
+        return self.manifest.dim
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints, in the order they were recorded."""
+        return [checkpoint.name for checkpoint in self.manifest.checkpoints]
+
+    @property
+    def skipped(self) -> list[tuple[str, int | str]]:
+        """(checkpoint, id) of examples left out because their gradient was not finite."""
+        return [(self.checkpoints[index], id_) for index, id_ in self.manifest.skipped]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def ids(self) -> Ids:
+        """[examples] int64 or str."""
+        return self._order[0]
+
+    @cached_property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """[examples] each, as first recorded."""
+        kinds = self.manifest.columns or {}
+        first = np.full(len(self), -1)
+        for rows in self._order[1][::-1]:
+            first = np.where(rows >= 0, rows, first)
+        found = {}
+        for index, (name, kind) in enumerate(kinds.items()):
+            parts = [
+                read_column(self.path, shard, f"column-{index}", kind)
+                for shard in self.manifest.shards
+            ]
+            found[name] = np.concatenate(parts)[first] if parts else np.empty(0)
+        return found
+
+    @cached_property
+    def scales(self) -> NDArray[np.float32]:
+        """[rows] the norm of each row, in the order of the shards."""
+        parts = [
+            read_array(
+                self.path / shard.name / "scales.npy",
+                _file(self.path, shard, "scales.npy"),
+                "<f4",
+                (shard.rows,),
+            )
+            for shard in self.manifest.shards
+        ]
+        scales = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        if not np.isfinite(scales).all() or (scales < 0).any():
+            raise StoreError(f"{self.path} is damaged: scales must be finite and not negative")
+        return scales
+
+    @cached_property
+    def core(self) -> _core.Rows:
+        """The rows as the search engine takes them."""
+        files: list[Any] = []
+        for shard in self.manifest.shards:
+            path = self.path / shard.name / "rows.npy"
+            shape = (shard.rows, self.dim)
+            offset = data_offset(path, DTYPES[self.manifest.dtype], shape)
+            files.append((path, offset, shard.rows))
+        return _core.Rows(files, self.dim, self.manifest.dtype == "float16", self.scales)
+
+    def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
+        """[checkpoints, examples] the number of the row of each example; -1 where it has none.
+
+        Args:
+            missing: "error" or "keep", for examples that lack a checkpoint.
+
+        Raises:
+            IdError: If an example lacks a checkpoint, and `missing` is "error".
+        """
+        numbers = self._order[1]
+        if missing == "error" and (numbers < 0).any():
+            checkpoint, example = np.argwhere(numbers < 0)[0]
+            lacking = int((numbers < 0).any(axis=0).sum())
+            raise IdError(
+                f"every id must have a row in every checkpoint, got {self.ids[example].item()!r} "
+                f"without one in {self.checkpoints[checkpoint]!r} ({lacking} such ids); "
+                "record them, or leave them out with missing='drop'"
+            )
+        return numbers
+
+    def positions(self, name: str, ids: Ids) -> NDArray[np.int64]:
+        """[ids] the number of the example of each id.
+
+        Raises:
+            IdError: If an id is of the wrong kind, or not in the store.
+        """
+        if ids.dtype.kind != self.ids.dtype.kind:
+            raise IdError(f"{name} must be {self.manifest.ids} as in the store, "
+                          f"got {describe(ids)}")
+        order, ordered = self._sorted
+        at = np.searchsorted(ordered, ids).clip(max=max(len(ordered) - 1, 0))
+        known = ordered[at] == ids if len(ordered) else np.zeros(len(ids), np.bool_)
+        if not known.all():
+            raise IdError(f"{name} must be in the store, got {ids[~known][0].item()!r}")
+        found: NDArray[np.int64] = order[at]
+        return found
+
+    def rows(
+        self, ids: Ids | None = None, checkpoint: str | None = None
+    ) -> NDArray[np.float32]:
+        """[ids, dim] the rows of these ids, or of all in order, at one checkpoint.
+
+        Raises:
+            IdError: If an id is not in the store, or lacks the checkpoint.
+            CheckpointError: If the checkpoint is not in the store, or not named and not the only
+                one.
+        """
+        numbers = self.row_numbers(missing="keep")[self.checkpoint_index(checkpoint)]
+        if ids is not None:
+            numbers = numbers[self.positions("ids", ids)]
+        if (numbers < 0).any():
+            raise IdError(f"every id must have a row in the checkpoint, got "
+                          f"{int((numbers < 0).sum())} without one")
+        return self.core.read(np.ascontiguousarray(numbers, np.uint64))
+
+    def norms(self, checkpoint: str | None = None) -> NDArray[np.float32]:
+        """[examples] the norm of each row at one checkpoint: the square root of its self-influence.
+
+        NaN for an example that has no row there.
+
+        Raises:
+            CheckpointError: If the checkpoint is not in the store, or not named and not the only
+                one.
+        """
+        numbers = self.row_numbers(missing="keep")[self.checkpoint_index(checkpoint)]
+        norms = self.scales[numbers]
+        norms[numbers < 0] = np.nan
+        return norms
+
+    def checkpoint_index(self, name: str | None) -> int:
+        """The place of a checkpoint; of the only one if `name` is None.
+
+        Raises:
+            CheckpointError: If it is not in the store, or not named and not the only one.
+        """
+        if name is None:
+            if len(self.checkpoints) != 1:
+                raise CheckpointError(f"checkpoint must be one of {self.checkpoints}, got None")
+            return 0
+        if name not in self.checkpoints:
+            raise CheckpointError(f"checkpoint must be one of {self.checkpoints}, got {name!r}")
+        return self.checkpoints.index(name)
+
+    def eligible(self, where: Any) -> NDArray[np.bool_]:
+        """[examples] whether each passes a filter.
+
+        Args:
+            where: None for all; a dict of column name to a value or a list of values, all of
+                which must hold; or [examples] bool.
+
+        Raises:
+            ArgumentError: If a column is not in the store.
+            DtypeError: If `where` is something else.
+        """
+        if where is None:
+            return np.ones(len(self), np.bool_)
+        if isinstance(where, dict):
+            keep = np.ones(len(self), np.bool_)
+            for name, values in where.items():
+                if name not in self.columns:
+                    raise ArgumentError(f"where must name columns of {sorted(self.columns)}, "
+                                        f"got {name!r}")
+                wanted = np.atleast_1d(np.asarray(values))
+                column = self.columns[name]
+                if (wanted.dtype.kind == "U") != (column.dtype.kind == "U"):
+                    kind = (self.manifest.columns or {})[name]
+                    raise DtypeError(f"where[{name!r}] must be {kind}, got {values!r}")
+                keep &= np.isin(column, wanted)
+            return keep
+        mask = np.asarray(where)
+        if mask.dtype != np.bool_ or mask.shape != (len(self),):
+            raise DtypeError(f"where must be a dict of columns or [{len(self)}] bool, "
+                             f"got {describe(where)}")
+        return mask
+
+    @cached_property
+    def _sorted(self) -> tuple[NDArray[np.int64], Ids]:
+        order = np.argsort(self.ids, kind="stable")
+        return order, self.ids[order]
+
+    @cached_property
+    def _order(self) -> tuple[Ids, NDArray[np.int64]]:
+        """ids in order of first appearance, and [checkpoints, examples] numbers of their rows."""
+        shards = self.manifest.shards
+        parts = [read_ids(self.path, shard, self.manifest) for shard in shards]
+        if not parts:
+            return np.empty(0, np.int64), np.empty((len(self.checkpoints), 0), np.int64)
+        all_ids = np.concatenate(parts)
+        checkpoint = np.repeat([shard.checkpoint for shard in shards],
+                               [shard.rows for shard in shards])
+        if len(self.checkpoints) == 1:
+            numbers = np.arange(len(all_ids))[None]
+            if len(np.unique(all_ids)) < len(all_ids):
+                raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
+            return all_ids, numbers
+        unique, first, inverse = np.unique(all_ids, return_index=True, return_inverse=True)
+        by_appearance = np.argsort(first, kind="stable")
+        rank = np.empty(len(unique), np.int64)
+        rank[by_appearance] = np.arange(len(unique))
+        numbers = np.full((len(self.checkpoints), len(unique)), -1, np.int64)
+        example = rank[inverse.reshape(-1)]
+        numbers[checkpoint, example] = np.arange(len(all_ids))
+        if (numbers >= 0).sum() < len(all_ids):
+            raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
+        return unique[by_appearance], numbers
+
+
+def read_column(path: Path, shard: Shard, stem: str, kind: str) -> NDArray[Any]:
+    """A column of a shard."""
+    folder = path / shard.name
+    if kind == "str":
+        return read_strings(folder, stem, shard.files, shard.rows)
+    name = f"{stem}.npy"
+    written = _file(path, shard, name)
+    return read_array(folder / name, written, COLUMN_KINDS[kind], (shard.rows,))
+
+
+def read_ids(path: Path, shard: Shard, manifest: Manifest) -> Ids:
+    """The ids of a shard."""
+    if manifest.ids not in ("int64", "str"):
+        raise StoreError(f"{path} is damaged: ids must be int64 or str, got {manifest.ids}")
+    return read_column(path, shard, "ids", manifest.ids)
+
+
+def _file(path: Path, shard: Shard, name: str) -> Any:
+    if name not in shard.files:
+        raise StoreError(f"{path / shard.name / name} must be named in the manifest, and is not")
+    return shard.files[name]

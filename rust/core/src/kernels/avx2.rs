@@ -1,0 +1,161 @@
+//! AVX2 + FMA forms. A chunk of 16 is two registers of eight.
+#![allow(unsafe_code)] // loads and stores through pointers into checked slices
+
+use std::arch::x86_64::{
+    __m256, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_sllv_epi32,
+    _mm256_storeu_ps, _mm256_xor_ps,
+};
+
+use super::{
+    DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile, for_each_dot_tile, scalar,
+    sum_lanes,
+};
+
+const WIDTH: usize = 8;
+
+#[inline(always)]
+fn load(values: &[f32; WIDTH]) -> __m256 {
+    // SAFETY: the reference covers the eight values; AVX is present, as callers are AVX2 forms.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline(always)]
+fn store(values: &mut [f32; WIDTH], register: __m256) {
+    // SAFETY: as for `load`.
+    unsafe { _mm256_storeu_ps(values.as_mut_ptr(), register) }
+}
+
+#[inline(always)]
+fn eights<const N: usize>(values: &[f32; N]) -> &[[f32; WIDTH]] {
+    values.as_chunks().0
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
+    // Shifting the sign bits left by 31 - lane brings lane's bit to the top.
+    let shifts = [
+        _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24),
+        _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16),
+    ];
+    let top = _mm256_set1_epi32(i32::MIN);
+    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
+        let target = &mut block[slot.offset as usize..][..LANES];
+        let signs = _mm256_set1_epi32(i32::from(slot.signs));
+        let halves = target.as_chunks_mut::<WIDTH>().0.iter_mut().zip(eights(chunk));
+        for ((sum, values), shift) in halves.zip(shifts) {
+            let flip = _mm256_and_si256(_mm256_sllv_epi32(signs, shift), top);
+            let signed = _mm256_xor_ps(load(values), _mm256_castsi256_ps(flip));
+            store(sum, _mm256_add_ps(load(sum), signed));
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
+    // Four rows by 16 columns at a time: eight sums in flight hide the latency of a fused add.
+    const ROWS: usize = 4;
+    let left = left.as_chunks::<TILE_ROWS>().0;
+    let right = right.as_chunks::<TILE_COLUMNS>().0;
+    for row in (0..TILE_ROWS).step_by(ROWS) {
+        for pair in (0..TILE_COLUMNS / WIDTH).step_by(2) {
+            let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
+            for (sums, values) in sums.iter_mut().zip(&tile[row..]) {
+                let values = eights(values);
+                *sums = [load(&values[pair]), load(&values[pair + 1])];
+            }
+            for (left, right) in left.iter().zip(right) {
+                let right = eights(right);
+                let values = [load(&right[pair]), load(&right[pair + 1])];
+                for (sums, &factor) in sums.iter_mut().zip(&left[row..]) {
+                    let factor = _mm256_set1_ps(factor);
+                    sums[0] = _mm256_fmadd_ps(factor, values[0], sums[0]);
+                    sums[1] = _mm256_fmadd_ps(factor, values[1], sums[1]);
+                }
+            }
+            for (sums, values) in sums.iter().zip(&mut tile[row..]) {
+                let values = values.as_chunks_mut::<WIDTH>().0;
+                store(&mut values[pair], sums[0]);
+                store(&mut values[pair + 1], sums[1]);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn dots(rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
+    let width = queries.len() / dim;
+    for_each_dot_tile(rows.len() / dim, width, |row, query, height, span| {
+        if height == DOT_ROWS && span == DOT_QUERIES {
+            // Rows in pairs: 2 x 3 products in two registers each fill 12 of the 16 registers.
+            for row in [row, row + 2] {
+                let sums = pair_tile(&rows[row * dim..], &queries[query * dim..], dim);
+                for (r, sums) in sums.iter().enumerate() {
+                    out[(row + r) * width + query..][..DOT_QUERIES].copy_from_slice(sums);
+                }
+            }
+        } else {
+            for row in row..row + height {
+                for query in query..query + span {
+                    out[row * width + query] =
+                        dot(&rows[row * dim..][..dim], &queries[query * dim..][..dim]);
+                }
+            }
+        }
+    });
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn pair_tile(rows: &[f32], queries: &[f32], dim: usize) -> [[f32; DOT_QUERIES]; 2] {
+    let steps = dim / LANES;
+    let mut sums = [[[_mm256_setzero_ps(); 2]; DOT_QUERIES]; 2];
+    let rows: [&[f32]; 2] = std::array::from_fn(|r| &rows[r * dim..][..dim]);
+    let queries: [&[f32]; DOT_QUERIES] = std::array::from_fn(|q| &queries[q * dim..][..dim]);
+    let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..steps]);
+    let query_chunks = queries.map(|query| &query.as_chunks::<LANES>().0[..steps]);
+    for step in 0..steps {
+        let left = row_chunks.map(|row| eights(&row[step]));
+        for (q, query) in query_chunks.iter().enumerate() {
+            let right = eights(&query[step]);
+            for (sums, left) in sums.iter_mut().zip(left) {
+                for half in 0..2 {
+                    sums[q][half] =
+                        _mm256_fmadd_ps(load(&left[half]), load(&right[half]), sums[q][half]);
+                }
+            }
+        }
+    }
+    std::array::from_fn(|r| {
+        std::array::from_fn(|q| {
+            finish(sums[r][q], &rows[r][steps * LANES..], &queries[q][steps * LANES..])
+        })
+    })
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn dot(row: &[f32], query: &[f32]) -> f32 {
+    let mut sums = [_mm256_setzero_ps(); 2];
+    let (row, row_tail) = row.as_chunks::<LANES>();
+    let (query, query_tail) = query.as_chunks::<LANES>();
+    for (row, query) in row.iter().zip(query) {
+        let (row, query) = (eights(row), eights(query));
+        for half in 0..2 {
+            sums[half] = _mm256_fmadd_ps(load(&row[half]), load(&query[half]), sums[half]);
+        }
+    }
+    finish(sums, row_tail, query_tail)
+}
+
+/// The last, partial step and the sum of the lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn finish(sums: [__m256; 2], row_tail: &[f32], query_tail: &[f32]) -> f32 {
+    let mut lanes = [0.0; LANES];
+    for (lanes, sums) in lanes.as_chunks_mut::<WIDTH>().0.iter_mut().zip(sums) {
+        store(lanes, sums);
+    }
+    scalar::add_tail(&mut lanes, row_tail, query_tail);
+    sum_lanes(lanes)
+}

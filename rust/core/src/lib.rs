@@ -1,0 +1,22 @@
+//! The core of whence: gradient sketching, row storage and exact search, without Python.
+//!
+//! The map, in the order data flows and in which modules may use each other:
+//!
+//! - [`error`]: the one error type; [`stop`]: how a long call learns that it should end.
+//! - [`random`]: the one definition of randomness.
+//! - [`kernels`]: the inner loops, one file per instruction set, `scalar` defines each.
+//! - [`sketch`]: per-sample gradients to rows of a fixed width.
+//! - [`store`]: rows as they lie on disk, encoded and read back.
+//! - [`search`]: the rows with the largest and smallest inner products.
+
+#[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
+compile_error!("whence needs a 64-bit little-endian target: its row files are read as they lie");
+
+pub mod error;
+pub mod kernels;
+pub mod parallel;
+pub mod random;
+pub mod search;
+pub mod sketch;
+pub mod stop;
+pub mod store;

@@ -1,0 +1,113 @@
+//! Work shared among threads that live for one call.
+//!
+//! Threads are started for the call and joined before it returns: nothing survives it, so a
+//! process that forks after a call has no pool to lose, and no lock can be held across the fork.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::error::Error;
+use crate::stop::{Asker, Stop};
+
+/// The most threads a call starts, whatever it was asked for.
+pub const MAX_THREADS: usize = 256;
+
+/// Does the `jobs` in any order on up to `threads` threads, each with a state of its own, and
+/// returns the states of all threads.
+///
+/// The calling thread takes part, and asks `asker` between jobs. Which thread does which job is
+/// not fixed: `work` must give the same result for any sharing-out.
+///
+/// # Errors
+/// The first error a job returned, [`Error::Stopped`] if `asker` said so, [`Error::Internal`] if
+/// a worker panicked.
+pub fn share<S: Send>(
+    jobs: usize,
+    threads: usize,
+    asker: &Asker<'_>,
+    state: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize) -> Result<(), Error> + Sync,
+) -> Result<Vec<S>, Error> {
+    let stop = Stop::new();
+    let next = AtomicUsize::new(0);
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let run = |ask: Option<&Asker<'_>>| {
+        let mut mine = state();
+        loop {
+            if let Some(asker) = ask {
+                asker.tick(&stop);
+            }
+            let job = next.fetch_add(1, Ordering::Relaxed);
+            if job >= jobs {
+                return mine;
+            }
+            if let Err(error) = stop.check().and_then(|()| work(&mut mine, job)) {
+                stop.raise();
+                if let Ok(mut first) = failure.lock() {
+                    first.get_or_insert(error);
+                }
+                return mine;
+            }
+        }
+    };
+    let workers = threads.clamp(1, MAX_THREADS).min(jobs.max(1)) - 1;
+    let states = std::thread::scope(|scope| {
+        let others: Vec<_> = (0..workers).map(|_| scope.spawn(|| run(None))).collect();
+        let mut states = vec![run(Some(asker))];
+        for other in others {
+            match other.join() {
+                Ok(theirs) => states.push(theirs),
+                Err(_) => return Err(Error::Internal("a worker thread panicked".into())),
+            }
+        }
+        Ok(states)
+    })?;
+    match failure.into_inner() {
+        Ok(Some(error)) => Err(error),
+        _ => Ok(states),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stop::never;
+
+    #[test]
+    fn every_job_is_done_once() {
+        for threads in [0, 1, 3, 8] {
+            let asker = Asker::new(&never);
+            let states = share(100, threads, &asker, Vec::new, |done: &mut Vec<usize>, job| {
+                done.push(job);
+                Ok(())
+            })
+            .unwrap();
+            let mut all: Vec<usize> = states.concat();
+            all.sort_unstable();
+            assert_eq!(all, (0..100).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn an_error_ends_the_call() {
+        let asker = Asker::new(&never);
+        let found = share(
+            100,
+            2,
+            &asker,
+            || (),
+            |(), job| {
+                if job == 7 { Err(Error::argument("job", "another", job)) } else { Ok(()) }
+            },
+        );
+        assert!(matches!(found, Err(Error::Argument { .. })));
+    }
+
+    #[test]
+    fn a_yes_to_the_question_stops_the_work() {
+        let yes = || true;
+        let asker = Asker::new(&yes);
+        let found = share(usize::MAX, 2, &asker, || (), |(), _| Ok(()));
+        assert!(matches!(found, Err(Error::Stopped)));
+    }
+}

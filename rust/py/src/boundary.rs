@@ -1,0 +1,59 @@
+//! The one door: the GIL is released here, Ctrl-C answered, and errors become exceptions.
+
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pyo3::prelude::*;
+use pyo3::types::PyModule;
+use whence_core::error::Error;
+use whence_core::stop::Asker;
+
+/// Runs `work` without the GIL. Every 50 ms of it signals are looked at, and a pending exception,
+/// such as that of Ctrl-C, ends it.
+pub(crate) fn compute<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&Asker<'_>) -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    let (result, pending) = py.detach(|| {
+        let pending = RefCell::new(None);
+        // A closure, though clippy would like the bare method: that one has a fixed lifetime.
+        #[allow(clippy::redundant_closure_for_method_calls)]
+        let ask = || match Python::try_attach(|py| py.check_signals()) {
+            Some(Err(error)) => {
+                pending.replace(Some(error));
+                true
+            }
+            _ => false,
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| work(&Asker::new(&ask))));
+        let result = result.unwrap_or_else(|_| Err(Error::Internal("a kernel panicked".into())));
+        (result, pending.take())
+    });
+    match pending {
+        Some(error) => Err(error),
+        None => result.map_err(|error| exception(py, &error)),
+    }
+}
+
+/// The exception of `whence.errors` that stands for `error`.
+pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
+    let class = match error {
+        Error::Argument { .. } => "ArgumentError",
+        Error::Shape { .. } => "ShapeError",
+        Error::NotFinite { .. } => "NotFiniteError",
+        Error::Io { .. } | Error::Damaged { .. } => "StoreError",
+        Error::Stopped | Error::Internal(_) => "WhenceError",
+    };
+    let made = PyModule::import(py, "whence.errors")
+        .and_then(|module| module.getattr(class))
+        .and_then(|class| class.call1((error.to_string(),)));
+    match made {
+        Ok(value) => PyErr::from_value(value),
+        Err(error) => error,
+    }
+}
+
+/// A [`Error::Shape`] about an array that is not laid out row by row.
+pub(crate) fn not_contiguous(py: Python<'_>, argument: &'static str) -> PyErr {
+    exception(py, &Error::shape(argument, "C-contiguous", "an array with other strides"))
+}

@@ -1,0 +1,28 @@
+//! Python bindings of whence-core: arrays in, arrays out, no arithmetic.
+
+#![allow(missing_docs)] // what Python sees is documented in `_core.pyi`
+
+mod boundary;
+mod search;
+mod sketch;
+mod store;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+mod _core {
+    use super::{Bound, PyModule, PyModuleMethods, PyResult};
+
+    #[pymodule_export]
+    use super::search::Rows;
+    #[pymodule_export]
+    use super::sketch::{Sketch, instruction_set};
+    #[pymodule_export]
+    use super::store::encode;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("HASH_VERSION", whence_core::random::HASH_VERSION)?;
+        module.add("MAX_DIM", whence_core::sketch::MAX_DIM)
+    }
+}

@@ -1,0 +1,160 @@
+//! `whence._core.Sketch`.
+
+use half::{bf16, f16};
+use numpy::ndarray::ArrayView3;
+use numpy::{
+    IntoPyArray, PyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray2,
+    PyUntypedArrayMethods,
+};
+use pyo3::prelude::*;
+use whence_core::error::Error;
+use whence_core::kernels::InstructionSet;
+use whence_core::sketch::{self, Sequences, Value};
+
+use crate::boundary::{compute, exception, not_contiguous};
+
+#[pyclass(frozen, module = "whence._core")]
+pub(crate) struct Sketch(sketch::Sketch);
+
+type Slots<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<u16>>);
+
+#[pymethods]
+impl Sketch {
+    #[new]
+    fn new(py: Python<'_>, dim: usize, seed: u64) -> PyResult<Self> {
+        sketch::Sketch::new(dim, seed).map(Self).map_err(|error| exception(py, &error))
+    }
+
+    #[getter]
+    fn dim(&self) -> usize {
+        self.0.dim()
+    }
+
+    #[pyo3(signature = (name, shape, start, values, totals, threads, *, bfloat16=false))]
+    fn add_flat(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        shape: Vec<u64>,
+        start: u64,
+        values: &Bound<'_, PyAny>,
+        mut totals: PyReadwriteArray2<'_, f64>,
+        threads: usize,
+        bfloat16: bool,
+    ) -> PyResult<Vec<usize>> {
+        let parameter = self.parameter(py, name, &shape)?;
+        let batch = totals.shape()[0];
+        let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
+        if bfloat16 {
+            let bits: PyReadonlyArray2<'_, u16> = values.extract()?;
+            let bits = bits.as_slice().map_err(|_| not_contiguous(py, "values"))?;
+            let values: &[bf16] = half::slice::HalfBitsSliceExt::reinterpret_cast(bits);
+            self.flat(py, parameter, start, values, batch, totals, threads)
+        } else if let Ok(values) = values.extract::<PyReadonlyArray2<'_, f32>>() {
+            let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
+            self.flat(py, parameter, start, values, batch, totals, threads)
+        } else {
+            let values: PyReadonlyArray2<'_, f16> = values.extract()?;
+            let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
+            self.flat(py, parameter, start, values, batch, totals, threads)
+        }
+    }
+
+    fn add_outer(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        shape: Vec<u64>,
+        start: u64,
+        left: PyReadonlyArray3<'_, f32>,
+        right: PyReadonlyArray3<'_, f32>,
+        mut totals: PyReadwriteArray2<'_, f64>,
+        threads: usize,
+    ) -> PyResult<Vec<usize>> {
+        let parameter = self.parameter(py, name, &shape)?;
+        let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
+        let (left, right) = (left.as_array(), right.as_array());
+        compute(py, |asker| {
+            with_sequences("left", left, |left| {
+                with_sequences("right", right, |right| {
+                    self.0.add_outer(parameter, start, left, right, totals, threads, asker)
+                })
+            })
+        })
+    }
+
+    fn add_lookup(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        shape: Vec<u64>,
+        indices: PyReadonlyArray2<'_, i64>,
+        values: PyReadonlyArray3<'_, f32>,
+        ignored: Option<i64>,
+        mut totals: PyReadwriteArray2<'_, f64>,
+        threads: usize,
+    ) -> PyResult<Vec<usize>> {
+        let parameter = self.parameter(py, name, &shape)?;
+        let (batch, width) = (indices.shape()[0], values.shape()[2]);
+        let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
+        let indices = indices.as_slice().map_err(|_| not_contiguous(py, "indices"))?;
+        let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
+        compute(py, |asker| {
+            self.0.add_lookup(
+                parameter, indices, values, width, ignored, batch, totals, threads, asker,
+            )
+        })
+    }
+
+    fn slots<'py>(&self, py: Python<'py>, name: &str, shape: Vec<u64>) -> PyResult<Slots<'py>> {
+        let parameter = self.parameter(py, name, &shape)?;
+        let slots = compute(py, |_| Ok(self.0.slots(parameter)))?;
+        let (offsets, signs): (Vec<u32>, Vec<u16>) =
+            slots.iter().map(|slot| (slot.offset, slot.signs)).unzip();
+        Ok((offsets.into_pyarray(py), signs.into_pyarray(py)))
+    }
+}
+
+impl Sketch {
+    fn parameter(&self, py: Python<'_>, name: &str, shape: &[u64]) -> PyResult<sketch::Parameter> {
+        self.0.parameter(name, shape).map_err(|error| exception(py, &error))
+    }
+
+    fn flat<T: Value + Send>(
+        &self,
+        py: Python<'_>,
+        parameter: sketch::Parameter,
+        start: u64,
+        values: &[T],
+        batch: usize,
+        totals: &mut [f64],
+        threads: usize,
+    ) -> PyResult<Vec<usize>> {
+        compute(py, |asker| {
+            self.0.add_flat(parameter, start, values, batch, totals, threads, asker)
+        })
+    }
+}
+
+/// Calls `work` with the array as it lies, or with a copy of it if it has gaps.
+fn with_sequences<T>(
+    argument: &'static str,
+    array: ArrayView3<'_, f32>,
+    work: impl FnOnce(Sequences<'_>) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let (a, b, c) = array.dim();
+    let strides: Vec<usize> = array.strides().iter().map_while(|&s| s.try_into().ok()).collect();
+    if let (Some(values), Ok(strides)) =
+        (array.as_slice_memory_order(), <[usize; 3]>::try_from(strides))
+    {
+        return work(Sequences::new(argument, values, [a, b, c], strides)?);
+    }
+    let copy: Vec<f32> = array.iter().copied().collect();
+    work(Sequences::new(argument, &copy, [a, b, c], [b * c, c, 1])?)
+}
+
+/// The instruction set the kernels use on this machine.
+#[pyfunction]
+pub(crate) fn instruction_set() -> &'static str {
+    InstructionSet::best().name()
+}
