@@ -158,10 +158,8 @@ def _id_array(name: str, value: Any) -> Any:
             return np.array(items, np.int64)
         except OverflowError:
             raise IdError(f"{name} must fit in 64 bits, got {max(items, key=abs)}") from None
-    wrong = next(item for item in items if kind_of(item) not in ("int64", "str")) if (
-        kinds - {"int64", "str"}
-    ) else None
-    got = "integers and strings" if wrong is None else describe(wrong)
+    wrong = [item for item in items if kind_of(item) not in ("int64", "str")]
+    got = describe(wrong[0]) if wrong else "integers and strings"
     raise IdError(f"{name} must be all integers or all strings, got {got}")
 
 

@@ -8,6 +8,7 @@ nothing of the loss or the loop.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -264,6 +265,7 @@ class Hooks:
         """
         with ExitStack() as stack:
             stack.enter_context(_without_fast_path())
+            stack.enter_context(_without_compiled_code(self._model))
             if not weight_gradients:
                 stack.enter_context(
                     _without_weight_gradients(self._model, self._structure, skip=not capture.check)
@@ -479,6 +481,27 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _without_compiled_code(model: nn.Module) -> Iterator[None]:
+    """Runs what torch.compile made as plain Python: compiled code does not see later hooks.
+
+    Raises:
+        LayerError: If the model is compiled, and torch is too old to run it plainly.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        yield
+    elif hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        for name, module in model.named_modules():
+            compiled = type(module).__name__ == "OptimizedModule"
+            if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+                raise LayerError(f"torch must be 2.6 or newer to record a compiled model, got "
+                                 f"{torch.__version__} and {name or 'the model'}")
+        yield
 
 
 @contextmanager

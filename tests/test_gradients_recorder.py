@@ -1,0 +1,673 @@
+"""Recording: coverage, bad input, resume, checkpoints, weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import per_sample_gradients
+from torch import nn
+
+import whence
+from whence import errors
+
+DIM = 64
+
+
+def model_of(features=6, classes=3):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, classes))
+
+
+def data(count=12, features=6, classes=3):
+    torch.manual_seed(2)
+    return torch.randn(count, features), torch.randint(0, classes, (count,))
+
+
+def record(model, path, **options):
+    return whence.record(model, path, dim=DIM, **options)
+
+
+def fill(rec, model, x, y, size=4, start=0, **columns):
+    for first in range(start, len(x), size):
+        part = slice(first, first + size)
+        ids = list(range(first, min(first + size, len(x))))
+        with rec.batch(ids, label=y[part], **columns):
+            F.cross_entropy(model(x[part]), y[part]).backward()
+
+
+def exact_rows(model, x, y):
+    gradients = per_sample_gradients(model, lambda m, x, y: F.cross_entropy(m(x), y), x, y)
+    return whence.Sketch(dim=DIM)(gradients)
+
+
+def close(found, expected, tolerance=1e-3):
+    return np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+
+
+# --- hooks and gradients leave no trace ---------------------------------------------------------
+
+
+def hook_counts(model):
+    return [
+        (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+    ] + [len(p._backward_hooks or ()) for p in model.parameters()]
+
+
+def test_hooks_are_removed_on_exit_and_on_an_exception(tmp_path):
+    model, (x, y) = model_of(), data()
+    before = hook_counts(model)
+    with record(model, tmp_path / "a") as rec:
+        fill(rec, model, x, y)
+        assert hook_counts(model) != before
+    assert hook_counts(model) == before
+    with pytest.raises(ZeroDivisionError), record(model, tmp_path / "b") as rec, rec.batch([1]):
+        raise ZeroDivisionError
+    assert hook_counts(model) == before
+    assert len(whence.open(tmp_path / "b")) == 0
+
+
+def test_weight_gradients_are_those_of_plain_training(tmp_path):
+    model, (x, y) = model_of(), data()
+    F.cross_entropy(model(x), y).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with record(model, tmp_path / "s") as rec, rec.batch(list(range(12))):
+        F.cross_entropy(model(x), y).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
+
+
+def test_without_weight_gradients_grad_is_untouched(tmp_path):
+    model, (x, y) = model_of(), data()
+    marks = [torch.full_like(p, 7.0) for p in model.parameters()]
+    for parameter, mark in zip(model.parameters(), marks, strict=True):
+        parameter.grad = mark
+    with record(model, tmp_path / "s", weight_gradients=False) as rec:
+        fill(rec, model, x, y)
+    assert all(p.grad is mark for p, mark in zip(model.parameters(), marks, strict=True))
+    assert all((mark == 7).all() for mark in marks)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_rows_are_the_same_with_and_without_weight_gradients(tmp_path):
+    model, (x, y) = model_of(), data()
+    for name, on in (("with", True), ("without", False)):
+        with record(model, tmp_path / name, weight_gradients=on, dtype="float32") as rec:
+            fill(rec, model, x, y)
+    rows = [whence.open(tmp_path / name).rows() for name in ("with", "without")]
+    assert np.array_equal(*rows)
+
+
+def test_float16_rows_are_within_their_stated_error(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+    rows, exact = whence.open(tmp_path / "s").rows(), exact_rows(model, x, y)
+    errors_ = np.linalg.norm(rows - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert errors_.max() < 2**-11
+
+
+# --- coverage -----------------------------------------------------------------------------------
+
+
+class Loose(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.inner(x) * self.gain
+
+
+@pytest.mark.parametrize("weight_gradients", [True, False])
+def test_a_parameter_without_a_rule_is_named_and_nothing_is_stored(tmp_path, weight_gradients):
+    model, (x, y) = Loose(), data()
+    with (
+        record(model, tmp_path / "s", weight_gradients=weight_gradients) as rec,
+        pytest.raises(errors.CoverageError, match=r"got gain without one"),
+    ):
+        fill(rec, model, x, y)
+    assert len(whence.open(tmp_path / "s")) == 0
+    if not weight_gradients:
+        assert model.gain.grad is None
+
+
+def test_skip_leaves_it_out_and_coverage_says_so(tmp_path):
+    model, (x, y) = Loose(), data()
+    with record(model, tmp_path / "s", uncovered="skip") as rec:
+        fill(rec, model, x, y)
+        found = rec.coverage()
+    assert (found.recorded, found.total, found.uncovered) == (21, 24, ["gain"])
+    assert found.share == 21 / 24
+    gradients = per_sample_gradients(model, lambda m, x, y: F.cross_entropy(m(x), y), x, y)
+    del gradients["gain"]
+    rows = whence.open(tmp_path / "s").rows()
+    assert close(rows, whence.Sketch(dim=DIM)(gradients))
+
+
+@pytest.mark.parametrize("weight_gradients", [True, False])
+def test_a_weight_tied_by_hand_is_found_out(tmp_path, weight_gradients):
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+
+        def forward(self, x):
+            return F.linear(self.table(x), self.table.weight)
+
+    model, x = ByHand(), torch.randint(0, 9, (4, 5))
+    with (
+        record(model, tmp_path / "s", weight_gradients=weight_gradients) as rec,
+        pytest.raises(errors.CoverageError, match=r"add up .* got a difference in table\.weight"),
+        rec.batch([0, 1, 2, 3]),
+    ):
+        F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+
+
+def test_a_subclass_with_another_forward_has_no_rule(tmp_path):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, (x, y) = Doubled(6, 3), data()
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.CoverageError, match="bias, weight"),
+    ):
+        fill(rec, model, x, y)
+
+
+def test_layers_are_chosen_by_pattern(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s", layers="2") as rec:
+        fill(rec, model, x, y)
+    gradients = per_sample_gradients(model, lambda m, x, y: F.cross_entropy(m(x), y), x, y)
+    chosen = {name: value for name, value in gradients.items() if name.startswith("2.")}
+    assert close(whence.open(tmp_path / "s").rows(), whence.Sketch(dim=DIM)(chosen))
+    with pytest.raises(errors.ArgumentError, match=r"layers must match .* got \['head'\]"):
+        record(model, tmp_path / "t", layers=["head"])
+
+
+# --- the batch dimension ------------------------------------------------------------------------
+
+
+def test_dimension_0_must_be_the_batch(tmp_path):
+    model, (x, y) = model_of(), data()
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.LayerError, match=r"dimension 0 must be the batch of 3 .* \[12, 5\]"),
+        rec.batch([1, 2, 3]),
+    ):
+        F.cross_entropy(model(x), y).backward()
+
+
+def test_attention_with_the_batch_in_dimension_1_is_refused(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model = Wrapped()
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.LayerError, match="attention must have batch_first=True"),
+        rec.batch([1, 2, 3]),
+    ):
+        model(torch.randn(3, 5, 8)).sum().backward()
+    assert F.linear is torch._C._nn.linear
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.position = nn.Embedding(7, 4), nn.Embedding(9, 4)
+
+    def forward(self, x):
+        return (self.token(x) + self.position(torch.arange(x.shape[1]))).sin()
+
+
+def test_as_many_positions_as_examples_must_be_told_apart(tmp_path):
+    x = torch.randint(0, 7, (5, 5))
+    model = Positions()
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.LayerError, match=r"unbatched=\['position'\]"),
+        rec.batch(list(range(5))),
+    ):
+        model(x).sum().backward()
+
+    def loss(model, x):
+        return model(x).sum((1, 2)).square().mean()
+
+    with (
+        record(model, tmp_path / "t", unbatched=["position"]) as rec,
+        rec.batch(list(range(5))) as done,
+    ):
+        loss(model, x).backward()
+    exact = whence.Sketch(dim=DIM)(per_sample_gradients(model, loss, x))
+    assert close(done.rows, exact, 1e-5)
+
+
+def test_a_table_of_one_index_per_example_is_a_batch(tmp_path):
+    class Users(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.user = nn.Embedding(9, 4)
+
+        def forward(self, x):
+            return self.user(x).sin()
+
+    model, x = Users(), torch.tensor([3, 1, 8, 8])
+
+    def loss(model, x):
+        return model(x).sum(1).square().mean()
+
+    with record(model, tmp_path / "t") as rec, rec.batch(list(range(4))) as done:
+        loss(model, x).backward()
+    assert close(done.rows, whence.Sketch(dim=DIM)(per_sample_gradients(model, loss, x)), 1e-5)
+
+
+def test_batch_norm_in_training_mode_is_refused_with_the_reason(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    x, y = data()
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.LayerError, match=r"1 \(BatchNorm1d\) .* mixes the examples"),
+    ):
+        fill(rec, model, x, y)
+    model.eval()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+
+
+def test_an_input_changed_in_place_is_found_out(tmp_path):
+    model = nn.Linear(6, 3)
+    x, y = data()
+    with (
+        record(model, tmp_path / "s", weight_gradients=False) as rec,
+        pytest.raises(errors.LayerError, match="must not be changed in place"),
+    ):
+        fill(rec, model, x, y)  # the first batch is checked against autograd
+        with rec.batch(list(range(100, 112)), label=y):
+            loss = F.cross_entropy(model(x), y)
+            x.mul_(2)
+            loss.backward()
+
+
+def test_a_batch_without_backward_is_an_error(tmp_path):
+    model, (x, _) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        with pytest.raises(errors.LayerError, match="backward"), rec.batch(list(range(12))):
+            model(x)
+        with pytest.raises(errors.LayerError, match="backward"), rec.batch([1]), torch.no_grad():
+            model(x[:1])
+
+
+# --- not finite ---------------------------------------------------------------------------------
+
+
+def test_nan_names_id_and_layer_and_nothing_is_stored(tmp_path):
+    model, (x, y) = model_of(), data()
+    x[5, 0] = float("nan")
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x[:4], y[:4])
+        with (
+            pytest.raises(errors.NotFiniteError, match=r"for id 11 in 2"),
+            rec.batch([10, 11], label=y[4:6]),
+        ):
+            F.cross_entropy(model(x[4:6]), y[4:6]).backward()
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3]
+
+
+def test_skip_notes_which_ids_were_left_out(tmp_path):
+    model, (x, y) = model_of(), data()
+    x[5, 0] = float("inf")
+    with record(model, tmp_path / "s", nonfinite="skip") as rec:
+        fill(rec, model, x, y)
+        assert rec.pending(range(14)) == [12, 13]
+    store = whence.open(tmp_path / "s")
+    assert store.skipped == [("0", 5)]
+    assert store.ids.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert store.columns["label"].tolist() == [v for i, v in enumerate(y.tolist()) if i != 5]
+
+
+# --- ids and columns ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [list, np.array, torch.tensor, lambda ids: np.array(ids, np.int32)],
+    ids=["list", "numpy", "tensor", "int32"],
+)
+def test_integer_ids_come_back_as_given(tmp_path, make):
+    model, (x, y) = model_of(), data()
+    given = [5, -3, 2**30, 0]
+    with record(model, tmp_path / "s") as rec, rec.batch(make(given)):
+        F.cross_entropy(model(x[:4]), y[:4]).backward()
+    assert whence.open(tmp_path / "s").ids.tolist() == given
+
+
+def test_string_ids_and_columns_come_back_as_given(tmp_path):
+    model, (x, y) = model_of(), data()
+    ids = ["a", "b/ü\n", "", "日本"]
+    with (
+        record(model, tmp_path / "s") as rec,
+        rec.batch(ids, label=["x", "y", "ü", ""], loss=[1.5, 2, 3, 4], odd=[True, False] * 2),
+    ):
+        F.cross_entropy(model(x[:4]), y[:4]).backward()
+    store = whence.open(tmp_path / "s")
+    assert store.ids.tolist() == ids
+    assert store.columns["label"].tolist() == ["x", "y", "ü", ""]
+    assert store.columns["loss"].tolist() == [1.5, 2.0, 3.0, 4.0]
+    assert store.columns["odd"].tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        ([1, "a"], "all integers or all strings"),
+        ([True, False], "bool"),
+        ([1.5, 2.0], "float"),
+        ([], "non-empty"),
+        ([1, 1], "1 twice"),
+        ([[1, 2]], "integers or all strings"),
+        (7, "list of integers"),
+        ("ab", "list of integers"),
+        ([2**63], "64 bits"),
+        (np.array([1.0, 2.0]), "dtype float64"),
+        (np.array([[1, 2]]), r"shape \[1, 2\]"),
+        ([None, None], "NoneType"),
+        (["a\0", "b"], "NUL"),
+    ],
+)
+def test_ids_that_cannot_be_are_refused(tmp_path, ids, match):
+    model = model_of()
+    with record(model, tmp_path / "s") as rec, pytest.raises(errors.ArgumentError, match=match):
+        rec.batch(ids).__enter__()
+
+
+def test_one_kind_of_ids_per_store(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+        with pytest.raises(errors.IdError, match="must be int64 as in the store, got str"):
+            rec.batch(["a"], label=[0]).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
+        ({}, "columns must be"),
+        ({"label": [1, 2], "extra": [1, 2]}, "columns must be"),
+        ({"label": ["a", "b"]}, "label must be int64"),
+        ({"label": [1.5, 2.5]}, "label must be int64"),
+        ({"label": [1, 2, 3]}, "one value for each of 2 examples"),
+        ({"label": [1, "a"]}, "all numbers or all strings"),
+        ({"label": 3}, "one value per example"),
+        ({"label": [1, None]}, "all numbers or all strings"),
+    ],
+)
+def test_columns_are_fixed_by_the_first_batch(tmp_path, columns, match):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+        with pytest.raises(errors.ArgumentError, match=match):
+            rec.batch([100, 101], **columns).__enter__()
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+
+def test_recording_goes_on_where_it_ended(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x[:8], y[:8])
+    with record(model, tmp_path / "s") as rec:
+        assert rec.pending(range(12)) == [8, 9, 10, 11]
+        fill(rec, model, x, y, start=8)
+        assert rec.pending(range(12)) == []
+    store = whence.open(tmp_path / "s")
+    assert store.ids.tolist() == list(range(12))
+    assert close(store.rows(), exact_rows(model, x, y))
+
+
+def test_an_id_twice_says_what_to_do(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+        with pytest.raises(errors.IdError, match=r"got 3, .*on_duplicate='skip'.*checkpoint"):
+            rec.batch([100, 3], label=[0, 0]).__enter__()
+    with record(model, tmp_path / "s", on_duplicate="skip") as rec:
+        with rec.batch([100, 3], label=[0, 0]) as done:
+            F.cross_entropy(model(x[:2]), y[:2]).backward()
+        assert done.stored.tolist() == [100]
+        with rec.batch([100, 3], label=[0, 0]) as done:
+            F.cross_entropy(model(x[:2]), y[:2]).backward()
+        assert done.rows.shape == (0, DIM)
+    assert len(whence.open(tmp_path / "s")) == 13
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dim": 128}, "dim must be 64 as in the store .* got 128"),
+        ({"seed": 1}, "seed must be 0"),
+        ({"dtype": "float32"}, "dtype must be 'float16'"),
+        ({"reduction": "sum"}, "reduction must be 'mean'"),
+        ({"layers": "0"}, r"model must be .* no 2\.bias|model must be .* no 2\.weight"),
+    ],
+)
+def test_another_setting_is_refused_by_name(tmp_path, options, match):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+    with pytest.raises(errors.MismatchError, match=match):
+        whence.record(model, tmp_path / "s", **{"dim": DIM, **options})
+    assert len(whence.open(tmp_path / "s")) == 12
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+    with pytest.raises(errors.MismatchError, match=r"2\.bias of shape \[4\]"):
+        record(model_of(classes=4), tmp_path / "s")
+
+
+def test_wrappers_do_not_change_the_model(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x[:4], y[:4])
+    wrapper = nn.Module()
+    wrapper.module = nn.Module()
+    wrapper.module._orig_mod = model
+    with record(wrapper, tmp_path / "s") as rec:
+        fill(rec, model, x, y, start=4)
+    assert close(whence.open(tmp_path / "s").rows(), exact_rows(model, x, y))
+
+
+def test_a_second_writer_is_told_who_holds_the_store(tmp_path):
+    model = model_of()
+    with (
+        record(model, tmp_path / "s"),
+        pytest.raises(errors.LockedError, match=f"process {os.getpid()}"),
+    ):
+        record(model, tmp_path / "s")
+    with record(model, tmp_path / "s"):
+        pass
+
+
+def test_committed_rows_survive_kill_9(tmp_path):
+    script = f"""
+        import sys, torch, whence
+        from torch import nn
+        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        from test_gradients_recorder import data, fill, model_of, record
+        model, (x, y) = model_of(), data()
+        rec = record(model, {str(tmp_path / "s")!r})
+        rec.__enter__()
+        fill(rec, model, x[:8], y[:8])
+        rec.commit()
+        fill(rec, model, x, y, start=8)
+        print("ready", flush=True)
+        sys.stdin.read()
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert whence.open(tmp_path / "s").ids.tolist() == list(range(8))
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        assert rec.pending(range(12)) == [8, 9, 10, 11]
+        fill(rec, model, x, y, start=8)
+    assert close(whence.open(tmp_path / "s").rows(), exact_rows(model, x, y))
+
+
+# --- weights and checkpoints --------------------------------------------------------------------
+
+
+def step(model, rate=0.1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= rate * torch.ones_like(parameter)
+
+
+def test_still_weights_are_fixed_and_moving_ones_moving(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "still") as rec:
+        fill(rec, model, x, y)
+    (found,) = whence.open(tmp_path / "still").manifest.checkpoints
+    assert found.weights == "fixed"
+    assert found.first == found.last
+    with record(model, tmp_path / "moving") as rec:
+        fill(rec, model, x[:4], y[:4])
+        step(model)
+        fill(rec, model, x, y, start=4)
+    (found,) = whence.open(tmp_path / "moving").manifest.checkpoints
+    assert found.weights == "moving"
+    assert found.first != found.last
+
+
+def test_weights_that_must_be_fixed_must_not_move(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s", weights="fixed") as rec:
+        fill(rec, model, x[:4], y[:4])
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        step(model)
+        with pytest.raises(errors.WeightsError, match="weights='moving'"):
+            fill(rec, model, x, y, start=4)
+        model.load_state_dict(before)
+
+
+def test_a_change_behind_autograds_back_is_found_at_the_end(tmp_path):
+    model, (x, y) = model_of(), data()
+    with pytest.raises(errors.WeightsError), record(model, tmp_path / "s", weights="fixed") as rec:
+        fill(rec, model, x, y)
+        model[0].weight.data.add_(1)
+
+
+def test_resuming_a_fixed_checkpoint_with_other_weights_is_refused(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x[:4], y[:4])
+    step(model)
+    with record(model, tmp_path / "s") as rec:
+        with pytest.raises(errors.WeightsError, match="checkpoint '0'"):
+            fill(rec, model, x, y, start=4)
+        rec.checkpoint("1")
+        fill(rec, model, x, y)
+    assert whence.open(tmp_path / "s").checkpoints == ["0", "1"]
+
+
+def test_checkpoints_are_resumed_by_name(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        rec.checkpoint("a", learning_rate=0.5)
+        fill(rec, model, x[:8], y[:8])
+        rec.checkpoint("b", learning_rate=0.25)
+        fill(rec, model, x, y)
+        rec.checkpoint("a", learning_rate=0.5)
+        assert rec.pending(range(12)) == [8, 9, 10, 11]
+        with pytest.raises(errors.ArgumentError, match="learning_rate must be 0.5"):
+            rec.checkpoint("a", learning_rate=0.1)
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+def test_verify_agrees_on_a_right_recording(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        found = rec.verify(lambda x, y: F.cross_entropy(model(x), y), (x, y))
+        assert found.gradient < 1e-5
+        assert found.batch < 1e-5
+        fill(rec, model, x, y)
+    assert len(whence.open(tmp_path / "s")) == 12
+
+
+def test_verify_finds_a_wrong_reduction(tmp_path):
+    model, (x, y) = model_of(), data()
+    with (
+        record(model, tmp_path / "s", reduction="sum") as rec,
+        pytest.raises(errors.LayerError, match=r"reduction must fit .* 'sum', .* 0\.5 and 0\.5"),
+    ):
+        rec.verify(lambda x, y: F.cross_entropy(model(x), y), (x, y))
+
+
+def test_verify_finds_a_gradient_that_depends_on_the_batch(tmp_path):
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return x - x.mean(0)
+
+    model, (x, y) = Mixing(), data()
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.LayerError, match="who else is in the batch"),
+    ):
+        rec.verify(lambda x, y: model(x).square().sum(1).mean(), (x, y))
+
+
+def test_verify_checks_token_means(tmp_path):
+    model = nn.Linear(6, 3)
+    x, y = torch.randn(4, 5, 6), torch.randint(0, 3, (4, 5))
+    y[0, 2:] = -100
+
+    def loss(x, y):
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    with record(model, tmp_path / "s", reduction="token_mean") as rec:
+        assert rec.verify(loss, (x, y), tokens=[2, 5]).gradient < 1e-5
+        with pytest.raises(errors.LayerError):
+            rec.verify(loss, (x, y), tokens=[5, 5])
+
+
+def test_tokens_belong_to_token_mean(tmp_path):
+    model = model_of()
+    with (
+        record(model, tmp_path / "a") as rec,
+        pytest.raises(errors.ArgumentError, match="tokens must be None"),
+    ):
+        rec.batch([1], tokens=[3]).__enter__()
+    with record(model, tmp_path / "b", reduction="token_mean") as rec:
+        with pytest.raises(errors.ArgumentError, match="tokens must be the counted"):
+            rec.batch([1]).__enter__()
+        with pytest.raises(errors.ArgumentError, match="at least one above 0"):
+            rec.batch([1], tokens=[0]).__enter__()
