@@ -151,7 +151,9 @@ def test_published_test_vectors():
             assert signs[chunk] == bits & 0xFFFF
     offsets, signs = CoreSketch(4096, 0).slots("fc.weight", [2, 24])
     assert (whence.HASH_VERSION, offsets.tolist(), signs.tolist()) == (
-        0, VECTOR_OFFSETS, VECTOR_SIGNS,
+        0,
+        VECTOR_OFFSETS,
+        VECTOR_SIGNS,
     )
 
 
@@ -200,7 +202,11 @@ NAN = float("nan")
     ("call", "error", "match"),
     [
         (lambda: whence.Sketch("jl"), errors.ArgumentError, "kind must be one of chunked_sjlt"),
-        (lambda: whence.Sketch(dim=0), errors.ArgumentError, "dim must be from 1 to 1048576, got 0"),
+        (
+            lambda: whence.Sketch(dim=0),
+            errors.ArgumentError,
+            "dim must be from 1 to 1048576, got 0",
+        ),
         (lambda: whence.Sketch(dim=2**62), errors.ArgumentError, f"got {2**62}"),
         (lambda: whence.Sketch(dim=True), errors.DtypeError, "dim must be an integer, got bool"),
         (lambda: whence.Sketch(dim=8.0), errors.DtypeError, "dim must be an integer"),

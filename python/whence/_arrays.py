@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from whence.errors import ArgumentError, DtypeError, IdError, NotFiniteError, ShapeError
 
-Ids: TypeAlias = NDArray[np.int64] | NDArray[np.str_]
+Ids: TypeAlias = NDArray[Any]
 """int64 or str ids, one kind in an array."""
 
 
@@ -41,10 +41,10 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
         value, (int, float, np.integer, np.floating)
     ):
         raise DtypeError(f"{name} must be a number, got {describe(value)}")
-    value = float(value)
-    if not np.isfinite(value) or (positive and value <= 0):
-        raise ArgumentError(f"{name} must be a {'positive ' * positive}finite number, got {value}")
-    return value
+    found = float(value)
+    if not np.isfinite(found) or (positive and found <= 0):
+        raise ArgumentError(f"{name} must be a {'positive ' * positive}finite number, got {found}")
+    return found
 
 
 def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -123,7 +123,7 @@ def ids(name: str, value: Any) -> Ids:
             fit int64, or an id appears twice.
         ShapeError: If it is not one-dimensional, or empty.
     """
-    array = _id_array(name, to_numpy(value))
+    array: Ids = _id_array(name, to_numpy(value))
     if array.ndim != 1 or array.size == 0:
         raise ShapeError(f"{name} must be a non-empty list of ids, got shape {list(array.shape)}")
     unique, counts = np.unique(array, return_counts=True)
@@ -191,9 +191,9 @@ def column(name: str, value: Any, rows: int) -> NDArray[Any]:
     """
     value = to_numpy(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufU":
-        array = value.astype({"b": np.bool_, "U": np.str_, "f": np.float64}.get(
-            value.dtype.kind, np.int64
-        ))
+        array: NDArray[Any] = value.astype(
+            {"b": np.bool_, "U": np.str_, "f": np.float64}.get(value.dtype.kind, np.int64)
+        )
     else:
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
             raise ShapeError(f"{name} must be one value per example, got {describe(value)}")
@@ -210,8 +210,9 @@ def column(name: str, value: Any, rows: int) -> NDArray[Any]:
         except OverflowError:
             raise DtypeError(f"{name} must fit in 64 bits, got {max(items, key=abs)}") from None
     if array.shape != (rows,):
-        raise ShapeError(f"{name} must be one value for each of {rows} examples, "
-                         f"got shape {list(array.shape)}")
+        raise ShapeError(
+            f"{name} must be one value for each of {rows} examples, got shape {list(array.shape)}"
+        )
     return array
 
 

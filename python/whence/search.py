@@ -124,15 +124,18 @@ class Hits:
                         "id": side.ids.reshape(-1),
                         "score": side.scores.reshape(-1),
                         **{
-                            column if column not in _TAKEN else f"column_{column}": values[positions]
+                            column if column not in _TAKEN else f"column_{column}": values[
+                                positions
+                            ]
                             for column, values in self.columns.items()
                         },
                     }
                 )
             )
         table = pandas.concat(frames, ignore_index=True)
-        return table.sort_values(["query", "side", "rank"], ascending=[True, False, True],
-                                 ignore_index=True)
+        return table.sort_values(
+            ["query", "side", "rank"], ascending=[True, False, True], ignore_index=True
+        )
 
     def to_html(
         self,
@@ -242,8 +245,10 @@ class Store(Reader):
         excluded, eligible = self._excluded(exclude, examples, rows.shape[1])
         width = min(k, int(eligible.min()))
         if width == 0:
-            raise ArgumentError("where and exclude must leave an example for every query, got "
-                                f"none for query {int(eligible.argmin())}")
+            raise ArgumentError(
+                "where and exclude must leave an example for every query, got "
+                f"none for query {int(eligible.argmin())}"
+            )
         rates, unit = self._weights()
         rows = np.ascontiguousarray(rows * rates[:, None, None])
         sides = self.core.ends(
@@ -272,17 +277,19 @@ class Store(Reader):
         checkpoints = len(self.checkpoints)
         if isinstance(queries, np.ndarray) and queries.ndim == 3:
             if queries.shape[0] != checkpoints:
-                raise ShapeError(f"queries must be [{checkpoints}, queries, {self.dim}], one for "
-                                 f"each checkpoint, got {list(queries.shape)}")
-            flat = _arrays.float_rows(
-                "queries", queries.reshape(-1, queries.shape[2]), self.dim
-            )
+                raise ShapeError(
+                    f"queries must be [{checkpoints}, queries, {self.dim}], one for "
+                    f"each checkpoint, got {list(queries.shape)}"
+                )
+            flat = _arrays.float_rows("queries", queries.reshape(-1, queries.shape[2]), self.dim)
             rows = flat.reshape(queries.shape)
         else:
             rows = _arrays.float_rows("queries", queries, self.dim)[None]
             if checkpoints > 1:
-                raise ShapeError(f"queries must be [{checkpoints}, queries, {self.dim}], one for "
-                                 f"each of {self.checkpoints}, got {list(rows.shape[1:])}")
+                raise ShapeError(
+                    f"queries must be [{checkpoints}, queries, {self.dim}], one for "
+                    f"each of {self.checkpoints}, got {list(rows.shape[1:])}"
+                )
         if rows.shape[1] == 0:
             raise ShapeError(f"queries must have at least one row, got {list(rows.shape)}")
         return rows
@@ -297,8 +304,9 @@ class Store(Reader):
             )
         if any(rate is None for rate in rates):
             named = dict(zip(self.checkpoints, rates, strict=True))
-            raise CheckpointError(f"learning_rate must be given for all checkpoints or none, "
-                                  f"got {named}")
+            raise CheckpointError(
+                f"learning_rate must be given for all checkpoints or none, got {named}"
+            )
         return np.array(rates, np.float32), (
             "loss: what one step of gradient descent on the example at each checkpoint's learning "
             "rate takes off the query's loss, to first order"
@@ -311,8 +319,10 @@ class Store(Reader):
         if exclude is None:
             return [], np.full(queries, len(examples))
         if isinstance(exclude, (str, bytes)) or len(exclude) != queries:
-            raise ShapeError(f"exclude must be one list of ids for each of {queries} queries, "
-                             f"got {_arrays.describe(exclude)}")
+            raise ShapeError(
+                f"exclude must be one list of ids for each of {queries} queries, "
+                f"got {_arrays.describe(exclude)}"
+            )
         place = np.full(len(self), -1)
         place[examples] = np.arange(len(examples))
         lists = []

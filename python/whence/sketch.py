@@ -154,8 +154,10 @@ class Sketch:
             bad = accumulator.add(name, shape, values)
             if bad:
                 argument = f"gradients[{name!r}]" if name else "gradients"
-                raise NotFiniteError(f"{argument} must be finite, got NaN or infinity in "
-                                     f"{'row' if len(bad) == 1 else 'rows'} {bad}")
+                raise NotFiniteError(
+                    f"{argument} must be finite, got NaN or infinity in "
+                    f"{'row' if len(bad) == 1 else 'rows'} {bad}"
+                )
         return accumulator.rows()
 
     def _parts(
@@ -185,8 +187,10 @@ class Sketch:
                 shapes = [(name, _arrays.shape_of("layout", shape)) for name, shape in layout]
                 total = sum(math.prod(shape) for _, shape in shapes)
                 if array.ndim != 2 or array.shape[1] != total:
-                    raise ShapeError(f"gradients must be [batch, {total}] for this layout, "
-                                     f"got {list(array.shape)}")
+                    raise ShapeError(
+                        f"gradients must be [batch, {total}] for this layout, "
+                        f"got {list(array.shape)}"
+                    )
                 for name, shape in shapes:
                     size = math.prod(shape)
                     put(name, shape, array[:, at : at + size])
@@ -213,7 +217,9 @@ class Accumulator:
         self._core = sketch._core
         self._threads = sketch._threads
 
-    def add(self, name: str, shape: Sequence[int], values: NDArray[Any], start: int = 0) -> list[int]:
+    def add(
+        self, name: str, shape: Sequence[int], values: NDArray[Any], start: int = 0
+    ) -> list[int]:
         """Adds [batch, width] values at the coordinates from `start` on.
 
         Returns:
@@ -302,7 +308,9 @@ def _gradient(name: str, value: Any) -> NDArray[Any]:
             return _sized(name, array)
         value = tensor.numpy()
     if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.float16):
-        raise DtypeError(f"{name} must be float32, float16 or bfloat16, got {_arrays.describe(value)}")
+        raise DtypeError(
+            f"{name} must be float32, float16 or bfloat16, got {_arrays.describe(value)}"
+        )
     return _sized(name, value)
 
 
@@ -315,6 +323,7 @@ def _uint16(tensor: Any) -> Any:
 
 def _sized(name: str, array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim == 0 or array.shape[0] == 0:
-        raise ShapeError(f"{name} must be [batch, ...] with at least one row, "
-                         f"got {list(array.shape)}")
+        raise ShapeError(
+            f"{name} must be [batch, ...] with at least one row, got {list(array.shape)}"
+        )
     return array

@@ -67,6 +67,7 @@ def _checked(scores: Any, wrong: Any) -> tuple[NDArray[np.float64], NDArray[np.b
     values = _arrays.column("scores", scores, len(mask)).astype(np.float64)
     _arrays.finite("scores", values)
     if not 0 < mask.sum() < len(mask):
-        raise ArgumentError(f"wrong must hold both kinds, got {int(mask.sum())} wrong labels of "
-                            f"{len(mask)}")
+        raise ArgumentError(
+            f"wrong must hold both kinds, got {int(mask.sum())} wrong labels of {len(mask)}"
+        )
     return values, mask

@@ -1,12 +1,12 @@
 """Collecting per-sample gradients inside the user's own training loop. Imports torch.
 
-    structure   which parameters there are, under which names, in which layers
-    layers      one rule per layer type: input and output gradient to per-sample gradient
-    attention   the projections inside MultiheadAttention
-    capture     hooks that feed the rules during one forward and backward pass
-    recorder    `record`: batches, checkpoints, resume
-    verify      recorded rows against exact gradients
-    weights     digests of weights, and loading states for a while
+structure   which parameters there are, under which names, in which layers
+layers      one rule per layer type: input and output gradient to per-sample gradient
+attention   the projections inside MultiheadAttention
+capture     hooks that feed the rules during one forward and backward pass
+recorder    `record`: batches, checkpoints, resume
+verify      recorded rows against exact gradients
+weights     digests of weights, and loading states for a while
 """
 
 from whence.gradients.layers import register_layer

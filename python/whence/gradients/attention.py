@@ -42,8 +42,10 @@ class Projections:
         record: Record,
     ) -> None:
         if not module.batch_first:
-            raise LayerError(f"{name} must have batch_first=True, since dimension 0 is the batch, "
-                             "got batch_first=False")
+            raise LayerError(
+                f"{name} must have batch_first=True, since dimension 0 is the batch, "
+                "got batch_first=False"
+            )
         self._batch = batch
         self._record = record
         self._name = name
@@ -63,7 +65,7 @@ class Projections:
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._original is None:
-            return torch._C._nn.linear(input, weight, bias)  # type: ignore[no-any-return]
+            return torch._C._nn.linear(input, weight, bias)
         output = self._original(input, weight, bias)
         weight_name, row = self._locate(weight)
         bias_name, value = self._locate(bias)
@@ -73,16 +75,24 @@ class Projections:
         shape = (-1, self._batch)
         if output.dim() == 2:
             if output.shape[0] % self._batch:
-                raise LayerError(f"{self._name} must be called with a batch of {self._batch}, "
-                                 f"got {output.shape[0]} terms in all")
+                raise LayerError(
+                    f"{self._name} must be called with a batch of {self._batch}, "
+                    f"got {output.shape[0]} terms in all"
+                )
             flat = self._record(
-                input.unflatten(0, shape), output.unflatten(0, shape), weight_name, row, bias_name,
+                input.reshape(*shape, input.shape[-1]),
+                output.reshape(*shape, output.shape[-1]),
+                weight_name,
+                row,
+                bias_name,
                 value,
             )
             return flat.flatten(0, 1)
         if output.dim() != 3 or output.shape[1] != self._batch:
-            raise LayerError(f"{self._name} must be called with a batch of {self._batch} in "
-                             f"dimension 0, got shape {list(output.transpose(0, 1).shape)}")
+            raise LayerError(
+                f"{self._name} must be called with a batch of {self._batch} in "
+                f"dimension 0, got shape {list(output.transpose(0, 1).shape)}"
+            )
         return self._record(input, output, weight_name, row, bias_name, value)
 
     def _locate(self, part: Tensor | None) -> tuple[str | None, int]:
@@ -92,5 +102,5 @@ class Projections:
         for local, parameter in self._parameters.items():
             if part is parameter or part._base is parameter:
                 offset = part.storage_offset() - parameter.storage_offset()
-                return local, offset // parameter.stride(0)
+                return local, int(offset // parameter.stride(0))
         return None, 0

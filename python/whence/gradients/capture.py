@@ -62,6 +62,7 @@ class Capture:
         self.received: set[str] = set()
         self.bad: dict[int, str] = {}
         self.rounded = False
+        self.failure: BaseException | None = None
         self.check = check
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._norms: dict[str, float] = {}
@@ -100,6 +101,18 @@ class Capture:
         for row in bad:
             self.bad.setdefault(row, layer)
 
+    def guard(self, hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """`hook`, whose failure is remembered: rows that it left partial are never stored."""
+
+        def guarded(delta: Tensor) -> None:
+            try:
+                hook(delta)
+            except BaseException as error:
+                self.failure = error
+                raise
+
+        return guarded
+
     def receive(self, parameter: Parameter, gradient: Tensor) -> None:
         """Notes that autograd computed the batch's own gradient of a parameter."""
         self.received.add(parameter.name)
@@ -107,7 +120,9 @@ class Capture:
             known = self._gradients.get(parameter.name)
             gradient = gradient.detach()
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            self._gradients[parameter.name] = gradient.clone() if known is None else known + gradient
+            self._gradients[parameter.name] = (
+                gradient.clone() if known is None else known + gradient
+            )
 
     def rows(self) -> NDArray[np.float32]:
         """[batch, dim] the rows, not yet scaled to each sample's own loss.
@@ -117,12 +132,16 @@ class Capture:
                 a part of which a rule saw.
             LayerError: If no gradient was seen at all.
         """
+        if self.failure is not None:  # a rule failed, and the loop went on: the rows are partial
+            raise self.failure
         missed = self.received - self.fired
         if missed:
             raise uncovered_error(sorted(missed))
         if not self.fired:
-            raise LayerError("loss.backward() must be called inside the batch on a loss of the "
-                             "recorded model, got no gradient in any layer")
+            raise LayerError(
+                "loss.backward() must be called inside the batch on a loss of the "
+                "recorded model, got no gradient in any layer"
+            )
         if self.check and not self.bad:
             self._compare()
         rows = self.accumulator.totals
@@ -141,10 +160,13 @@ class Capture:
             if name not in self._sums:
                 continue
             whole = Accumulator(self.sketch, 1)
-            whole.add(name, self.structure.parameters[name].shape,
-                      gradient.float().cpu().numpy().reshape(1, -1))
+            whole.add(
+                name,
+                self.structure.parameters[name].shape,
+                gradient.float().cpu().numpy().reshape(1, -1),
+            )
             difference = float(np.linalg.norm(whole.totals[0] - self._sums[name]))
-            if difference > tolerance * max(self._norms[name], np.linalg.norm(whole.totals)):
+            if difference > tolerance * max(self._norms[name], float(np.linalg.norm(whole.totals))):
                 wrong.append(name)
         if wrong:
             raise CoverageError(
@@ -173,9 +195,7 @@ class LayerSink:
         array = to_array(values).reshape(self.batch, -1)
         self._feed(parameter, lambda into: into.add(parameter.name, parameter.shape, array, start))
 
-    def outer(
-        self, name: str, left: Tensor, right: Tensor, start: int = 0, first: int = 0
-    ) -> None:
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, first: int = 0) -> None:
         """Takes Σ_t left[t] right[t]ᵀ of the samples from `first` on."""
         parameter = self._layer.parameters[name]
         arrays = to_array(left), to_array(right)
@@ -193,9 +213,7 @@ class LayerSink:
         array = to_array(values)
         self._feed(
             parameter,
-            lambda into: into.add_lookup(
-                parameter.name, parameter.shape, places, array, ignored
-            ),
+            lambda into: into.add_lookup(parameter.name, parameter.shape, places, array, ignored),
         )
 
     def _feed(self, parameter: Parameter, feed: Callable[[Accumulator], list[int]]) -> None:
@@ -241,7 +259,7 @@ class Hooks:
         self._stack.callback(before.remove)
         parameters = {p.name: p for p in self._structure.parameters.values()}
         loose = {
-            name: Parameter(name, tuple(tensor.shape), tensor)  # type: ignore[arg-type]
+            name: Parameter(name, tuple(tensor.shape), tensor)
             for name, tensor in self._structure.uncovered.items()
         }
         for parameter in [*parameters.values(), *(loose.values() if self._strict else ())]:
@@ -303,8 +321,9 @@ class Hooks:
             if capture is None:
                 return None
             if not isinstance(output, Tensor):
-                raise LayerError(f"{layer.name} must return a tensor to be recorded, "
-                                 f"got {type(output).__name__}")
+                raise LayerError(
+                    f"{layer.name} must return a tensor to be recorded, got {type(output).__name__}"
+                )
             if layer.rule is FUNCTIONAL:
                 inputs: tuple[Any, ...] = (Call(args, kwargs),)
             else:
@@ -333,8 +352,10 @@ class Hooks:
                 return
             now = [each._version for each in inputs if isinstance(each, Tensor)]
             if now != versions:
-                raise LayerError(f"the input of {layer.name} must not be changed in place between "
-                                 "forward and backward, got one that was")
+                raise LayerError(
+                    f"the input of {layer.name} must not be changed in place between "
+                    "forward and backward, got one that was"
+                )
             sink = LayerSink(capture, layer)
             with torch.no_grad():
                 if layer.rule is FUNCTIONAL:
@@ -343,7 +364,7 @@ class Hooks:
                 else:
                     layer.rule.add(sink, layer.module, inputs, delta)
 
-        output.register_hook(backward)
+        output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]
         return output
 
     def _batched(
@@ -356,7 +377,11 @@ class Hooks:
         """
         batch = capture.batch
         first = inputs[0] if inputs else None
-        if isinstance(layer.module, nn.Embedding) and isinstance(first, Tensor) and first.dim() == 1:
+        if (
+            isinstance(layer.module, nn.Embedding)
+            and isinstance(first, Tensor)
+            and first.dim() == 1
+        ):
             if self._are_positions(capture, layer, first):
                 shape = (batch, *output.shape)
                 return (first.expand(batch, -1), *inputs[1:]), output.expand(shape)
@@ -436,8 +461,10 @@ class Hooks:
                 if capture is not self.capture:
                     return
                 if values._version != version:
-                    raise LayerError(f"the input of {layer.name} must not be changed in place "
-                                     "between forward and backward, got one that was")
+                    raise LayerError(
+                        f"the input of {layer.name} must not be changed in place "
+                        "between forward and backward, got one that was"
+                    )
                 sink = LayerSink(capture, layer)
                 with torch.no_grad():
                     delta = delta.transpose(0, 1)
@@ -447,7 +474,7 @@ class Hooks:
                     if bias is not None:
                         sink.flat(bias, delta.sum(1, dtype=torch.float32), start=value)
 
-            output.register_hook(backward)
+            output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]
             return output
 
         return record
@@ -499,8 +526,10 @@ def _without_compiled_code(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules():
             compiled = type(module).__name__ == "OptimizedModule"
             if compiled or getattr(module, "_compiled_call_impl", None) is not None:
-                raise LayerError(f"torch must be 2.6 or newer to record a compiled model, got "
-                                 f"{torch.__version__} and {name or 'the model'}")
+                raise LayerError(
+                    f"torch must be 2.6 or newer to record a compiled model, got "
+                    f"{torch.__version__} and {name or 'the model'}"
+                )
         yield
 
 

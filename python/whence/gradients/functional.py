@@ -37,8 +37,10 @@ def add_functional(sink: Sink, layer: Any, call: Call, delta: Tensor) -> None:
     module: nn.Module = layer.module
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
-            raise LayerError(f"{layer.name} must be free of active dropout for "
-                             f"uncovered='functional', got {name or 'itself'} in training mode")
+            raise LayerError(
+                f"{layer.name} must be free of active dropout for "
+                f"uncovered='functional', got {name or 'itself'} in training mode"
+            )
     parameters = {name: module.get_parameter(name).detach() for name in layer.parameters}
     leaves, spec = tree_flatten((call.args, call.kwargs))
     leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -55,15 +57,18 @@ def add_functional(sink: Sink, layer: Any, call: Call, delta: Tensor) -> None:
             for leaf, each in zip(leaves, sampled, strict=True)
         ]
         args, kwargs = tree_unflatten(full, spec)
-        _, pull = vjp(lambda values: functional_call(module, values, args, kwargs), parameters)
-        return pull(delta.unsqueeze(0))[0]  # type: ignore[no-any-return]
+        pull = vjp(lambda values: functional_call(module, values, args, kwargs), parameters)[1]
+        gradients: dict[str, Tensor] = pull(delta.unsqueeze(0))[0]
+        return gradients
 
     enabled, dtype = call.autocast
     try:
         with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=enabled):
             gradients = vmap(one)(delta, *tensors)
     except (RuntimeError, ValueError) as error:
-        raise LayerError(f"{layer.name} must run under torch.func for uncovered='functional', "
-                         f"got: {str(error).splitlines()[0]}") from error
+        raise LayerError(
+            f"{layer.name} must run under torch.func for uncovered='functional', "
+            f"got: {str(error).splitlines()[0]}"
+        ) from error
     for name, values in gradients.items():
         sink.flat(name, values)

@@ -41,9 +41,7 @@ class Sink(Protocol):
     def flat(self, name: str, values: Tensor, start: int = 0) -> None:
         """Takes [batch, ...] gradients of the coordinates from `start` on."""
 
-    def outer(
-        self, name: str, left: Tensor, right: Tensor, start: int = 0, first: int = 0
-    ) -> None:
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, first: int = 0) -> None:
         """Takes Σ_t left[t] right[t]ᵀ of the samples from `first` on."""
 
     def lookup(self, name: str, indices: Tensor, values: Tensor, ignored: int | None) -> None:
@@ -232,11 +230,15 @@ def unfold(module: Any, values: Tensor) -> Tensor:
 @_rule("embedding", nn.Embedding)
 def _embedding(sink: Sink, module: nn.Embedding, inputs: tuple[Any, ...], delta: Tensor) -> None:
     if module.max_norm is not None:
-        raise LayerError("an Embedding must have max_norm=None, got one that changes its weights "
-                         "in the forward pass")
+        raise LayerError(
+            "an Embedding must have max_norm=None, got one that changes its weights "
+            "in the forward pass"
+        )
     if module.scale_grad_by_freq:
-        raise LayerError("an Embedding must have scale_grad_by_freq=False, got one whose "
-                         "gradient depends on who else is in the batch")
+        raise LayerError(
+            "an Embedding must have scale_grad_by_freq=False, got one whose "
+            "gradient depends on who else is in the batch"
+        )
     sink.lookup(
         "weight",
         inputs[0].reshape(sink.batch, -1),
@@ -308,7 +310,8 @@ def _functional(sink: Sink, module: Any, inputs: tuple[Any, ...], delta: Tensor)
 
 
 FUNCTIONAL = Rule(
-    "functional", lambda module: [name for name, _ in module.named_parameters(recurse=False)],
+    "functional",
+    lambda module: [name for name, _ in module.named_parameters(recurse=False)],
     _functional,
 )
 """Any module, by a vector-Jacobian product per sample: slow, and holds [batch, parameters]."""

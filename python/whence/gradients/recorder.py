@@ -174,11 +174,11 @@ class Recorder:
         array = _arrays.ids("ids", ids) if len(ids) else np.empty(0, np.int64)
         if not len(array):
             return []
-        left_out = {id_ for index, id_ in self._writer.manifest.skipped
-                    if self._current() == index}
+        left_out = {id_ for index, id_ in self._writer.manifest.skipped if self._current() == index}
         known = self._writer.has(array)
         return [
-            id_ for id_, there in zip(array.tolist(), known, strict=True)
+            id_
+            for id_, there in zip(array.tolist(), known, strict=True)
             if not there and id_ not in left_out
         ]
 
@@ -202,8 +202,10 @@ class Recorder:
         self._end_checkpoint()
         found = self._writer.set_checkpoint(Checkpoint(name, learning_rate))
         if found.learning_rate != learning_rate:
-            raise ArgumentError(f"learning_rate must be {found.learning_rate} as checkpoint "
-                                f"{name!r} has, got {learning_rate}")
+            raise ArgumentError(
+                f"learning_rate must be {found.learning_rate} as checkpoint "
+                f"{name!r} has, got {learning_rate}"
+            )
 
     def commit(self) -> None:
         """Confirms all rows so far: when it returns, a crash or power cut keeps them.
@@ -237,8 +239,15 @@ class Recorder:
         self._check_idle("verify")
         self._refuse_batch_norm()
         return verify(
-            self._model, self._structure, self._hooks, self._sketch, self._reduction, closure,
-            batch, tokens, self._unbatched,
+            self._model,
+            self._structure,
+            self._hooks,
+            self._sketch,
+            self._reduction,
+            closure,
+            batch,
+            tokens,
+            self._unbatched,
         )
 
     @contextmanager
@@ -281,8 +290,9 @@ class Recorder:
         """
         self._check_idle("batch")
         if not self._open:
-            raise WhenceError("batch must be called inside `with whence.record(...)`, got a closed "
-                              "recorder")
+            raise WhenceError(
+                "batch must be called inside `with whence.record(...)`, got a closed recorder"
+            )
         array = _arrays.ids("ids", ids)
         given = {"loss": loss, "label": label, "group": group, **columns}
         checked = self._writer.check_columns(
@@ -353,8 +363,10 @@ class Recorder:
         """What a row is multiplied with to be the gradient of the example's own loss."""
         if self._reduction != "token_mean":
             if tokens is not None:
-                raise ArgumentError(f"tokens must be None for reduction={self._reduction!r}, "
-                                    f"got {_arrays.describe(tokens)}")
+                raise ArgumentError(
+                    f"tokens must be None for reduction={self._reduction!r}, "
+                    f"got {_arrays.describe(tokens)}"
+                )
             return float(count) if self._reduction == "mean" else 1.0
         return count_tokens(tokens, count)
 
@@ -393,8 +405,10 @@ class Recorder:
                     raise self._moved(checkpoint)
                 checkpoint.weights = "moving"
             elif self._weights == "fixed" and checkpoint.weights == "moving":
-                raise WeightsError(f"weights must be 'moving' as checkpoint {checkpoint.name!r} "
-                                   "was recorded, got 'fixed'")
+                raise WeightsError(
+                    f"weights must be 'moving' as checkpoint {checkpoint.name!r} "
+                    "was recorded, got 'fixed'"
+                )
             checkpoint.last = None
             self._versions = now
         elif now != self._versions:
@@ -432,8 +446,9 @@ def count_tokens(tokens: Any, count: int) -> float:
         ArgumentError: If they are missing, or none is counted.
     """
     if tokens is None:
-        raise ArgumentError("tokens must be the counted tokens of each example for "
-                            "reduction='token_mean', got None")
+        raise ArgumentError(
+            "tokens must be the counted tokens of each example for reduction='token_mean', got None"
+        )
     counts = _arrays.column("tokens", tokens, count)
     if counts.dtype.kind not in "if" or (counts < 0).any() or counts.sum() <= 0:
         raise ArgumentError(f"tokens must be counts, at least one above 0, got {counts.tolist()}")

@@ -132,7 +132,7 @@ def structure_of(
         if (parameter.tensor.requires_grad if names is None else parameter.name in names)
     }
     found: list[Layer] = []
-    loose: dict[str, tuple[str, nn.Module, list[str]]] = {}
+    loose: dict[str, tuple[str, list[str]]] = {}
     claimed: set[tuple[str, str]] = set()
     matched = patterns is None
     seen: set[int] = set()
@@ -171,17 +171,15 @@ def structure_of(
             if parameter.name in wanted and local not in covered
         ]
         if rest:
-            loose[name] = (name, module, rest)
+            loose[name] = (name, rest)
             if uncovered == "functional":
-                found.append(
-                    Layer(name, module, FUNCTIONAL, {local: own[local] for local in rest})
-                )
+                found.append(Layer(name, module, FUNCTIONAL, {local: own[local] for local in rest}))
     if not matched:
         raise ArgumentError(f"layers must match a layer with parameters, got {patterns}")
     parameters = {p.name: p for layer in found for p in layer.parameters.values()}
     missing: dict[str, nn.Parameter] = {}
     if uncovered != "functional":
-        for name, module, rest in loose.values():
+        for name, rest in loose.values():
             for local in rest:
                 parameter = known[f"{name}.{local}" if name else local]
                 if parameter.name not in parameters:
@@ -208,9 +206,14 @@ def structure_in_store(model: nn.Module, described: Mapping[str, Any], path: Any
     for there in described["parameters"]:
         found = here.get(there["name"])
         if found != there:
-            got = f"{there['name']} {found['shape']} in {found['kind']}" if found else (
-                f"no {there['name']}" if there["name"] not in structure.uncovered
-                else f"{there['name']} in a layer without a rule"
+            got = (
+                f"{there['name']} {found['shape']} in {found['kind']}"
+                if found
+                else (
+                    f"no {there['name']}"
+                    if there["name"] not in structure.uncovered
+                    else f"{there['name']} in a layer without a rule"
+                )
             )
             raise MismatchError(
                 f"model must be that of the store {path}, with {there['name']} {there['shape']} "

@@ -39,8 +39,10 @@ class Verified:
     batch: float
 
     def __str__(self) -> str:
-        return (f"recorded rows equal exact gradients to {self.gradient:.1e}, and do not depend "
-                f"on the batch to {self.batch:.1e} (relative)")
+        return (
+            f"recorded rows equal exact gradients to {self.gradient:.1e}, and do not depend "
+            f"on the batch to {self.batch:.1e} (relative)"
+        )
 
 
 def verify(
@@ -58,13 +60,16 @@ def verify(
     counts = np.ones(2)
     if reduction == "token_mean":
         if tokens is None:
-            raise ArgumentError("tokens must be the counted tokens of the first two examples for "
-                                "reduction='token_mean', got None")
+            raise ArgumentError(
+                "tokens must be the counted tokens of the first two examples for "
+                "reduction='token_mean', got None"
+            )
         counts = _arrays.column("tokens", tokens, 2).astype(np.float64)
     pair = _slice(batch, 0, 2)
     if _batch_size(pair) != 2:
-        raise ArgumentError("batch must hold tensors of at least two examples, got "
-                            f"{_batch_size(pair)}")
+        raise ArgumentError(
+            f"batch must hold tensors of at least two examples, got {_batch_size(pair)}"
+        )
     with preserved(model), _without_dropout(model):
         exact, own = zip(
             *(_exact(structure, sketch, closure, _slice(batch, i, i + 1)) for i in range(2)),
@@ -72,9 +77,7 @@ def verify(
         )
     with preserved(model), _without_dropout(model):
         both, rounded = _recorded(structure, hooks, sketch, closure, pair, 2, unbatched)
-        alone, _ = _recorded(
-            structure, hooks, sketch, closure, _slice(batch, 0, 1), 1, unbatched
-        )
+        alone, _ = _recorded(structure, hooks, sketch, closure, _slice(batch, 0, 1), 1, unbatched)
     tolerance = ROUNDED if rounded or any(own) else EXACT
     factor = {"mean": 2.0, "sum": 1.0, "token_mean": float(counts.sum())}[reduction]
     rows = both * factor
@@ -97,11 +100,15 @@ def verify(
                 f"relative difference of {in_batch:.2g} (batch statistics, padding without a "
                 "mask, or dimension 0 is not the batch)"
             )
-        raise LayerError(f"recorded rows must equal the exact gradients, got a relative difference "
-                         f"of {gradient:.2g}")
+        raise LayerError(
+            f"recorded rows must equal the exact gradients, got a relative difference "
+            f"of {gradient:.2g}"
+        )
     if in_batch > tolerance:
-        raise LayerError("an example's gradient must not depend on who else is in the batch, got a "
-                         f"relative difference of {in_batch:.2g}")
+        raise LayerError(
+            "an example's gradient must not depend on who else is in the batch, got a "
+            f"relative difference of {in_batch:.2g}"
+        )
     return Verified(gradient, in_batch)
 
 
@@ -120,8 +127,9 @@ def _exact(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            accumulator.add(parameter.name, parameter.shape,
-                            gradient.float().cpu().numpy().reshape(1, -1))
+            accumulator.add(
+                parameter.name, parameter.shape, gradient.float().cpu().numpy().reshape(1, -1)
+            )
     return accumulator.totals[0], rounded
 
 
@@ -137,7 +145,7 @@ def _recorded(
     """What the hooks make of a batch, and whether a layer computed in 16 bits."""
     capture = Capture(structure, sketch, count, unbatched, check=True)
     with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
-        closure(*batch).backward()
+        closure(*batch).backward()  # type: ignore[no-untyped-call]
     capture.rows()
     return capture.accumulator.totals, capture.rounded
 

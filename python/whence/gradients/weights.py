@@ -52,18 +52,22 @@ def load(name: str, state: State) -> dict[str, Tensor]:
     if isinstance(state, (str, os.PathLike)):
         path = Path(state)
         if not path.is_file():
-            raise StoreError(f"states[{name!r}] must be a state dict or its file, got {path}, "
-                             "which is no file")
+            raise StoreError(
+                f"states[{name!r}] must be a state dict or its file, got {path}, which is no file"
+            )
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise StoreError(f"states[{name!r}] must be a file of torch.save, got {path}: "
-                             f"{str(error).splitlines()[0]}") from error
+            raise StoreError(
+                f"states[{name!r}] must be a file of torch.save, got {path}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise CheckpointError(f"states[{name!r}] must be a state dict of tensors, "
-                              f"got {type(state).__name__}")
+        raise CheckpointError(
+            f"states[{name!r}] must be a state dict of tensors, got {type(state).__name__}"
+        )
     return {canonical_name(key): value for key, value in state.items()}
 
 
@@ -72,9 +76,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Puts weights, buffers, modes, `.grad` and random state back afterwards, whatever happens."""
     modes = {module: module.training for module in model.modules()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    kept = [
-        (tensor, tensor.detach().clone()) for tensor in [*model.parameters(), *model.buffers()]
-    ]
+    kept = [(tensor, tensor.detach().clone()) for tensor in [*model.parameters(), *model.buffers()]]
     python_state = copy.copy(torch.get_rng_state())
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
@@ -103,7 +105,9 @@ def put(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
     if set(mine) != set(state):
         odd = min(set(mine) ^ set(state))
         where = "is missing" if odd in mine else "is not in the model"
-        raise CheckpointError(f"states[{name!r}] must fit the model, got one in which {odd} {where}")
+        raise CheckpointError(
+            f"states[{name!r}] must fit the model, got one in which {odd} {where}"
+        )
     with torch.no_grad():
         for key, value in state.items():
             if mine[key].shape != value.shape:

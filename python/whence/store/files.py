@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def write_array(path: Path, array: NDArray[Any]) -> Written:
     array = np.ascontiguousarray(array)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return write(path, header.getvalue(), memoryview(array.reshape(-1).view(np.uint8)))
+    return write(path, header.getvalue(), array.reshape(-1).view(np.uint8).data)
 
 
 def write_strings(folder: Path, stem: str, array: NDArray[np.str_]) -> dict[str, Written]:
@@ -85,12 +86,16 @@ def read(path: Path, written: Written) -> bytes:
     """
     with store_errors(path):
         if path.stat().st_size != written.length:
-            raise StoreError(f"{path} is damaged: it must be {written.length} bytes long, "
-                             f"got {path.stat().st_size}")
+            raise StoreError(
+                f"{path} is damaged: it must be {written.length} bytes long, "
+                f"got {path.stat().st_size}"
+            )
         content = path.read_bytes()
     if zlib.crc32(content) != written.checksum:
-        raise StoreError(f"{path} is damaged: its checksum must be {written.checksum:#010x}, "
-                         f"got {zlib.crc32(content):#010x}")
+        raise StoreError(
+            f"{path} is damaged: its checksum must be {written.checksum:#010x}, "
+            f"got {zlib.crc32(content):#010x}"
+        )
     return content
 
 
@@ -109,9 +114,7 @@ def read_array(path: Path, written: Written, kind: str, shape: tuple[int, ...]) 
     return array
 
 
-def read_strings(
-    folder: Path, stem: str, files: dict[str, Written], rows: int
-) -> NDArray[np.str_]:
+def read_strings(folder: Path, stem: str, files: dict[str, Written], rows: int) -> NDArray[np.str_]:
     """The strings that `write_strings` wrote."""
     offsets_path, path = folder / f"{stem}-offsets.npy", folder / f"{stem}.npy"
     offsets = read_array(offsets_path, _of(files, offsets_path), "<i8", (rows + 1,))
@@ -121,8 +124,7 @@ def read_strings(
     content = read_array(path, _of(files, path), "|u1", (total,)).tobytes()
     try:
         texts = [
-            content[start:end].decode("utf-8", "surrogatepass")
-            for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+            content[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(offsets)
         ]
     except UnicodeDecodeError as error:
         raise StoreError(f"{path} is damaged: {error}") from None
@@ -159,5 +161,7 @@ def _check_kind(
     path: Path, dtype: np.dtype[Any], found: tuple[int, ...], kind: str, shape: tuple[int, ...]
 ) -> None:
     if dtype.str != kind or found != shape:
-        raise StoreError(f"{path} is damaged: it must hold {kind} of shape {list(shape)}, "
-                         f"got {dtype.str} of shape {list(found)}")
+        raise StoreError(
+            f"{path} is damaged: it must hold {kind} of shape {list(shape)}, "
+            f"got {dtype.str} of shape {list(found)}"
+        )

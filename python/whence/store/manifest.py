@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from whence import _core
 from whence.errors import StoreError
 from whence.store.files import Written, store_errors, sync_directory, write
 
@@ -95,7 +95,7 @@ class Manifest:
         temporary = folder / f"manifest-{number:08}.part"
         with store_errors(final):
             write(temporary, text, f"\n{zlib.crc32(text):08x}\n".encode())
-            os.replace(temporary, final)
+            temporary.replace(final)
             sync_directory(folder)
             for old, path in _numbered(folder):
                 if old < number - KEPT:
@@ -146,16 +146,31 @@ class Manifest:
             for each in body["shards"]
         ]
         manifest.skipped = [(checkpoint, id_) for checkpoint, id_ in body["skipped"]]
-        for shard in manifest.shards:
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        """Nothing, if every value is one that a writer may have written.
+
+        Raises:
+            ValueError: If one is not.
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
+        if not isinstance(self.sketch["dim"], int) or not 1 <= self.dim <= _core.MAX_DIM:
+            raise ValueError(f"dim must be from 1 to {_core.MAX_DIM}, got {self.sketch['dim']}")
+        for name, kind in (self.columns or {}).items():
+            if kind not in COLUMN_KINDS:
+                raise ValueError(f"column {name!r} must be of a known type, got {kind!r}")
+        for shard in self.shards:
             if not re.fullmatch(r"shard-\d{8}", shard.name):
                 raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
-            if not 0 <= shard.checkpoint < len(manifest.checkpoints) or shard.rows < 1:
-                raise ValueError(f"{shard.name} must have rows of a known checkpoint")
-        if manifest.dtype not in DTYPES or not 1 <= manifest.dim:
-            raise ValueError("dtype and dim must be those of rows")
-        if any(kind not in COLUMN_KINDS for kind in (manifest.columns or {}).values()):
-            raise ValueError("columns must be of known types")
-        return manifest
+            if not isinstance(shard.rows, int) or shard.rows < 1:
+                raise ValueError(f"{shard.name} must have rows, got {shard.rows!r}")
+            if shard.checkpoint not in range(len(self.checkpoints)):
+                raise ValueError(
+                    f"{shard.name} must be of a known checkpoint, got {shard.checkpoint!r}"
+                )
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

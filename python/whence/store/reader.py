@@ -131,8 +131,9 @@ class Reader:
             IdError: If an id is of the wrong kind, or not in the store.
         """
         if ids.dtype.kind != self.ids.dtype.kind:
-            raise IdError(f"{name} must be {self.manifest.ids} as in the store, "
-                          f"got {describe(ids)}")
+            raise IdError(
+                f"{name} must be {self.manifest.ids} as in the store, got {describe(ids)}"
+            )
         order, ordered = self._sorted
         at = np.searchsorted(ordered, ids).clip(max=max(len(ordered) - 1, 0))
         known = ordered[at] == ids if len(ordered) else np.zeros(len(ids), np.bool_)
@@ -141,9 +142,7 @@ class Reader:
         found: NDArray[np.int64] = order[at]
         return found
 
-    def rows(
-        self, ids: Ids | None = None, checkpoint: str | None = None
-    ) -> NDArray[np.float32]:
+    def rows(self, ids: Ids | None = None, checkpoint: str | None = None) -> NDArray[np.float32]:
         """[ids, dim] the rows of these ids, or of all in order, at one checkpoint.
 
         Raises:
@@ -155,8 +154,10 @@ class Reader:
         if ids is not None:
             numbers = numbers[self.positions("ids", ids)]
         if (numbers < 0).any():
-            raise IdError(f"every id must have a row in the checkpoint, got "
-                          f"{int((numbers < 0).sum())} without one")
+            raise IdError(
+                f"every id must have a row in the checkpoint, got "
+                f"{int((numbers < 0).sum())} without one"
+            )
         return self.core.read(np.ascontiguousarray(numbers, np.uint64))
 
     def norms(self, checkpoint: str | None = None) -> NDArray[np.float32]:
@@ -169,7 +170,7 @@ class Reader:
                 one.
         """
         numbers = self.row_numbers(missing="keep")[self.checkpoint_index(checkpoint)]
-        norms = self.scales[numbers]
+        norms: NDArray[np.float32] = self.scales[numbers]
         norms[numbers < 0] = np.nan
         return norms
 
@@ -204,8 +205,9 @@ class Reader:
             keep = np.ones(len(self), np.bool_)
             for name, values in where.items():
                 if name not in self.columns:
-                    raise ArgumentError(f"where must name columns of {sorted(self.columns)}, "
-                                        f"got {name!r}")
+                    raise ArgumentError(
+                        f"where must name columns of {sorted(self.columns)}, got {name!r}"
+                    )
                 wanted = np.atleast_1d(np.asarray(values))
                 column = self.columns[name]
                 if (wanted.dtype.kind == "U") != (column.dtype.kind == "U"):
@@ -215,8 +217,9 @@ class Reader:
             return keep
         mask = np.asarray(where)
         if mask.dtype != np.bool_ or mask.shape != (len(self),):
-            raise DtypeError(f"where must be a dict of columns or [{len(self)}] bool, "
-                             f"got {describe(where)}")
+            raise DtypeError(
+                f"where must be a dict of columns or [{len(self)}] bool, got {describe(where)}"
+            )
         return mask
 
     @cached_property
@@ -226,14 +229,15 @@ class Reader:
 
     @cached_property
     def _order(self) -> tuple[Ids, NDArray[np.int64]]:
-        """ids in order of first appearance, and [checkpoints, examples] numbers of their rows."""
+        """Ids in order of first appearance; [checkpoints, examples] numbers of their rows."""
         shards = self.manifest.shards
         parts = [read_ids(self.path, shard, self.manifest) for shard in shards]
         if not parts:
             return np.empty(0, np.int64), np.empty((len(self.checkpoints), 0), np.int64)
         all_ids = np.concatenate(parts)
-        checkpoint = np.repeat([shard.checkpoint for shard in shards],
-                               [shard.rows for shard in shards])
+        checkpoint = np.repeat(
+            [shard.checkpoint for shard in shards], [shard.rows for shard in shards]
+        )
         if len(self.checkpoints) == 1:
             numbers = np.arange(len(all_ids))[None]
             if len(np.unique(all_ids)) < len(all_ids):

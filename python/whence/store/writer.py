@@ -48,8 +48,10 @@ class Writer:
             if not exists and path.is_dir():
                 strangers = [each.name for each in path.iterdir() if not _ours(each.name)]
                 if strangers:
-                    raise StoreError(f"path must be a store or an empty folder, got {path} "
-                                     f"with {min(strangers)!r} in it")
+                    raise StoreError(
+                        f"path must be a store or an empty folder, got {path} "
+                        f"with {min(strangers)!r} in it"
+                    )
             path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(path)
         try:
@@ -127,8 +129,9 @@ class Writer:
         if wanted is None:
             return columns
         if set(columns) != set(wanted):
-            raise ArgumentError(f"columns must be {sorted(wanted)} as in the first batch, "
-                                f"got {sorted(columns)}")
+            raise ArgumentError(
+                f"columns must be {sorted(wanted)} as in the first batch, got {sorted(columns)}"
+            )
         found = {}
         for name, column in columns.items():
             kind = column_kind(column)
@@ -139,9 +142,7 @@ class Writer:
             found[name] = column
         return found
 
-    def append(
-        self, ids: Ids, rows: NDArray[np.float32], columns: dict[str, NDArray[Any]]
-    ) -> None:
+    def append(self, ids: Ids, rows: NDArray[np.float32], columns: dict[str, NDArray[Any]]) -> None:
         """Takes rows of the current checkpoint; commits now and then.
 
         Args:
@@ -290,7 +291,8 @@ def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
         )
     if found.reduction != wanted.reduction:
         raise MismatchError(
-            f"reduction must be {found.reduction!r} as in the store {path}, got {wanted.reduction!r}"
+            f"reduction must be {found.reduction!r} as in the store {path}, "
+            f"got {wanted.reduction!r}"
         )
     check_model(path, found, wanted.model)
 
@@ -319,5 +321,3 @@ def _describe(name: str, parameter: dict[str, Any] | None) -> str:
     if parameter is None:
         return f"no {name}"
     return f"{name} of shape {parameter['shape']} in {parameter['kind']}"
-
-

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::Error;
-use crate::stop::{Asker, Stop};
+use crate::stop::{Asker, Stop, Watch};
 
 /// The most threads a call starts, whatever it was asked for.
 pub const MAX_THREADS: usize = 256;
@@ -15,8 +15,9 @@ pub const MAX_THREADS: usize = 256;
 /// Does the `jobs` in any order on up to `threads` threads, each with a state of its own, and
 /// returns the states of all threads.
 ///
-/// The calling thread takes part, and asks `asker` between jobs. Which thread does which job is
-/// not fixed: `work` must give the same result for any sharing-out.
+/// The calling thread takes part, and asks `asker` between jobs; a job of more than milliseconds
+/// checks its [`Watch`] now and then. Which thread does which job is not fixed: `work` must give
+/// the same result for any sharing-out.
 ///
 /// # Errors
 /// The first error a job returned, [`Error::Stopped`] if `asker` said so, [`Error::Internal`] if
@@ -26,22 +27,20 @@ pub fn share<S: Send>(
     threads: usize,
     asker: &Asker<'_>,
     state: impl Fn() -> S + Sync,
-    work: impl Fn(&mut S, usize) -> Result<(), Error> + Sync,
+    work: impl Fn(&mut S, usize, &Watch<'_>) -> Result<(), Error> + Sync,
 ) -> Result<Vec<S>, Error> {
     let stop = Stop::new();
     let next = AtomicUsize::new(0);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let run = |ask: Option<&Asker<'_>>| {
         let mut mine = state();
+        let watch = Watch::new(&stop, ask);
         loop {
-            if let Some(asker) = ask {
-                asker.tick(&stop);
-            }
             let job = next.fetch_add(1, Ordering::Relaxed);
             if job >= jobs {
                 return mine;
             }
-            if let Err(error) = stop.check().and_then(|()| work(&mut mine, job)) {
+            if let Err(error) = watch.check().and_then(|()| work(&mut mine, job, &watch)) {
                 stop.raise();
                 if let Ok(mut first) = failure.lock() {
                     first.get_or_insert(error);
@@ -77,7 +76,7 @@ mod tests {
     fn every_job_is_done_once() {
         for threads in [0, 1, 3, 8] {
             let asker = Asker::new(&never);
-            let states = share(100, threads, &asker, Vec::new, |done: &mut Vec<usize>, job| {
+            let states = share(100, threads, &asker, Vec::new, |done: &mut Vec<usize>, job, _| {
                 done.push(job);
                 Ok(())
             })
@@ -96,7 +95,7 @@ mod tests {
             2,
             &asker,
             || (),
-            |(), job| {
+            |(), job, _| {
                 if job == 7 { Err(Error::argument("job", "another", job)) } else { Ok(()) }
             },
         );
@@ -107,7 +106,7 @@ mod tests {
     fn a_yes_to_the_question_stops_the_work() {
         let yes = || true;
         let asker = Asker::new(&yes);
-        let found = share(usize::MAX, 2, &asker, || (), |(), _| Ok(()));
+        let found = share(usize::MAX, 2, &asker, || (), |(), _, _| Ok(()));
         assert!(matches!(found, Err(Error::Stopped)));
     }
 }

@@ -172,7 +172,7 @@ pub fn ends(
         threads,
         asker,
         || State { sieves: vec![Sieve::default(); count], ..State::default() },
-        |state, job| {
+        |state, job, watch| {
             let first = job * step;
             let here = step.min(examples - first);
             state.values.resize(here * dim, 0.0);
@@ -184,6 +184,7 @@ pub fn ends(
                 rows.read(numbers, values, scales, bytes)?;
                 let queries = &request.queries[checkpoint * count * dim..][..count * dim];
                 for (index, queries) in queries.chunks(group * dim).enumerate() {
+                    watch.check()?;
                     let width = queries.len() / dim;
                     products.clear();
                     products.resize(here * width, 0.0);

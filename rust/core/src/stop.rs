@@ -65,6 +65,31 @@ impl<'a> Asker<'a> {
     }
 }
 
+/// What a worker looks at between pieces of work: the flag, and on the calling thread the asker.
+pub struct Watch<'a> {
+    stop: &'a Stop,
+    asker: Option<&'a Asker<'a>>,
+}
+
+impl<'a> Watch<'a> {
+    /// The watch of a worker; `asker` on the calling thread only.
+    #[must_use]
+    pub fn new(stop: &'a Stop, asker: Option<&'a Asker<'a>>) -> Self {
+        Self { stop, asker }
+    }
+
+    /// To be called at least every few milliseconds of work; takes tens of nanoseconds.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] if the work should end.
+    pub fn check(&self) -> Result<(), Error> {
+        if let Some(asker) = self.asker {
+            asker.tick(self.stop);
+        }
+        self.stop.check()
+    }
+}
+
 /// The question of a caller who never stops the work.
 #[must_use]
 pub fn never() -> bool {

@@ -14,19 +14,21 @@ use super::{
 
 const WIDTH: usize = 8;
 
-#[inline(always)]
+#[inline]
+#[target_feature(enable = "avx2")]
 fn load(values: &[f32; WIDTH]) -> __m256 {
-    // SAFETY: the reference covers the eight values; AVX is present, as callers are AVX2 forms.
+    // SAFETY: the reference covers the eight values.
     unsafe { _mm256_loadu_ps(values.as_ptr()) }
 }
 
-#[inline(always)]
+#[inline]
+#[target_feature(enable = "avx2")]
 fn store(values: &mut [f32; WIDTH], register: __m256) {
     // SAFETY: as for `load`.
     unsafe { _mm256_storeu_ps(values.as_mut_ptr(), register) }
 }
 
-#[inline(always)]
+#[inline]
 fn eights<const N: usize>(values: &[f32; N]) -> &[[f32; WIDTH]] {
     values.as_chunks().0
 }

@@ -165,7 +165,7 @@ fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
 
 /// Calls `block` for tiles of at most [`DOT_ROWS`] rows by [`DOT_QUERIES`] queries that cover
 /// all; each call gets the first row, the first query, and the sizes of the tile.
-#[inline(always)]
+#[inline]
 fn for_each_dot_tile(
     rows: usize,
     queries: usize,

@@ -51,8 +51,13 @@ impl Value for f16 {
         self.to_f32()
     }
     fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        use half::slice::HalfFloatSliceExt;
-        scatter_widened(set, slots, values, block, |from, to| from.convert_to_f32_slice(to));
+        scatter_widened(
+            set,
+            slots,
+            values,
+            block,
+            half::slice::HalfFloatSliceExt::convert_to_f32_slice,
+        );
     }
 }
 
@@ -62,8 +67,13 @@ impl Value for bf16 {
         self.to_f32()
     }
     fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        use half::slice::HalfFloatSliceExt;
-        scatter_widened(set, slots, values, block, |from, to| from.convert_to_f32_slice(to));
+        scatter_widened(
+            set,
+            slots,
+            values,
+            block,
+            half::slice::HalfFloatSliceExt::convert_to_f32_slice,
+        );
     }
 }
 
@@ -109,10 +119,10 @@ impl Sketch {
             threads,
             asker,
             || (Vec::new(), Box::new([Slot::default(); SLOTS]), Vec::new()),
-            |(block, slots, bad), row| {
+            |(block, slots, bad), row, watch| {
                 let mut total = totals.take(row)?;
                 let mut adder = Adder::new(self, parameter, &mut total, block);
-                adder.add(start, &values[row * width..][..width], slots);
+                adder.add(start, &values[row * width..][..width], slots, watch)?;
                 if !adder.finish() {
                     bad.push(row);
                 }

@@ -46,7 +46,9 @@ impl Sketch {
             return Ok(Vec::new());
         }
         let rows = parameter.len / width as u64;
-        if let Some(index) = indices.iter().find(|&&index| index < 0 || index as u64 >= rows) {
+        if let Some(index) =
+            indices.iter().find(|&&index| !u64::try_from(index).is_ok_and(|row| row < rows))
+        {
             return Err(Error::argument("indices", format!("from 0 to {}", rows - 1), index));
         }
         let totals = RowsMut::new(totals, self.dim);
@@ -56,7 +58,7 @@ impl Sketch {
             threads,
             asker,
             || (Vec::new(), Box::new([Slot::default(); SLOTS]), Vec::new()),
-            |(block, slots, bad), sample| {
+            |(block, slots, bad), sample, watch| {
                 let indices = &indices[sample * terms..][..terms];
                 let values = &values[sample * terms * width..][..terms * width];
                 let mut order: Vec<usize> = (0..terms).collect();
@@ -75,7 +77,7 @@ impl Sketch {
                             *sum += value;
                         }
                     }
-                    adder.add(index as u64 * width as u64, &sum, slots);
+                    adder.add(index.unsigned_abs() * width as u64, &sum, slots, watch)?;
                 }
                 if !adder.finish() {
                     bad.push(sample);

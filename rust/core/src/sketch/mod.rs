@@ -23,6 +23,7 @@ pub use outer::Sequences;
 use crate::error::Error;
 use crate::kernels::{InstructionSet, LANES, Slot};
 use crate::random;
+use crate::stop::Watch;
 
 /// The widest row a sketch makes.
 pub const MAX_DIM: usize = 1 << 20;
@@ -142,7 +143,13 @@ impl<'a> Adder<'a> {
     }
 
     /// Adds `values` at the coordinates from `start` on. Calls must come in order of `start`.
-    fn add<T: Value>(&mut self, start: u64, values: &[T], slots: &mut [Slot; SLOTS]) {
+    fn add<T: Value>(
+        &mut self,
+        start: u64,
+        values: &[T],
+        slots: &mut [Slot; SLOTS],
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
         const WIDTH: u64 = LANES as u64;
         let mut chunk = start / WIDTH;
         let skipped = (start % WIDTH) as usize;
@@ -161,6 +168,7 @@ impl<'a> Adder<'a> {
                 *slot = self.sketch.slot(self.parameter, chunk + index as u64);
             }
             let (these, rest) = whole.split_at(count * LANES);
+            watch.check()?;
             self.add_chunks(chunk, &slots[..count], these);
             chunk += count as u64;
             whole = rest;
@@ -168,6 +176,7 @@ impl<'a> Adder<'a> {
         if !tail.is_empty() {
             self.add_partial(chunk, 0, tail);
         }
+        Ok(())
     }
 
     /// Adds `values` at lanes `lane..` of a chunk. The other lanes are zeros, which change nothing.

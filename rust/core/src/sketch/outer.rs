@@ -8,7 +8,7 @@ use super::{Adder, Parameter, SLOTS, Sketch, join};
 use crate::error::Error;
 use crate::kernels::{Slot, TILE_COLUMNS, TILE_ROWS, Tile};
 use crate::parallel::share;
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 
 /// Values a strip of the gradient may hold: 128 KiB, so that it stays in the second cache.
 const STRIP: usize = 1 << 15;
@@ -73,14 +73,26 @@ impl<'a> Sequences<'a> {
 }
 
 /// What a worker keeps between samples.
-#[derive(Default)]
 struct Scratch {
     block: Vec<f32>,
     left: Vec<f32>,
     right: Vec<f32>,
     strip: Vec<f32>,
-    slots: Vec<Slot>,
+    slots: Box<[Slot; SLOTS]>,
     bad: Vec<usize>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            block: Vec::new(),
+            left: Vec::new(),
+            right: Vec::new(),
+            strip: Vec::new(),
+            slots: Box::new([Slot::default(); SLOTS]),
+            bad: Vec::new(),
+        }
+    }
 }
 
 impl Sketch {
@@ -130,9 +142,11 @@ impl Sketch {
         let work = batch.saturating_mul(terms).saturating_mul(rows).saturating_mul(columns);
         // Threads cost more than the work below about 2^22 products each.
         let threads = threads.min(1 + (work >> 22));
-        let states = share(batch, threads, asker, Scratch::default, |scratch, row| {
+        let states = share(batch, threads, asker, Scratch::default, |scratch, row, watch| {
             let mut total = totals.take(row)?;
-            if !self.add_one_outer(parameter, start, left, right, row, &mut total, scratch) {
+            if !self
+                .add_one_outer(parameter, start, left, right, row, &mut total, scratch, watch)?
+            {
                 scratch.bad.push(row);
             }
             Ok(())
@@ -150,7 +164,8 @@ impl Sketch {
         sample: usize,
         total: &mut [f64],
         scratch: &mut Scratch,
-    ) -> bool {
+        watch: &Watch<'_>,
+    ) -> Result<bool, Error> {
         let [_, terms, rows] = left.shape;
         let columns = right.shape[2];
         left.pack::<TILE_ROWS>(sample, &mut scratch.left);
@@ -158,8 +173,6 @@ impl Sketch {
         let height = (STRIP / columns).clamp(TILE_ROWS, rows.next_multiple_of(TILE_ROWS));
         let height = height / TILE_ROWS * TILE_ROWS;
         scratch.strip.resize(height * columns, 0.0);
-        scratch.slots.resize(SLOTS, Slot::default());
-        let Some(slots) = scratch.slots.first_chunk_mut::<SLOTS>() else { return false };
         let mut adder = Adder::new(self, parameter, total, &mut scratch.block);
         let panel = terms * TILE_ROWS;
         for (index, panels) in scratch.left.chunks(panel * (height / TILE_ROWS)).enumerate() {
@@ -168,6 +181,7 @@ impl Sketch {
             for (column, right) in scratch.right.chunks_exact(terms * TILE_COLUMNS).enumerate() {
                 let column = column * TILE_COLUMNS;
                 let width = TILE_COLUMNS.min(columns - column);
+                watch.check()?;
                 for (tile_row, left) in panels.chunks_exact(panel).enumerate() {
                     let mut tile: Tile = [[0.0; TILE_COLUMNS]; TILE_ROWS];
                     self.set.outer_tile(left, right, &mut tile);
@@ -179,8 +193,8 @@ impl Sketch {
                 }
             }
             let at = start + (first * columns) as u64;
-            adder.add(at, &scratch.strip[..here * columns], slots);
+            adder.add(at, &scratch.strip[..here * columns], &mut scratch.slots, watch)?;
         }
-        adder.finish()
+        Ok(adder.finish())
     }
 }

@@ -78,19 +78,23 @@ def query(
         WhenceError: And whatever `Store.search` raises.
 
     Examples:
-        >>> hits = whence.query(model, "runs/digits", lambda: loss_fn(model(x), y))  # doctest: +SKIP
+        >>> hits = whence.query(model, store, lambda: loss_fn(model(x), y))  # doctest: +SKIP
     """
     if not isinstance(store, Store):
         store = Store(Path(store))
     _arrays.integer("k", k, 1)
     _arrays.choice("missing", missing, ("error", "drop"))
     rows = query_rows(
-        model, store, closure, states=states, reduction=reduction, tokens=tokens, queries=queries,
+        model,
+        store,
+        closure,
+        states=states,
+        reduction=reduction,
+        tokens=tokens,
+        queries=queries,
         unbatched=unbatched,
     )
-    return store.search(
-        rows, k, where=where, exclude=exclude, missing=missing, threads=threads
-    )
+    return store.search(rows, k, where=where, exclude=exclude, missing=missing, threads=threads)
 
 
 def query_rows(
@@ -110,21 +114,26 @@ def query_rows(
         WhenceError: As `query`.
     """
     if isinstance(model, (list, tuple)):
-        raise DtypeError(f"model must be one nn.Module, since the closure sees one, got "
-                         f"{len(model)}; pass the others' weights as states=")
+        raise DtypeError(
+            f"model must be one nn.Module, since the closure sees one, got "
+            f"{len(model)}; pass the others' weights as states="
+        )
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
     if not callable(closure):
-        raise DtypeError(f"closure must be a function without arguments that returns the loss, "
-                         f"got {_arrays.describe(closure)}")
+        raise DtypeError(
+            f"closure must be a function without arguments that returns the loss, "
+            f"got {_arrays.describe(closure)}"
+        )
     if queries is not None:
         queries = _arrays.integer("queries", queries, 1)
     reduction = _arrays.choice(
         "reduction", store.manifest.reduction if reduction is None else reduction, REDUCTIONS
     )
     if reduction != "token_mean" and tokens is not None:
-        raise ArgumentError(f"tokens must be None for reduction={reduction!r}, "
-                            f"got {_arrays.describe(tokens)}")
+        raise ArgumentError(
+            f"tokens must be None for reduction={reduction!r}, got {_arrays.describe(tokens)}"
+        )
     loaded = _states(store, states)
     structure = structure_in_store(model, store.manifest.model, store.path)
     spec = store.manifest.sketch
@@ -133,10 +142,11 @@ def query_rows(
     )
     hooks = Hooks(model, structure, strict=False)
     found = []
+    random_state = torch.get_rng_state()
     with preserved(model):
         hooks.install()
         try:
-            for index, checkpoint in enumerate(store.manifest.checkpoints):
+            for checkpoint in store.manifest.checkpoints:
                 if loaded is not None:
                     put(model, checkpoint.name, load(checkpoint.name, loaded[checkpoint.name]))
                 if checkpoint.weights == "fixed" and checkpoint.first not in (None, digest(model)):
@@ -144,13 +154,15 @@ def query_rows(
                         f"weights must be those that checkpoint {checkpoint.name!r} was recorded "
                         "with, got others; load them, or pass them as states="
                     )
-                if index:
-                    torch.set_rng_state(random_state)
-                else:
-                    random_state = torch.get_rng_state()
+                torch.set_rng_state(random_state)
                 found.append(
-                    _rows(hooks, Capture(structure, sketch, queries, unbatched), closure,
-                          reduction, tokens)
+                    _rows(
+                        hooks,
+                        Capture(structure, sketch, queries, unbatched),
+                        closure,
+                        reduction,
+                        tokens,
+                    )
                 )
         finally:
             hooks.remove()
@@ -168,12 +180,16 @@ def _rows(
     with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
         loss = closure()
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise DtypeError("closure must return the loss, a tensor without dimensions, got "
-                             f"{_arrays.describe(loss)}")
+            raise DtypeError(
+                "closure must return the loss, a tensor without dimensions, got "
+                f"{_arrays.describe(loss)}"
+            )
         if not loss.requires_grad:
-            raise LayerError("closure must return a loss of the recorded model that can be "
-                             "differentiated, got one without a graph (torch.no_grad, .item or "
-                             ".detach in it?)")
+            raise LayerError(
+                "closure must return a loss of the recorded model that can be "
+                "differentiated, got one without a graph (torch.no_grad, .item or "
+                ".detach in it?)"
+            )
         loss.backward()  # type: ignore[no-untyped-call]
     capture.rows()
     if reduction == "token_mean":
@@ -189,23 +205,24 @@ def _rows(
     return rows
 
 
-def _states(
-    store: Store, states: Mapping[str, State] | None
-) -> Mapping[str, State] | None:
+def _states(store: Store, states: Mapping[str, State] | None) -> Mapping[str, State] | None:
     """The states, if there is one for each checkpoint and no other."""
     names = store.checkpoints
     if states is None:
         if len(names) > 1:
-            raise CheckpointError(f"states must have the weights of each checkpoint {names}, "
-                                  "got None")
+            raise CheckpointError(
+                f"states must have the weights of each checkpoint {names}, got None"
+            )
         return None
     if not isinstance(states, Mapping):
-        raise DtypeError(f"states must be a dict of checkpoint name to weights, got "
-                         f"{_arrays.describe(states)}")
+        raise DtypeError(
+            f"states must be a dict of checkpoint name to weights, got {_arrays.describe(states)}"
+        )
     lacking = [name for name in names if name not in states]
     if lacking:
-        raise CheckpointError(f"states must have the weights of each checkpoint {names}, got none "
-                              f"for {lacking}")
+        raise CheckpointError(
+            f"states must have the weights of each checkpoint {names}, got none for {lacking}"
+        )
     unknown = [name for name in states if name not in names]
     if unknown:
         raise CheckpointError(f"states must name checkpoints of {names}, got {unknown[0]!r}")

@@ -1,0 +1,226 @@
+"""Hostile arguments at the compiled module: a named error each, never a panic or a crash."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from filled import fill, random_rows
+
+from whence import _core
+from whence.errors import WhenceError
+
+ORDINARY = (WhenceError, TypeError, ValueError, OverflowError)
+"""What a caller can catch; a panic is none of these."""
+
+BIG = 2**62
+
+
+def totals(batch=2, dim=32):
+    return np.zeros((batch, dim))
+
+
+def f4(*shape):
+    return np.ones(shape, np.float32)
+
+
+SKETCH = _core.Sketch(32, 0)
+
+FLAT = [
+    ("w", [10], 0, f4(2, 11), totals(), 1),
+    ("w", [10], 1, f4(2, 10), totals(), 1),
+    ("w", [10], 2**64 - 1, f4(2, 10), totals(), 1),
+    ("w", [10], -1, f4(2, 10), totals(), 1),
+    ("w", [10], 0, f4(3, 10), totals(), 1),
+    ("w", [BIG, BIG], 0, f4(2, 10), totals(), 1),
+    ("w", [-1], 0, f4(2, 10), totals(), 1),
+    ("w", [10], 0, f4(2, 10).astype("f8"), totals(), 1),
+    ("w", [10], 0, f4(20), totals(), 1),
+    ("w", [10], 0, f4(2, 20)[:, ::2], totals(), 1),
+    ("w", [10], 0, f4(2, 10), totals(2, 31), 1),
+    ("w", [10], 0, f4(2, 10), totals(2, 64)[:, ::2], 1),
+    ("w", [10], 0, f4(2, 10), totals().astype("f4"), 1),
+    ("w", [10], 0, None, totals(), 1),
+    (None, [10], 0, f4(2, 10), totals(), 1),
+    ("w", [10], 0, f4(2, 10), totals(), -1),
+]
+
+
+@pytest.mark.parametrize("arguments", FLAT)
+def test_add_flat_refuses(arguments):
+    with pytest.raises(ORDINARY):
+        SKETCH.add_flat(*arguments)
+
+
+def test_add_flat_refuses_a_totals_array_it_cannot_write():
+    fixed = totals()
+    fixed.flags.writeable = False
+    with pytest.raises((*ORDINARY, RuntimeError)):
+        SKETCH.add_flat("w", [10], 0, f4(2, 10), fixed, 1)
+
+
+OUTER = [
+    ("w", [5, 6], 0, f4(2, 3, 5), f4(2, 4, 6), totals(), 1),
+    ("w", [5, 6], 0, f4(2, 3, 5), f4(3, 3, 6), totals(), 1),
+    ("w", [5, 5], 0, f4(2, 3, 5), f4(2, 3, 6), totals(), 1),
+    ("w", [5, 6], 1, f4(2, 3, 5), f4(2, 3, 6), totals(), 1),
+    ("w", [5, 6], 2**64 - 1, f4(2, 3, 5), f4(2, 3, 6), totals(), 1),
+    ("w", [5, 6], 0, f4(2, 3, 5), f4(2, 3, 6), totals(1), 1),
+    ("w", [5, 6], 0, f4(2, 15), f4(2, 3, 6), totals(), 1),
+]
+
+
+@pytest.mark.parametrize("arguments", OUTER)
+def test_add_outer_refuses(arguments):
+    with pytest.raises(ORDINARY):
+        SKETCH.add_outer(*arguments)
+
+
+@pytest.mark.parametrize("view", [lambda a: a[::-1], lambda a: a[:, ::-1], lambda a: a[..., ::2]])
+def test_add_outer_takes_any_strides(view):
+    left, right = np.random.default_rng(0).normal(size=(2, 3, 4, 10)).astype(np.float32)
+    found, expected = totals(3), totals(3)
+    shape = [view(left).shape[2], view(right).shape[2]]
+    SKETCH.add_outer("w", shape, 0, view(left), view(right), found, 1)
+    SKETCH.add_outer("w", shape, 0, view(left).copy(), view(right).copy(), expected, 1)
+    assert np.array_equal(found, expected)
+    one = np.broadcast_to(left[:1], left.shape)
+    SKETCH.add_outer("w", [10, 10], 0, one, right, totals(3), 1)
+
+
+def i8(*values):
+    return np.array(values, np.int64).reshape(2, -1)
+
+
+LOOKUP = [
+    ("w", [5, 6], i8(0, 5), f4(2, 1, 6), None, totals(), 1),
+    ("w", [5, 6], i8(0, -1), f4(2, 1, 6), None, totals(), 1),
+    ("w", [5, 6], i8(0, 2**62), f4(2, 1, 6), None, totals(), 1),
+    ("w", [5, 6], i8(0, 1), f4(2, 1, 7), None, totals(1), 1),
+    ("w", [5, 6], i8(0, 1, 2, 3), f4(2, 1, 6), None, totals(), 1),
+    ("w", [5, 6], i8(0, 1).astype("i4"), f4(2, 1, 6), None, totals(), 1),
+]
+
+
+@pytest.mark.parametrize("arguments", LOOKUP)
+def test_add_lookup_refuses(arguments):
+    with pytest.raises(ORDINARY):
+        SKETCH.add_lookup(*arguments)
+
+
+@pytest.mark.parametrize("dim", [0, -1, BIG, 2**70, 1.5, None])
+def test_a_sketch_of_no_possible_width_is_refused(dim):
+    with pytest.raises(ORDINARY):
+        _core.Sketch(dim, 0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [f4(2, 0), np.full((2, 3), np.inf, "f4"), f4(2, 3).astype("f8"), f4(6), f4(4, 4)[:, ::2]],
+)
+def test_encode_refuses(rows):
+    with pytest.raises(ORDINARY):
+        _core.encode(rows, True)
+
+
+@pytest.fixture(scope="module")
+def core_rows(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("m") / "s", random_rows(10)).core
+
+
+def u8(*values):
+    return np.array(values, np.uint64)
+
+
+ENDS = [
+    (u8(0, 1)[None], f4(1, 1, 15), 1, [], 1),
+    (u8(0, 1)[None], f4(2, 1, 16), 1, [], 1),
+    (u8(0, 10)[None], f4(1, 1, 16), 1, [], 1),
+    (u8(0, 2**64 - 1)[None], f4(1, 1, 16), 1, [], 1),
+    (u8(0, 1)[None], f4(1, 2, 16), 1, [[0]], 1),
+    (u8(0, 1)[None], f4(1, 1, 16), -1, [], 1),
+    (u8(0, 1)[None], np.full((1, 1, 16), np.nan, "f4"), 1, [], 1),
+    (u8(0, 1)[None].astype("i8"), f4(1, 1, 16), 1, [], 1),
+]
+
+
+@pytest.mark.parametrize("arguments", ENDS)
+def test_ends_refuses(core_rows, arguments):
+    with pytest.raises(ORDINARY):
+        core_rows.ends(*arguments)
+
+
+def test_a_k_of_any_size_is_clamped(core_rows):
+    (positions, _), _ = core_rows.ends(u8(0, 1)[None], f4(1, 1, 16), BIG, [], 1)
+    assert positions.shape == (1, 2)
+    (positions, _), _ = core_rows.ends(u8(0, 1)[None], f4(1, 1, 16), 0, [], 10**9)
+    assert positions.shape == (1, 0)
+
+
+def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
+    scales = f4(1)
+    for files in (
+        [(tmp_path / "nowhere", 0, 1)],
+        [(tmp_path, 0, 1)],
+        [(tmp_path / "nowhere", 2**64 - 1, 2**64 - 1)],
+        [],
+    ):
+        with pytest.raises(ORDINARY):
+            _core.Rows(files, 16, False, scales)
+    with pytest.raises(ORDINARY):
+        core_rows.read(u8(3, 10))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise on Windows")
+def test_ctrl_c_ends_a_long_call():
+    script = """
+        import numpy as np
+        from whence._core import Sketch
+        sketch, totals, factor = Sketch(64, 0), np.zeros((1, 64)), np.ones((1, 8000, 1024), "f4")
+        print("ready", flush=True)
+        try:  # one sample of eight thousand million products, one at a time
+            sketch.add_outer("w", [1024, 1024], 0, factor, factor, totals, 1)
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "WHENCE_INSTRUCTION_SET": "scalar"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout.readline() == "ready\n"
+    try:
+        child.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+    try:
+        assert child.communicate(timeout=30)[0] == "stopped\n"
+    finally:
+        child.kill()
+
+
+def test_a_forked_process_can_go_on(tmp_path):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    script = """
+        import os, numpy as np, whence
+        sketch = whence.Sketch(dim=64, threads=4)
+        values = np.ones((4, 2_000_000), np.float32)
+        first = sketch(values)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if np.array_equal(sketch(values), first) else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "0\n"

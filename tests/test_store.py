@@ -1,0 +1,230 @@
+"""The store on disk: what is confirmed is there, what is damaged is refused."""
+
+import json
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+from filled import fill, manifest, random_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import whence
+from whence import errors
+from whence.store import Manifest, Writer
+
+
+def test_rows_are_plain_npy_beside_their_scales(tmp_path):
+    rows = random_rows(20)
+    fill(tmp_path / "s", rows, dtype="float16", parts=2)
+    found = []
+    for shard in sorted((tmp_path / "s").glob("shard-*")):
+        unit, scales = np.load(shard / "rows.npy"), np.load(shard / "scales.npy")
+        assert (unit.dtype, scales.dtype) == (np.float16, np.float32)
+        found.append(unit.astype(np.float32) * scales[:, None])
+    assert np.allclose(np.concatenate(found), rows, rtol=2e-3, atol=1e-4 * np.abs(rows).max())
+
+
+def test_appending_goes_on_after_reopening(tmp_path):
+    rows = random_rows(20)
+    fill(tmp_path / "s", rows[:8])
+    store = fill(tmp_path / "s", rows[8:], ids=np.arange(8, 20))
+    assert store.ids.tolist() == list(range(20))
+    assert np.allclose(store.rows(), rows, rtol=1e-6)
+    assert np.allclose(store.rows(np.array([13, 2])), rows[[13, 2]], rtol=1e-6)
+    assert np.allclose(store.norms(), np.linalg.norm(rows, axis=1), rtol=1e-6)
+
+
+def test_a_reader_keeps_its_snapshot_while_rows_are_added(tmp_path):
+    before = fill(tmp_path / "s", random_rows(5))
+    assert fill(tmp_path / "s", random_rows(5), ids=np.arange(5, 10)).ids.tolist() == list(
+        range(10)
+    )
+    assert before.ids.tolist() == list(range(5))
+    assert before.search(random_rows(1), k=99).helpful.ids.shape == (1, 5)
+
+
+def test_what_was_not_committed_is_not_there(tmp_path):
+    fill(tmp_path / "s", random_rows(5))
+    writer = Writer(tmp_path / "s", manifest())
+    writer.append(np.array([7]), random_rows(1), {})
+    assert whence.open(tmp_path / "s").ids.tolist() == list(range(5))
+    assert writer.has(np.array([7, 8])).tolist() == [True, False]
+    writer.close()
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3, 4, 7]
+
+
+def test_a_failed_commit_is_an_error_and_loses_nothing(tmp_path, monkeypatch):
+    fill(tmp_path / "s", random_rows(5))
+    writer = Writer(tmp_path / "s", manifest())
+    writer.append(np.array([7]), random_rows(1), {})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("whence.store.files.os.fsync", full)
+        with pytest.raises(errors.StoreError, match="No space left"):
+            writer.commit()
+        assert whence.open(tmp_path / "s").ids.tolist() == list(range(5))
+    writer.commit()
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3, 4, 7]
+    writer.close()
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    fill(tmp_path / "s", random_rows(5))
+    stray = tmp_path / "s" / "shard-00000002"
+    stray.mkdir()
+    (stray / "rows.npy").write_bytes(b"half")
+    (tmp_path / "s" / "manifest-00000009.part").write_bytes(b"{")
+    store = fill(tmp_path / "s", random_rows(3), ids=[10, 11, 12])
+    assert store.ids.tolist() == [0, 1, 2, 3, 4, 10, 11, 12]
+    assert not list((tmp_path / "s").glob("*.part"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=6).filter(lambda text: "\0" not in text), st.floats(-1e9, 1e9)),
+        min_size=1,
+        max_size=20,
+        unique_by=lambda pair: pair[0],
+    )
+)
+def test_any_text_comes_back(tmp_path_factory, pairs):
+    ids = np.array([text for text, _ in pairs], np.str_)
+    values = np.array([value for _, value in pairs])
+    store = fill(
+        tmp_path_factory.mktemp("t") / "s", random_rows(len(ids)), ids=ids, value=values, text=ids
+    )
+    assert store.ids.tolist() == [text for text, _ in pairs]
+    assert store.columns["text"].tolist() == store.ids.tolist()
+    assert store.columns["value"].tolist() == values.tolist()
+
+
+def use(path):
+    """Reads everything of a store."""
+    store = whence.open(path)
+    store.search(np.ones((1, store.dim), np.float32), k=3)
+    return store.ids.tolist(), {k: v.tolist() for k, v in store.columns.items()}, store.scales
+
+
+def test_damage_to_metadata_is_an_error_that_names_the_file(tmp_path):
+    fill(tmp_path / "s", random_rows(6), ids=list("abcdef"), label=np.arange(6))
+    files = [p for p in (tmp_path / "s").rglob("*") if p.is_file() and p.stat().st_size]
+    generator = np.random.default_rng(0)
+    for path in files:
+        if path.name in ("lock", "rows.npy") or "00000001.json" in path.name:
+            continue
+        original = path.read_bytes()
+        for _ in range(20):
+            at, bit = generator.integers(len(original)), 1 << generator.integers(8)
+            path.write_bytes(original[:at] + bytes([original[at] ^ bit]) + original[at + 1 :])
+            with pytest.raises(errors.StoreError, match=path.name):
+                use(tmp_path / "s")
+        for length in (0, len(original) // 2, len(original) - 1):
+            path.write_bytes(original[:length])
+            with pytest.raises(errors.StoreError, match=path.name):
+                use(tmp_path / "s")
+        path.unlink()
+        if not path.name.startswith("manifest"):
+            with pytest.raises(errors.StoreError, match=path.name):
+                use(tmp_path / "s")
+        path.write_bytes(original)
+    use(tmp_path / "s")
+
+
+def test_rows_of_another_length_or_type_are_refused(tmp_path):
+    fill(tmp_path / "s", random_rows(6))
+    path = next((tmp_path / "s").rglob("rows.npy"))
+    original = path.read_bytes()
+    for content in (
+        original[:-1],
+        original + b"\0",
+        b"",
+        original[:40],
+        b"\x93NUMPY\x09" + original,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(errors.StoreError, match=r"rows\.npy"):
+            use(tmp_path / "s")
+    np.save(path, np.zeros((6, 16), np.float64))
+    with pytest.raises(errors.StoreError, match="must hold <f4"):
+        use(tmp_path / "s")
+
+
+def rewrite(path, change):
+    """Changes a manifest and makes its checksum fit."""
+    newest = max(path.glob("manifest-*.json"))
+    body = json.loads(newest.read_text().splitlines()[0])
+    change(body)
+    text = json.dumps(body).encode()
+    newest.write_bytes(text + f"\n{zlib.crc32(text):08x}\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda body: body.update(version=99), "version must be 0, got 99"),
+        (lambda body: body.update(format="x"), "format"),
+        (lambda body: body["shards"][0].update(name="../../etc"), "a shard's name"),
+        (lambda body: body["shards"][0].update(rows=10**15), r"shape \[1000000000000000\]"),
+        (lambda body: body["shards"][0].update(rows=-1), "rows"),
+        (lambda body: body["shards"][0].update(checkpoint=7), "checkpoint"),
+        (lambda body: body["shards"][0]["files"].clear(), "manifest"),
+        (lambda body: body.update(dtype="complex"), "dtype"),
+        (lambda body: body["sketch"].update(dim=2**62), "dim must be from 1"),
+        (lambda body: body.pop("sketch"), "sketch"),
+        (lambda body: body.update(ids="bytes"), "ids"),
+    ],
+)
+def test_a_hostile_manifest_is_refused(tmp_path, change, match):
+    fill(tmp_path / "s", random_rows(6))
+    rewrite(tmp_path / "s", change)
+    with pytest.raises(errors.StoreError, match=match):
+        use(tmp_path / "s")
+
+
+def test_paths_that_are_no_store_are_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("x")
+    with pytest.raises(errors.StoreError, match="does not exist"):
+        whence.open(tmp_path / "nowhere")
+    with pytest.raises(errors.StoreError, match="got the file"):
+        whence.open(file)
+    with pytest.raises(errors.StoreError, match="no manifest"):
+        whence.open(full)
+    with pytest.raises(errors.StoreError, match="got the file"):
+        Writer(file, manifest())
+    with pytest.raises(errors.StoreError, match=r"thesis\.txt"):
+        Writer(full, manifest())
+    with pytest.raises(errors.StoreError):
+        Writer(file / "inside", manifest())
+
+
+def test_paths_with_spaces_and_other_letters_work(tmp_path):
+    store = fill(tmp_path / "ein Lauf ü 日本", random_rows(4))
+    assert store.search(random_rows(1)).helpful.ids.shape == (1, 4)
+
+
+def test_a_read_only_copy_can_be_read(tmp_path):
+    fill(tmp_path / "s", random_rows(4))
+    copy = shutil.copytree(tmp_path / "s", tmp_path / "copy")
+    for path in [*copy.rglob("*"), copy]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        assert len(use(copy)[0]) == 4
+    finally:
+        for path in [copy, *copy.rglob("*")]:
+            path.chmod(0o755)
+
+
+def test_old_manifests_are_cleared_but_for_a_few(tmp_path):
+    fill(tmp_path / "s", random_rows(20), parts=10)
+    assert 1 <= len(list((tmp_path / "s").glob("manifest-*.json"))) <= 4
+    assert Manifest.load(tmp_path / "s")[1] == 10
