@@ -30,7 +30,17 @@ from whence.errors import ArgumentError
 from whence.evaluate import mislabel_auc, share_found
 from whence.gradients import record
 from whence.report import chart
-from whence.report.html import Card, Section, figure, gallery, picture, table, terms, write_page
+from whence.report.html import (
+    Card,
+    Section,
+    beside,
+    figure,
+    gallery,
+    picture,
+    table,
+    terms,
+    write_page,
+)
 from whence.search import Hits, Store
 
 TRAIN = 1400
@@ -45,13 +55,13 @@ INSPECTED = 0.1  # share of the training examples that a person looks at
 QUERIES = 4  # test digits shown of each kind: wrongly and rightly predicted
 SHOWN = 6  # training digits shown at each end
 TOP = 10  # ends of the ranking in which flipped labels are counted
-SUSPECTS = 18  # digits shown of the highest self-influence
+SUSPECTS = 16  # digits shown of the highest self-influence
 
 PAGE, RESULTS, STORE = "index.html", "demo.json", "store"
 MADE_BY = "whence demo"
 
 SELF, TEST, ERRORS = "self-influence", "harm to all test digits", "harm to the wrongly predicted"
-LOSS, PATH_LOSS = "baseline: loss at the end", "baseline: mean loss over the checkpoints"
+LOSS, PATH_LOSS = "baseline: last loss", "baseline: mean loss"
 
 Suspicion: TypeAlias = dict[str, NDArray[np.float64]]
 """Ranking -> [TRAIN] numbers, high where a label looks wrong."""
@@ -221,9 +231,9 @@ def train_and_record(digits: Digits, path: Path, seed: int) -> Trained:
         _progress("training and recording", EPOCHS) as progress,
     ):
         for epoch in range(1, EPOCHS + 1):
-            for batch in torch.randperm(TRAIN).split(BATCH):
+            for batch in _batches(torch.randperm(TRAIN), BATCH):
                 optimizer.zero_grad()
-                cross_entropy(model(images[batch]), labels[batch]).backward()
+                cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             progress.update()
             if epoch % EVERY:
@@ -232,9 +242,9 @@ def train_and_record(digits: Digits, path: Path, seed: int) -> Trained:
             recorder.checkpoint(name, learning_rate=LEARNING_RATE)
             states[name] = {key: value.clone() for key, value in model.state_dict().items()}
             losses.append(_losses(model, images, labels))
-            for batch in torch.arange(TRAIN).split(100):
+            for batch in _batches(torch.arange(TRAIN), 100):
                 with recorder.batch(digits.train[batch], label=labels[batch], shows=truth[batch]):
-                    cross_entropy(model(images[batch]), labels[batch]).backward()
+                    cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
     return Trained(model, states, np.stack(losses))
 
 
@@ -354,16 +364,11 @@ def summary(results: dict[str, Any]) -> str:
             f"  of a {name} test digit: {ends['harmful']:.0%} of the most harmful, "
             f"{ends['helpful']:.0%} of the most helpful"
         )
-    lines += ["", "test digit                          most helpful             most harmful"]
+    lines += ["", f"{'test digit':<30}{'most helpful':<29}most harmful"]
     for answer in results["queries"]:
         asked = f"id {answer['id']}, a {answer['shows']} taken for {answer['predicted']}"
-        ends = (_named(answer[side]) for side in ("helpful", "harmful"))
-        lines.append(
-            "  "
-            + "".join(
-                part.ljust(width) for part, width in zip((asked, *ends), (30, 30, 0), strict=True)
-            ).rstrip()
-        )
+        helpful, harmful = _named(answer["helpful"]), _named(answer["harmful"])
+        lines.append(f"  {asked:<28}{helpful:<29}{harmful}")
     lines += [
         "",
         f"sign    {results['sign']}",
@@ -403,15 +408,14 @@ def write(path: Path, evidence: Evidence, results: dict[str, Any]) -> None:
 
 
 def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
-    chance = [f"{_chance(results):.0%}"]
-    rows = [*_ranked(results), ("chance", "0.5000", *chance)]
+    chance = f"{_chance(results):.0%}"
     wrong = evidence.digits.wrong
     drawn = chart.curves(
         {name: _found(scores, wrong) for name, scores in evidence.suspicion.items()},
         title="Share of the flipped labels found, by share of the training digits inspected",
         across="share of training digits inspected, most suspicious first",
         up="share of flipped labels found",
-        until=0.5,
+        until=0.3,
         guide=INSPECTED,
     )
     ends = " ".join(
@@ -424,19 +428,21 @@ def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
         [
             "Each ranking below sorts the training digits by how wrong their label looks. Here it "
             "is known which labels are flipped, so the rankings can be marked.",
-            table(
-                f"How well each ranking finds the {results['flipped']} flipped labels",
-                ["ranking", "AUC", f"found by inspecting {INSPECTED:.0%}"],
-                rows,
+            beside(
+                table(
+                    f"How well each ranking finds the {results['flipped']} flipped labels",
+                    ["ranking", "AUC", f"found by inspecting {INSPECTED:.0%}"],
+                    [*_ranked(results), ("chance", "0.5000", chance)],
+                ),
+                figure(
+                    drawn,
+                    f"A perfect ranking reaches the top at {chance}. The upright line marks "
+                    f"{INSPECTED:.0%} inspected.",
+                ),
             ),
+            _verdict(results).replace("-", "\N{MINUS SIGN}"),
             terms(_meanings(results)),
-            _verdict(results),
-            figure(
-                drawn,
-                f"A perfect ranking would reach the top at {_chance(results):.0%}. The upright "
-                f"line marks {INSPECTED:.0%} inspected.",
-            ),
-            f"{ends} By chance it would be {_chance(results):.0%}. A wrong label has a large "
+            f"{ends} By chance it would be {chance}. A wrong label has a large "
             "gradient, and the plain product puts large gradients at both ends.",
         ],
     )
@@ -515,7 +521,7 @@ def _answer(evidence: Evidence, number: int) -> dict[str, Any]:
 
 def _named(example: dict[str, Any]) -> str:
     shows = "" if example["label"] == example["shows"] else f", shows {example['shows']}"
-    return f"{example['score']:+.3g}  label {example['label']}{shows}"
+    return f"{example['score']:<+8.3g}label {example['label']}{shows}"
 
 
 def _ranked(results: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -541,7 +547,7 @@ def _verdict(results: dict[str, Any]) -> str:
     best = max(rankings, key=lambda name: rankings[name]["auc"])
     auc, found = (rankings[SELF][key] - rankings[PATH_LOSS][key] for key in ("auc", "share_found"))
     return (
-        f"First by AUC: {best}. Self-influence minus the mean loss at the same checkpoints: AUC "
+        f"First by AUC: {best}. Self-influence minus the mean loss: AUC "
         f"{auc:+.4f}, found {100 * found:+.1f} percentage points. The scores are plain gradient "
         "products, the weak baseline among gradient methods; this is one seed on one small data "
         "set."
@@ -553,6 +559,11 @@ def _found(scores: NDArray[np.float64], wrong: NDArray[np.bool_]) -> NDArray[np.
     order = np.argsort(-scores, kind="stable")
     found: NDArray[np.float64] = np.concatenate([[0], np.cumsum(wrong[order])]) / wrong.sum()
     return found
+
+
+def _batches(places: Tensor, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
 
 
 def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from whence.errors import (
     LayerError,
     WeightsError,
 )
-from whence.gradients.capture import Capture, Hooks, not_finite
+from whence.gradients.capture import Capture, Hooks, not_finite, refuse_batch_statistics
 from whence.gradients.recorder import REDUCTIONS, count_tokens
 from whence.gradients.structure import structure_in_store
 from whence.gradients.weights import State, digest, load, preserved, put
@@ -143,7 +143,7 @@ def query_rows(
     hooks = Hooks(model, structure, strict=False)
     found = []
     random_state = torch.get_rng_state()
-    with preserved(model):
+    with preserved(model, weights=loaded is not None):
         hooks.install()
         try:
             for checkpoint in store.manifest.checkpoints:
@@ -155,6 +155,7 @@ def query_rows(
                         "with, got others; load them, or pass them as states="
                     )
                 torch.set_rng_state(random_state)
+                refuse_batch_statistics(model)
                 found.append(
                     _rows(
                         hooks,

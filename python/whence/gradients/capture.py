@@ -557,3 +557,18 @@ def not_finite(ids: Sequence[Any], bad: dict[int, str]) -> NotFiniteError:
     shown = ", ".join(f"id {ids[row]!r} in {bad[row]}" for row in sorted(bad)[:8])
     more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
     return NotFiniteError(f"gradients must be finite, got NaN or infinity for {shown}{more}")
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """Nothing, if no layer mixes the examples of a batch.
+
+    Raises:
+        LayerError: If a BatchNorm is in training mode; says why that cannot be.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise LayerError(
+                f"{name} ({type(module).__name__}) must be in evaluation mode, got training "
+                "mode: its output mixes the examples of a batch, so no example has a gradient "
+                "of its own; call .eval() on it, or use GroupNorm or LayerNorm"
+            )

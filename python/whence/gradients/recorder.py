@@ -17,8 +17,8 @@ from torch import nn
 
 from whence import _arrays
 from whence._arrays import Ids
-from whence.errors import ArgumentError, DtypeError, IdError, LayerError, WeightsError, WhenceError
-from whence.gradients.capture import Capture, Hooks, not_finite
+from whence.errors import ArgumentError, DtypeError, IdError, WeightsError, WhenceError
+from whence.gradients.capture import Capture, Hooks, not_finite, refuse_batch_statistics
 from whence.gradients.structure import Structure, structure_of
 from whence.gradients.verify import Verified, verify
 from whence.gradients.weights import digest, versions
@@ -237,7 +237,7 @@ class Recorder:
             LayerError: If a difference is larger than rounding explains; says which check failed.
         """
         self._check_idle("verify")
-        self._refuse_batch_norm()
+        refuse_batch_statistics(self._model)
         return verify(
             self._model,
             self._structure,
@@ -303,7 +303,7 @@ class Recorder:
             }
         )
         factor = self._factor(len(array), tokens) / _arrays.number("scale", scale, positive=True)
-        self._refuse_batch_norm()
+        refuse_batch_statistics(self._model)
         self._note_weights()
         keep = ~self._writer.has(array)
         if not keep.all() and self._on_duplicate == "error":
@@ -377,15 +377,6 @@ class Recorder:
     def _check_idle(self, call: str) -> None:
         if self._busy:
             raise WhenceError(f"{call} must not be called inside a batch, got one that is open")
-
-    def _refuse_batch_norm(self) -> None:
-        for name, module in self._model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise LayerError(
-                    f"{name} ({type(module).__name__}) must be in evaluation mode, got training "
-                    "mode: its output mixes the examples of a batch, so no example has a gradient "
-                    "of its own; call .eval() on it, or use GroupNorm or LayerNorm"
-                )
 
     def _note_weights(self) -> None:
         """At the start of a batch: which weights its rows belong to."""

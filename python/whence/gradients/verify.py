@@ -70,12 +70,12 @@ def verify(
         raise ArgumentError(
             f"batch must hold tensors of at least two examples, got {_batch_size(pair)}"
         )
-    with preserved(model), _without_dropout(model):
+    with preserved(model, weights=False), _without_dropout(model):
         exact, own = zip(
             *(_exact(structure, sketch, closure, _slice(batch, i, i + 1)) for i in range(2)),
             strict=True,
         )
-    with preserved(model), _without_dropout(model):
+    with preserved(model, weights=False), _without_dropout(model):
         both, rounded = _recorded(structure, hooks, sketch, closure, pair, 2, unbatched)
         alone, _ = _recorded(structure, hooks, sketch, closure, _slice(batch, 0, 1), 1, unbatched)
     tolerance = ROUNDED if rounded or any(own) else EXACT

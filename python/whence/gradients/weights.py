@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -72,12 +71,13 @@ def load(name: str, state: State) -> dict[str, Tensor]:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Puts weights, buffers, modes, `.grad` and random state back afterwards, whatever happens."""
+def preserved(model: nn.Module, *, weights: bool) -> Iterator[None]:
+    """Puts buffers, modes, `.grad`, random state and, if asked, weights back, whatever happens."""
     modes = {module: module.training for module in model.modules()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    kept = [(tensor, tensor.detach().clone()) for tensor in [*model.parameters(), *model.buffers()]]
-    python_state = copy.copy(torch.get_rng_state())
+    changing = [*(model.parameters() if weights else ()), *model.buffers()]
+    kept = [(tensor, tensor.detach().clone()) for tensor in changing]
+    state = torch.get_rng_state()
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
@@ -90,7 +90,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        torch.set_rng_state(python_state)
+        torch.set_rng_state(state)
         if device_states is not None:
             torch.cuda.set_rng_state_all(device_states)
 

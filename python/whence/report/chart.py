@@ -13,31 +13,32 @@ from whence.report.safe import Html, join, tag
 SERIES = 5
 """How many curves have a colour and a dash of their own."""
 
-_WIDTH, _HEIGHT = 640, 340
+_WIDTH, _HEIGHT = 560, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 46
 
 
-def bar(score: float, largest: float) -> Html:
-    """A bar to the right of the middle for a positive score, to the left for a negative one.
+def bar(score: float, largest: float, *, both_ways: bool = True) -> Html:
+    """A bar to the right for a positive score, to the left of the middle for a negative one.
 
     Args:
         score: What it stands for; the number stands beside it, so readers aloud skip the bar.
-        largest: The size that takes half of the width.
+        largest: The size that takes all of the room.
+        both_ways: False where no score can be negative: bars then start at the left edge.
     """
-    size = min(abs(score) / largest, 1.0) * 50 if largest > 0 else 0.0
-    start = 50 - size if score < 0 else 50.0
+    middle = 50 if both_ways else 0
+    size = min(abs(score) / largest, 1.0) * (100 - middle) if largest > 0 else 0.0
     return tag(
         "svg",
         tag("rect", class_="track", x=0, y=2, width=100, height=2),
         tag(
             "rect",
             class_="minus" if score < 0 else "plus",
-            x=f"{start:.2f}",
+            x=f"{middle - size if score < 0 else middle:.2f}",
             y=0,
             width=f"{size:.2f}",
             height=6,
         ),
-        tag("rect", class_="middle", x="49.5", y=0, width=1, height=6),
+        tag("rect", class_="middle", x=max(middle - 0.5, 0), y=0, width=1, height=6),
         class_="bar",
         viewBox="0 0 100 6",
         preserveAspectRatio="none",

@@ -174,6 +174,11 @@ def terms(meanings: Mapping[str, str]) -> Html:
     return tag("div", _definitions(meanings), class_="sheet legend")
 
 
+def beside(*parts: Html) -> Html:
+    """Parts side by side where the window is wide enough, else one below the other."""
+    return tag("div", *(tag("div", part) for part in parts), class_="beside")
+
+
 def figure(drawing: Html, caption: str) -> Html:
     """A drawing with its caption."""
     return tag("figure", drawing, tag("figcaption", caption), class_="sheet")
@@ -184,12 +189,14 @@ def gallery(cards: Sequence[Card], *, largest: float | None = None) -> Html:
 
     Args:
         cards: What to show.
-        largest: The size of a score whose bar is full; None means the largest of the cards.
+        largest: The size of a score whose bar is full, of either sign. None for scores that
+            cannot be negative: the largest of the cards.
     """
+    both_ways = largest is not None
     if largest is None:
-        largest = max((abs(card.score) for card in cards if card.score is not None), default=0.0)
+        largest = max((card.score for card in cards if card.score is not None), default=0.0)
     wide = any(_is_text(card.picture) for card in cards)
-    items = [tag("li", *_card(card, largest), class_="card") for card in cards]
+    items = [tag("li", *_card(card, largest, both_ways), class_="card") for card in cards]
     return tag("ol", *items, class_="gallery texts" if wide else "gallery")
 
 
@@ -352,10 +359,10 @@ def _largest(hits: Hits, query: int) -> float:
     return float(max(np.abs(side.scores[query]).max() for side in (hits.helpful, hits.harmful)))
 
 
-def _card(card: Card, largest: float) -> list[Html]:
+def _card(card: Card, largest: float, both_ways: bool) -> list[Html]:
     parts = [] if card.picture is None else [card.picture]
     if card.score is not None:
-        parts += [score(card.score), bar(card.score, largest)]
+        parts += [score(card.score), bar(card.score, largest, both_ways=both_ways)]
     parts.append(tag("div", tag("bdi", line(card.name)), class_="name"))
     if card.notes:
         notes = (
@@ -435,6 +442,7 @@ _CELL = 60  # characters of a cell in a fragment
 __all__ = [
     "Card",
     "Section",
+    "beside",
     "document",
     "escape",
     "figure",

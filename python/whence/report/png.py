@@ -66,7 +66,7 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:
-    """The image as an address that holds it: data:image/png;base64,…"""
+    """The image as an address that holds it, for `src` of an `img`."""
     return "data:image/png;base64," + base64.b64encode(encode(pixels)).decode("ascii")
 
 

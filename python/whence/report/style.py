@@ -21,14 +21,14 @@ body {
   margin: 0; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
 }
-header, main, footer { max-width: 74rem; margin: 0 auto; padding: 0 1.25rem; }
+header, main, footer { max-width: 70rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 2rem; }
 footer { padding-bottom: 2rem; color: var(--soft); font-size: .875rem; }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1.05rem; line-height: 1.35; margin: 0 0 .5rem; }
 h4 { font-size: .95rem; margin: 0 0 .5rem; }
-p { margin: .5rem 0; max-width: 46rem; }
+p { margin: .5rem 0; max-width: 50rem; }
 a { color: var(--plus); }
 h1, h2, h3, h4, p, dd, td, th, .text, .name { overflow-wrap: anywhere; }
 .soft { color: var(--soft); }
@@ -72,6 +72,11 @@ summary { cursor: pointer; color: var(--plus); }
 .bar .middle { fill: var(--soft); }
 .bar .plus { fill: var(--plus); }
 .bar .minus { fill: var(--minus); }
+.beside {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
+  gap: 0 2rem; align-items: start;
+}
+.beside figure { margin: .5rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
