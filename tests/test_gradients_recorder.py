@@ -602,6 +602,20 @@ def test_resuming_a_fixed_checkpoint_with_other_weights_is_refused(tmp_path):
     assert whence.open(tmp_path / "s").checkpoints == ["0", "1"]
 
 
+def test_a_killed_run_may_have_moved_its_weights(tmp_path):
+    model, (x, y) = model_of(), data()
+    rec = record(model, tmp_path / "s").__enter__()
+    fill(rec, model, x[:4], y[:4])
+    rec.commit()
+    rec._hooks.remove()  # a kill: nothing is closed in order, but the lock is gone
+    rec._writer._lock.close()
+    step(model)
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y, start=4)
+    (found,) = whence.open(tmp_path / "s").manifest.checkpoints
+    assert found.weights == "moving"
+
+
 def test_checkpoints_are_resumed_by_name(tmp_path):
     model, (x, y) = model_of(), data()
     with record(model, tmp_path / "s") as rec:

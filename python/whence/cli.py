@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from whence.errors import MissingDependencyError, WhenceError
 
-# As a shell reports them: wrong use or an error, and a command that Ctrl-C ended.
-_FAILED, _INTERRUPTED = 2, 130
+# As a shell reports them: wrong use or an error, Ctrl-C, and output that nobody reads any more.
+_FAILED, _INTERRUPTED, _UNREAD = 2, 130, 141
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,11 +22,16 @@ def main(argv: list[str] | None = None) -> int:
         argv: Its arguments; None means those of the process.
 
     Returns:
-        The exit status: 0, 2 for an error, 130 after Ctrl-C.
+        The exit status: 0, 2 for an error, 130 after Ctrl-C, 141 for a closed pipe.
     """
     arguments = _parser().parse_args(argv)
     try:
         _demo(arguments.out, arguments.seed, as_json=arguments.json)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, or Python complains about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
     except (WhenceError, OSError) as error:
         print(f"whence: {error}", file=sys.stderr)
         return _FAILED
@@ -76,7 +82,9 @@ def _demo(out: Path, seed: int, *, as_json: bool) -> None:
     try:
         from whence import demo
     except ModuleNotFoundError as error:
-        missing = {"torch": "torch", "sklearn": "scikit-learn"}.get(error.name or "")
+        missing = {"torch": "torch", "sklearn": "scikit-learn"}.get(
+            (error.name or "").split(".")[0]
+        )
         if missing is None:
             raise
         raise MissingDependencyError(

@@ -50,18 +50,18 @@ EVERY = 2  # epochs from one checkpoint to the next
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 BATCH = 32
-DIM = 2048  # width of a stored row; the network has 10,026 trainable values
+DIM = 2048  # width of a stored row; the network has 9,930 trainable values
 INSPECTED = 0.1  # share of the training examples that a person looks at
 QUERIES = 4  # test digits shown of each kind: wrongly and rightly predicted
 SHOWN = 6  # training digits shown at each end
 TOP = 10  # ends of the ranking in which flipped labels are counted
-SUSPECTS = 16  # digits shown of the highest self-influence
+SUSPECTS = 14  # digits shown of the highest self-influence
 
 PAGE, RESULTS, STORE = "index.html", "demo.json", "store"
 MADE_BY = "whence demo"
 
 SELF, TEST, ERRORS = "self-influence", "harm to all test digits", "harm to the wrongly predicted"
-LOSS, PATH_LOSS = "baseline: last loss", "baseline: mean loss"
+LOSS, PATH_LOSS = "last loss (baseline)", "mean loss (baseline)"
 
 Suspicion: TypeAlias = dict[str, NDArray[np.float64]]
 """Ranking -> [TRAIN] numbers, high where a label looks wrong."""
@@ -364,11 +364,11 @@ def summary(results: dict[str, Any]) -> str:
             f"  of a {name} test digit: {ends['harmful']:.0%} of the most harmful, "
             f"{ends['helpful']:.0%} of the most helpful"
         )
-    lines += ["", f"{'test digit':<30}{'most helpful':<29}most harmful"]
+    lines += ["", f"{'test digit':<28}{'most helpful':<29}most harmful"]
     for answer in results["queries"]:
-        asked = f"id {answer['id']}, a {answer['shows']} taken for {answer['predicted']}"
+        asked = f"id {answer['id']}, {answer['shows']} taken for {answer['predicted']}"
         helpful, harmful = _named(answer["helpful"]), _named(answer["harmful"])
-        lines.append(f"  {asked:<28}{helpful:<29}{harmful}")
+        lines.append(f"  {asked:<26}{helpful:<29}{harmful}")
     lines += [
         "",
         f"sign    {results['sign']}",
@@ -392,7 +392,7 @@ def write(path: Path, evidence: Evidence, results: dict[str, Any]) -> None:
         show=lambda id_: digits.images[id_],
         queries=list(digits.images[places]),
         captions=[_caption(evidence, place) for place in evidence.shown],
-        badge=lambda id_: "flipped label" if id_ in flipped else None,
+        badge=lambda id_: "flipped" if id_ in flipped else None,
         lead=[
             f"The data are the {len(digits.truth):,} scanned digits that come with scikit-learn: "
             f"{TRAIN:,} to train a small convolutional network, {results['test']} to test it. "
@@ -415,7 +415,7 @@ def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
         title="Share of the flipped labels found, by share of the training digits inspected",
         across="share of training digits inspected, most suspicious first",
         up="share of flipped labels found",
-        until=0.3,
+        until=0.25,
         guide=INSPECTED,
     )
     ends = " ".join(
@@ -431,7 +431,7 @@ def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
             beside(
                 table(
                     f"How well each ranking finds the {results['flipped']} flipped labels",
-                    ["ranking", "AUC", f"found by inspecting {INSPECTED:.0%}"],
+                    ["ranking", "AUC", f"found in first {INSPECTED:.0%}"],
                     [*_ranked(results), ("chance", "0.5000", chance)],
                 ),
                 figure(
@@ -440,7 +440,7 @@ def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
                     f"{INSPECTED:.0%} inspected.",
                 ),
             ),
-            _verdict(results).replace("-", "\N{MINUS SIGN}"),
+            _verdict(results, minus="\N{MINUS SIGN}"),
             terms(_meanings(results)),
             f"{ends} By chance it would be {chance}. A wrong label has a large "
             "gradient, and the plain product puts large gradients at both ends.",
@@ -478,7 +478,7 @@ def _suspects_section(evidence: Evidence) -> Section:
                 picture("image", digits.images[id_], f"training digit {id_}, a {shows}"),
                 float(influence[place]),
                 {"label": label, "shows": shows},
-                "flipped label" if digits.wrong[place] else None,
+                "flipped" if digits.wrong[place] else None,
             )
         )
     return Section(
@@ -541,16 +541,16 @@ def _chance(results: dict[str, Any]) -> float:
     return share
 
 
-def _verdict(results: dict[str, Any]) -> str:
+def _verdict(results: dict[str, Any], minus: str = "-") -> str:
     """Which ranking came first, and self-influence beside the baseline from the same passes."""
     rankings = results["rankings"]
     best = max(rankings, key=lambda name: rankings[name]["auc"])
     auc, found = (rankings[SELF][key] - rankings[PATH_LOSS][key] for key in ("auc", "share_found"))
+    differences = f"AUC {auc:+.4f}, found {100 * found:+.1f} percentage points"
     return (
-        f"First by AUC: {best}. Self-influence minus the mean loss: AUC "
-        f"{auc:+.4f}, found {100 * found:+.1f} percentage points. The scores are plain gradient "
-        "products, the weak baseline among gradient methods; this is one seed on one small data "
-        "set."
+        f"First by AUC: {best}. Self-influence minus the mean loss: "
+        f"{differences.replace('-', minus)}. The scores are plain gradient products, the weak "
+        "baseline among gradient methods; this is one seed on one small data set."
     )
 
 

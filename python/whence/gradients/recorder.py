@@ -392,7 +392,9 @@ class Recorder:
                 checkpoint.first = current
                 checkpoint.weights = self._weights or "fixed"
             elif checkpoint.weights == "fixed" and current != checkpoint.first:
-                if self._weights != "moving":
+                # A run that was killed may have moved the weights after its last commit.
+                killed = checkpoint.last is None and self._weights is None
+                if self._weights != "moving" and not killed:
                     raise self._moved(checkpoint)
                 checkpoint.weights = "moving"
             elif self._weights == "fixed" and checkpoint.weights == "moving":

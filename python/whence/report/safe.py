@@ -57,8 +57,8 @@ def value(item: Any) -> str:
 
 
 def signed(score: float) -> str:
-    """The number with its sign always there, in ASCII: +0.0123, -4.5, 0."""
-    return f"{score:+.3g}" if score else "0"
+    """The number to three digits, its sign always there, in ASCII: +0.0123, -4.50, +1.00e+03, 0."""
+    return f"{score:+#.3g}".rstrip(".") if score else "0"
 
 
 def escape(text: Any) -> Html:

@@ -84,11 +84,12 @@ th, td { padding: .35rem 1.1rem .35rem 0; text-align: left; vertical-align: base
 tr { border-bottom: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 600; font-size: .875rem; }
 tbody th { font-weight: 500; }
-.number { text-align: right; }
+td.number { text-align: right; white-space: nowrap; }
+th.number { text-align: right; overflow-wrap: normal; }
 figure { margin: 1rem 0; }
 figcaption { color: var(--soft); max-width: 46rem; }
 .chart { width: 100%; max-width: 46rem; height: auto; display: block; }
-.chart text { fill: var(--soft); font: 13px system-ui, "DejaVu Sans", sans-serif; }
+.chart text { fill: var(--soft); font: 14px system-ui, "DejaVu Sans", sans-serif; }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
 .chart .axis { stroke: var(--soft); stroke-width: 1; }
 .chart .guide { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 4; }

@@ -111,7 +111,11 @@ class Manifest:
         with store_errors(folder):
             numbered = _numbered(folder)
             if not numbered:
-                raise StoreError(f"{folder} must be a whence store, got a folder with no manifest")
+                got = "one" if (folder / "lock").exists() else "a folder"
+                raise StoreError(
+                    f"{folder} must be a whence store with rows, got {got} with no manifest: "
+                    "nothing was ever confirmed in it"
+                )
             number, path = max(numbered)
             content = path.read_bytes()
         text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")

@@ -6,6 +6,8 @@
 
 use std::cmp::Ordering;
 
+use half::f16;
+
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::parallel::share;
@@ -82,7 +84,7 @@ impl Rows {
         numbers: &[u64],
         values: &mut [f32],
         scales: &mut Vec<f32>,
-        bytes: &mut Vec<u8>,
+        halves: &mut Vec<f16>,
     ) -> Result<(), Error> {
         scales.clear();
         let mut done = 0;
@@ -101,7 +103,7 @@ impl Rows {
                 .take_while(|&(&number, expected)| number == expected)
                 .count();
             let out = &mut values[done * self.dim..(done + run) * self.dim];
-            self.files[file].read(at, out, bytes)?;
+            self.files[file].read(at, out, halves)?;
             scales.extend_from_slice(&self.scales[first as usize..first as usize + run]);
             done += run;
         }
@@ -180,8 +182,8 @@ pub fn ends(
             state.scores.resize(here * count, 0.0);
             for checkpoint in 0..checkpoints {
                 let numbers = &request.rows[checkpoint * examples + first..][..here];
-                let State { values, scales, bytes, scores, products, .. } = state;
-                rows.read(numbers, values, scales, bytes)?;
+                let State { values, scales, halves, scores, products, .. } = state;
+                rows.read(numbers, values, scales, halves)?;
                 let queries = &request.queries[checkpoint * count * dim..][..count * dim];
                 for (index, queries) in queries.chunks(group * dim).enumerate() {
                     watch.check()?;
@@ -272,7 +274,7 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
 struct State {
     values: Vec<f32>,
     scales: Vec<f32>,
-    bytes: Vec<u8>,
+    halves: Vec<f16>,
     products: Vec<f32>,
     scores: Vec<f32>,
     sieves: Vec<Sieve>,

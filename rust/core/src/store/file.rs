@@ -50,11 +50,11 @@ impl RowFile {
         self.rows
     }
 
-    /// Reads the rows from `first` on into `out`, as many as fit, by way of `bytes`.
+    /// Reads the rows from `first` on into `out`, as many as fit, by way of `halves`.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are not so many rows, [`Error::Io`] if reading fails.
-    pub fn read(&self, first: u64, out: &mut [f32], bytes: &mut Vec<u8>) -> Result<(), Error> {
+    pub fn read(&self, first: u64, out: &mut [f32], halves: &mut Vec<f16>) -> Result<(), Error> {
         let count = (out.len() / self.dim) as u64;
         if first.checked_add(count).is_none_or(|end| end > self.rows) {
             return Err(Error::shape(
@@ -63,28 +63,23 @@ impl RowFile {
                 format!("{count} from {first}"),
             ));
         }
-        let size = if self.half { 2 } else { 4 };
-        bytes.resize(out.len() * size, 0);
-        let at = self.offset + first * (self.dim * size) as u64;
-        File::open(&self.path)
-            .and_then(|file| read_exact_at(&file, bytes, at))
-            .map_err(|source| Error::Io { path: self.path.clone(), source })?;
+        // The values lie as they do in memory: the crate compiles for little-endian targets only.
         if self.half {
-            const STEP: usize = 1024;
-            let mut halves = [f16::ZERO; STEP];
-            for (out, bytes) in out.chunks_mut(STEP).zip(bytes.chunks(2 * STEP)) {
-                let halves = &mut halves[..out.len()];
-                for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *half = f16::from_le_bytes(*bytes);
-                }
-                halves.convert_to_f32_slice(out);
-            }
+            halves.resize(out.len(), f16::ZERO);
+            self.read_bytes(first, bytemuck::cast_slice_mut(halves))?;
+            halves.convert_to_f32_slice(out);
         } else {
-            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *value = f32::from_le_bytes(*bytes);
-            }
+            self.read_bytes(first, bytemuck::cast_slice_mut(out))?;
         }
         Ok(())
+    }
+
+    fn read_bytes(&self, first: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let size = if self.half { 2 } else { 4 };
+        let at = self.offset + first * self.dim as u64 * size;
+        File::open(&self.path)
+            .and_then(|file| read_exact_at(&file, bytes, at))
+            .map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 }
 
