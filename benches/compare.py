@@ -423,19 +423,47 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+MARKS = "<!-- results -->\n", "<!-- /results -->"
+"""What stands before and after the table in a README."""
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Puts the rows, as a Markdown table, between the marks of a README."""
+    text = path.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        sys.exit(f"{path} must hold {MARKS[0].strip()} and {MARKS[1]}, got a file without them")
+    lines = ["| what | ours | peer | ratio | goal |", "|---|---|---|---|---|"]
+    for row in rows:
+        other = "–" if row.peer is None else f"{row.peer:.3g} {row.unit}"
+        ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
+        goal = "–"
+        if row.goal is not None:
+            sign = "≤" if row.lower_is_better else "≥"
+            goal = f"{sign} {row.goal:g}, {'met' if row.met else '**missed**'}"
+        lines.append(f"| {row.name} | {row.ours:.3g} {row.unit} | {other} | {ratio} | {goal} |")
+    table = "\n".join(lines)
+    path.write_text(f"{before}{mark}{table}\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=BENCHES, help="what to compare")
+    parser.add_argument("name", choices=[*BENCHES, "all"], help="what to compare")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--readme", type=Path, help="also write them as a table into this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for row in BENCHES[options.name](Path(folder)):
-            print(table([row]), flush=True)
-            rows.append(row)
+    for name in BENCHES if options.name == "all" else [options.name]:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in BENCHES[name](Path(folder)):
+                print(table([row]), flush=True)
+                rows.append(row)
     if options.json:
         options.json.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+    if options.readme:
+        write_table(options.readme, rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from whence.report.text import QUERIES_SHOWN, RANKS_SHOWN, counted, left_out
 from whence.search import Hits, Show, Side
 
 _EXCERPT = 280  # characters of a text that a card shows before it is opened
+_EXCERPT_LINES = 8
 _PICTURE = 96  # pixels that the longer side of a small image is enlarged to, about
 
 
@@ -360,7 +361,7 @@ def _largest(hits: Hits, query: int) -> float:
 
 
 def _card(card: Card, largest: float, both_ways: bool) -> list[Html]:
-    parts = [] if card.picture is None else [card.picture]
+    parts = []
     if card.score is not None:
         parts += [score(card.score), bar(card.score, largest, both_ways=both_ways)]
     parts.append(tag("div", tag("bdi", line(card.name)), class_="name"))
@@ -372,15 +373,19 @@ def _card(card: Card, largest: float, both_ways: bool) -> list[Html]:
         parts.append(tag("dl", *notes, class_="notes"))
     if card.badge is not None:
         parts.append(tag("span", line(card.badge), class_="badge"))
-    return parts
+    if card.picture is None:
+        return parts
+    # Images are of one size, texts are not: scores above them stand in one line.
+    return [*parts, card.picture] if _is_text(card.picture) else [card.picture, *parts]
 
 
 def _text(text: str) -> Html:
     """A text; a long one by its beginning, to be opened."""
     text = clean(text).strip("\n")
-    if len(text) <= _EXCERPT:
+    beginning = "\n".join(text[:_EXCERPT].split("\n")[:_EXCERPT_LINES])
+    if beginning == text:
         return tag("p", text, class_="text", dir="auto")
-    excerpt = tag("p", text[:_EXCERPT] + "\N{HORIZONTAL ELLIPSIS}", class_="text", dir="auto")
+    excerpt = tag("p", beginning + "\N{HORIZONTAL ELLIPSIS}", class_="text", dir="auto")
     opened = tag(
         "details",
         tag("summary", f"all {len(text):,} characters"),

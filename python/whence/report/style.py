@@ -50,6 +50,8 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; 
   grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr));
 }
 .gallery.texts { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
+.gallery.texts { align-items: start; }
+.gallery.texts .text { margin: .5rem 0 0; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem; font-size: .875rem; }
 .card .name { color: var(--soft); font-size: .8rem; }
 .score { font-weight: 700; font-variant-numeric: tabular-nums; font-size: 1rem; }
@@ -65,6 +67,7 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; 
 img { display: block; max-width: 100%; height: auto; border-radius: 4px; margin-bottom: .4rem; }
 img.small { image-rendering: pixelated; }
 .text { white-space: pre-wrap; margin: 0 0 .4rem; }
+.text:has(+ details[open]) { display: none; }
 details { margin: 0 0 .4rem; }
 summary { cursor: pointer; color: var(--plus); }
 .bar { display: block; width: 100%; height: 6px; margin: .2rem 0 .35rem; }
@@ -121,7 +124,9 @@ FRAGMENT = """\
 .whence-hits dt { font-weight: 600; }
 .whence-hits dd { margin: 0; }
 .whence-hits .whence-scroll { overflow-x: auto; }
-.whence-hits table { border-collapse: collapse; margin: .75em 0; }
+.whence-hits table {
+  color: inherit; font-size: inherit; border-collapse: collapse; margin: .75em 0;
+}
 .whence-hits caption { text-align: left; font-weight: 600; white-space: nowrap; }
 .whence-hits th, .whence-hits td { text-align: left; padding: .15em .9em .15em 0; }
 .whence-hits td.whence-number, .whence-hits th.whence-number {
