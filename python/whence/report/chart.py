@@ -14,7 +14,7 @@ SERIES = 5
 """How many curves have a colour and a dash of their own."""
 
 _WIDTH, _HEIGHT = 560, 330
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 46
 
 
 def bar(score: float, largest: float, *, both_ways: bool = True) -> Html:
