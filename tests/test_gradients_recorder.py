@@ -34,10 +34,10 @@ def record(model, path, **options):
     return whence.record(model, path, dim=DIM, **options)
 
 
-def fill(rec, model, x, y, size=4, start=0, **columns):
+def fill(rec, model, x, y, size=4, start=0, offset=0, **columns):
     for first in range(start, len(x), size):
         part = slice(first, first + size)
-        ids = list(range(first, min(first + size, len(x))))
+        ids = [offset + i for i in range(first, min(first + size, len(x)))]
         with rec.batch(ids, label=y[part], **columns):
             F.cross_entropy(model(x[part]), y[part]).backward()
 
@@ -191,7 +191,7 @@ def test_layers_are_chosen_by_pattern(tmp_path):
     gradients = per_sample_gradients(model, lambda m, x, y: F.cross_entropy(m(x), y), x, y)
     chosen = {name: value for name, value in gradients.items() if name.startswith("2.")}
     assert close(whence.open(tmp_path / "s").rows(), whence.Sketch(dim=DIM)(chosen))
-    with pytest.raises(errors.ArgumentError, match=r"layers must match .* got \['head'\]"):
+    with pytest.raises(errors.ArgumentError, match=r"layers must each match .* got \['head'\]"):
         record(model, tmp_path / "t", layers=["head"])
 
 
@@ -318,6 +318,316 @@ def test_a_batch_without_backward_is_an_error(tmp_path):
             model(x[:1])
 
 
+# --- the forward pass stays as it is -------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A model whose forward is any function of it."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.table, self.position = nn.Embedding(7, 8), nn.Embedding(9, 8)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("shared", torch.randn(1, 8))
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+UNBATCHED = {
+    "a shared vector": lambda m, x: m.b(x + m.a(m.shared).sum(0)),
+    "one added dimension": lambda m, x: m.b(m.a(x[None])[0]),
+    "a mean over it": lambda m, x: m.b(m.a(x[None]).mean(0)),
+    "one example at a time": lambda m, x: m.b(torch.stack([m.a(q[None])[0] for q in x])),
+    "a task's embedding": lambda m, x: m.b(m.a(x) + m.table(torch.tensor([3]))),
+    "a table of all": lambda m, x: m.b(m.a(x)) @ m.table(torch.arange(7))[:3, :3],
+}
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_what_the_batch_shares_is_refused_by_name(tmp_path, name):
+    model, x = Plain(UNBATCHED[name]), torch.randn(5, 8)
+    model.position.requires_grad_(False)
+    with (
+        record(model, tmp_path / "s", uncovered="skip") as rec,
+        pytest.raises(errors.LayerError, match=r"dimension 0 must be the batch|positions must be"),
+        rec.batch(list(range(5))),
+    ):
+        F.cross_entropy(model(x), torch.zeros(5, dtype=torch.int64)).backward()
+    assert len(whence.open(tmp_path / "s")) == 0
+
+
+POSITIONS = {
+    "unsqueezed": lambda m, x: m.table(x) + m.position(torch.arange(x.shape[1])).unsqueeze(0),
+    "changed in place": lambda m, x: m.table(x) + m.position(torch.arange(x.shape[1])).mul_(2),
+    "averaged": lambda m, x: m.table(x) + m.position(torch.arange(x.shape[1])).mean(0),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_that_are_not_simply_added_are_refused_by_name(tmp_path, name):
+    model = Plain(lambda m, x: m.b(m.a(POSITIONS[name](m, x)).tanh().mean(1)))
+    x = torch.randint(0, 7, (5, 6))
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.LayerError, match=r"positions must be added .* of position"),
+        rec.batch(list(range(5))),
+    ):
+        F.cross_entropy(model(x), torch.zeros(5, dtype=torch.int64)).backward()
+
+
+def test_positions_as_one_row_are_recorded(tmp_path):
+    def forward(m, x):
+        return m.b(m.a(m.table(x) + m.position(torch.arange(x.shape[1])[None])).mean(1))
+
+    model, x, y = Plain(forward), torch.randint(0, 7, (5, 6)), torch.randint(0, 3, (5,))
+    with record(model, tmp_path / "s") as rec, rec.batch(list(range(5))) as done:
+        F.cross_entropy(model(x), y).backward()
+    assert close(done.rows, exact_rows(model, x, y), 1e-5)
+
+
+# --- what only later batches do -------------------------------------------------------------------
+
+
+def penalty(model, x, y):
+    return F.cross_entropy(model(x), y) + 0.1 * model[0].weight.square().sum()
+
+
+def by_hand(model, x, y):
+    return F.cross_entropy(F.linear(torch.tanh(model[0](x)), model[2].weight), y)
+
+
+@pytest.mark.parametrize("weight_gradients", [True, False])
+@pytest.mark.parametrize("loss", [penalty, by_hand])
+def test_a_use_outside_the_layer_is_found_in_any_batch(tmp_path, loss, weight_gradients):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s", weight_gradients=weight_gradients) as rec:
+        fill(rec, model, x, y)  # three batches: the next is not one of 1, 2, 4, 8
+        fill(rec, model, x, y, start=8, offset=100)
+        fill(rec, model, x, y, start=8, offset=200)
+        with (
+            pytest.raises(errors.CoverageError, match="must add up"),
+            rec.batch([300, 301, 302, 303], label=y[:4]),
+        ):
+            loss(model, x[:4], y[:4]).backward()
+
+
+def attacked(model, x, y):
+    x = x.clone().requires_grad_()
+    loss = F.cross_entropy(model(x), y)
+    x = x + torch.autograd.grad(loss, x)[0].sign()
+    return F.cross_entropy(model(x.detach()), y)
+
+
+def smoothed(model, x, y):
+    x = x.clone().requires_grad_()
+    loss = F.cross_entropy(model(x), y)
+    return loss + torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [(attacked, r"second gradient .*torch\.autograd\.grad"), (smoothed, "create_graph=True")],
+)
+def test_a_second_gradient_inside_the_batch_is_found_out(tmp_path, loss, match):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+        with (
+            pytest.raises(errors.LayerError, match=match),
+            rec.batch([100, 101, 102, 103], label=y[:4]),
+        ):
+            loss(model, x[:4], y[:4]).backward()
+
+
+def test_a_first_batch_with_nan_is_checked_later(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s", nonfinite="skip", weight_gradients=False) as rec:
+        with rec.batch([100, 101], label=y[:2]):
+            broken = x[:2].clone()
+            broken[0] = float("nan")
+            F.cross_entropy(model(broken), y[:2]).backward()
+        with (
+            pytest.raises(errors.CoverageError, match="must add up"),
+            rec.batch([200, 201], label=y[:2]),
+        ):
+            by_hand(model, x[:2], y[:2]).backward()
+
+
+def unfreeze(model):
+    model[0].weight.requires_grad_(True)
+
+
+def replace(model):
+    model[2] = nn.Linear(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (unfreeze, r"0\.weight, which is trainable now"),
+        (lambda model: model[2].bias.requires_grad_(False), r"2\.bias, which is frozen now"),
+        (replace, r"2\.bias, which is replaced"),
+        (lambda model: model.append(nn.Linear(3, 3)), r"3\.bias, which is new"),
+    ],
+)
+def test_a_model_that_changes_while_it_is_recorded_is_named(tmp_path, change, match):
+    model, (x, y) = model_of(), data()
+    model[0].weight.requires_grad_(False)
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x[:8], y[:8])
+        change(model)
+        with pytest.raises(errors.LayerError, match=match):
+            fill(rec, model, x, y, start=8)
+    assert len(whence.open(tmp_path / "s")) == 8
+
+
+def test_nothing_is_recorded_queried_or_verified_inside_a_batch(tmp_path):
+    model, (x, y) = model_of(), data()
+
+    def loss():
+        return F.cross_entropy(model(x), y)
+
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+        rec.commit()
+        for inner in (
+            lambda: whence.query(model, tmp_path / "s", loss),
+            lambda: rec.verify(lambda x, y: F.cross_entropy(model(x), y), (x, y)),
+            lambda: rec.batch([1]).__enter__(),
+        ):
+            with pytest.raises(errors.WhenceError, match="inside"), rec.batch([99], label=[0]):
+                inner()
+    with record(model, tmp_path / "a") as one, record(model, tmp_path / "b") as other:
+        with pytest.raises(errors.WhenceError, match="inside another"), one.batch([1]):
+            other.batch([1]).__enter__()
+        fill(one, model, x, y)
+        fill(other, model, x, y)
+    rows = [whence.open(tmp_path / name).rows() for name in "ab"]
+    assert np.array_equal(*rows)
+
+
+def test_attention_in_several_threads_leaves_torch_as_it_was(tmp_path):
+    import threading
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    original, failures = F.linear, []
+
+    def work(name):
+        try:
+            model = Attention()
+            with record(model, tmp_path / name) as rec:
+                for first in range(0, 60, 3):
+                    with rec.batch([first, first + 1, first + 2]):
+                        model(torch.randn(3, 4, 8)).square().sum((1, 2)).mean().backward()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"t{i}",)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert F.linear is original
+    assert all(len(whence.open(tmp_path / f"t{i}")) == 60 for i in range(3))
+
+
+def test_a_residual_added_in_place_to_attention(tmp_path):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            out = self.attention(x, x, x)[0]
+            out += x
+            return out
+
+    def loss(model, x):
+        return model(x).pow(3).sum((1, 2)).mean()
+
+    model, x = Residual(), torch.randn(4, 5, 8)
+    with record(model, tmp_path / "s") as rec, rec.batch(list(range(4))) as done:
+        loss(model, x).backward()
+    exact = whence.Sketch(dim=DIM)(per_sample_gradients(model, loss, x))
+    assert close(done.rows, exact, 1e-5)
+
+
+def test_a_batch_that_is_all_recorded_leaves_grad_alone_too(tmp_path):
+    model, (x, y) = model_of(), data()
+    options = {"weight_gradients": False, "on_duplicate": "skip"}
+    with record(model, tmp_path / "s", **options) as rec:
+        fill(rec, model, x, y)
+        fill(rec, model, x, y)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_functional_with_an_argument_as_long_as_the_batch_is_found_out(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.randn(6))
+
+        def forward(self, x, scale):
+            return torch.einsum("btd,t,d->btd", x, scale, self.gain)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Scaled()
+
+        def forward(self, x):
+            return self.inner(x, torch.linspace(1, 2, x.shape[1])).square().sum((1, 2)).mean()
+
+    model = Outer()
+    with record(model, tmp_path / "s", uncovered="functional") as rec:
+        with rec.batch([1, 2, 3]):
+            model(torch.randn(3, 4, 6)).backward()
+        with pytest.raises(errors.WhenceError), rec.batch([11, 12, 13, 14]):
+            model(torch.randn(4, 4, 6)).backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda m, p: whence.record(m, None), errors.DtypeError, "path must be a path"),
+        (lambda m, p: whence.record(m, p, layers=3), errors.DtypeError, "layers must be"),
+        (lambda m, p: whence.record(m, p, unbatched=3), errors.DtypeError, "unbatched must be"),
+        (lambda m, p: whence.record(m, p, weight_gradients="no"), errors.DtypeError, "a bool"),
+        (lambda m, p: whence.record(m, p, layers=["0", "zzz"]), errors.ArgumentError, "'zzz'"),
+        (lambda m, p: whence.record(m, p, dim=0), errors.ArgumentError, "dim must be from 1"),
+        (lambda m, p: whence.record(m, p, dim=2**62), errors.ArgumentError, "dim must be from 1"),
+        (lambda m, p: whence.record(m, p, dtype="int3"), errors.ArgumentError, "dtype must be"),
+        (lambda m, p: whence.record("m", p), errors.DtypeError, "model must be an nn.Module"),
+        (lambda m, p: whence.record(nn.ReLU(), p), errors.ArgumentError, "trainable parameters"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(tmp_path, call, error, match):
+    with pytest.raises(error, match=match):
+        call(model_of(), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_recorder_is_entered_once(tmp_path):
+    model = model_of()
+    rec = record(model, tmp_path / "s")
+    with rec:
+        pass
+    with pytest.raises(errors.WhenceError, match="entered once"), rec:
+        pass
+    with pytest.raises(errors.WhenceError, match="closed recorder"):
+        rec.batch([1]).__enter__()
+
+
 # --- not finite ---------------------------------------------------------------------------------
 
 
@@ -385,11 +695,12 @@ def test_string_ids_and_columns_come_back_as_given(tmp_path):
         ([1.5, 2.0], "float"),
         ([], "non-empty"),
         ([1, 1], "1 twice"),
-        ([[1, 2]], "integers or all strings"),
-        (7, "list of integers"),
-        ("ab", "list of integers"),
+        ([[1, 2]], "integers or all strings, got list"),
+        (7, "must be a list, one value"),
+        ("ab", "must be a list, one value"),
         ([2**63], "64 bits"),
-        (np.array([1.0, 2.0]), "dtype float64"),
+        (np.array([1.0, 2.0]), "got float64"),
+        ({1, 2}, "must be a list, one value"),
         (np.array([[1, 2]]), r"shape \[1, 2\]"),
         ([None, None], "NoneType"),
         (["a\0", "b"], "NUL"),

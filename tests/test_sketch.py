@@ -242,7 +242,7 @@ NAN = float("nan")
         (
             lambda: sketch(np.ones((2, 3), "f4"), [("a", (-3,))]),
             errors.ArgumentError,
-            "layout sizes must be at least 0",
+            "layout sizes must be from 0",
         ),
         (
             lambda: sketch({"w": np.array([[1.0], [NAN]], "f4")}),

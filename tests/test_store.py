@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import whence
 from whence import errors
-from whence.store import Manifest, Writer
+from whence.store import Checkpoint, Manifest, Writer
 
 
 def test_rows_are_plain_npy_beside_their_scales(tmp_path):
@@ -64,7 +64,7 @@ def test_a_failed_commit_is_an_error_and_loses_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("whence.store.files.os.fsync", full)
+        patch.setattr("whence.store.files.sync", full)
         with pytest.raises(errors.StoreError, match="No space left"):
             writer.commit()
         assert whence.open(tmp_path / "s").ids.tolist() == list(range(5))
@@ -73,7 +73,7 @@ def test_a_failed_commit_is_an_error_and_loses_nothing(tmp_path, monkeypatch):
     writer.close()
 
 
-def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+def test_what_a_killed_writer_left_is_never_read_or_reused(tmp_path):
     fill(tmp_path / "s", random_rows(5))
     stray = tmp_path / "s" / "shard-00000002"
     stray.mkdir()
@@ -81,7 +81,58 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
     (tmp_path / "s" / "manifest-00000009.part").write_bytes(b"{")
     store = fill(tmp_path / "s", random_rows(3), ids=[10, 11, 12])
     assert store.ids.tolist() == [0, 1, 2, 3, 4, 10, 11, 12]
-    assert not list((tmp_path / "s").glob("*.part"))
+    assert (stray / "rows.npy").read_bytes() == b"half"
+
+
+def test_rows_whose_manifest_is_lost_are_not_written_over(tmp_path):
+    fill(tmp_path / "s", random_rows(6), parts=3)
+    for manifest_ in (tmp_path / "s").glob("manifest-*"):
+        manifest_.unlink()
+    with pytest.raises(errors.StoreError, match="rows that no manifest names"):
+        Writer(tmp_path / "s", manifest())
+    assert len(list((tmp_path / "s").glob("shard-*"))) == 3
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_commit_is_neither_lost_nor_done_twice(tmp_path, monkeypatch, moment):
+    fill(tmp_path / "s", random_rows(5))
+    writer = Writer(tmp_path / "s", manifest())
+    writer.append(np.array([7]), random_rows(1), {})
+    save = Manifest.save
+
+    def interrupted(self, folder, number):
+        if moment == "after":
+            save(self, folder, number)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.commit()
+    writer.append(np.array([8]), random_rows(1), {})
+    writer.close()
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3, 4, 7, 8]
+
+
+def test_columns_keep_their_names_in_any_order(tmp_path):
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    for id_, columns in ((0, {"a": ["a0"], "b": ["b0"]}), (1, {"b": ["b1"], "a": ["a1"]})):
+        arrays = {name: np.array(value, object) for name, value in columns.items()}
+        writer.append(np.array([id_]), random_rows(1), writer.check_columns(arrays))
+        writer.commit()
+    writer.close()
+    store = whence.open(tmp_path / "s")
+    assert store.columns["a"].tolist() == ["a0", "a1"]
+    assert store.columns["b"].tolist() == ["b0", "b1"]
+
+
+def test_a_relative_path_does_not_move_with_the_process(tmp_path, monkeypatch):
+    fill(tmp_path / "s", random_rows(4))
+    monkeypatch.chdir(tmp_path)
+    store = whence.open("s")
+    monkeypatch.chdir("/")
+    assert store.search(random_rows(1)).helpful.ids.shape == (1, 4)
 
 
 @settings(max_examples=25, deadline=None)

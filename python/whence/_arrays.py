@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +15,10 @@ from whence.errors import ArgumentError, DtypeError, IdError, NotFiniteError, Sh
 
 Ids: TypeAlias = NDArray[Any]
 """int64 or str ids, one kind in an array."""
+
+
+MAX_THREADS = 256
+"""The most threads a call starts, whatever it was asked for."""
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -41,7 +47,10 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
         value, (int, float, np.integer, np.floating)
     ):
         raise DtypeError(f"{name} must be a number, got {describe(value)}")
-    found = float(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
     if not np.isfinite(found) or (positive and found <= 0):
         raise ArgumentError(f"{name} must be a {'positive ' * positive}finite number, got {found}")
     return found
@@ -66,7 +75,7 @@ def threads(value: int | None) -> int:
         ArgumentError: If it is not at least 1.
     """
     if value is not None:
-        return integer("threads", value, 1)
+        return min(integer("threads", value, 1), MAX_THREADS)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -86,7 +95,7 @@ def float_rows(name: str, value: Any, dim: int) -> NDArray[np.float32]:
     """`value` as a C-contiguous [rows, dim] float32 array.
 
     Raises:
-        DtypeError: If it is not float32; nothing is rounded without being asked to.
+        DtypeError: If it is not float32 (or a bfloat16 tensor, which float32 holds exactly).
         ShapeError: If it is not [rows, dim].
         NotFiniteError: If it holds a NaN or an infinity.
     """
@@ -123,9 +132,14 @@ def ids(name: str, value: Any) -> Ids:
             fit int64, or an id appears twice.
         ShapeError: If it is not one-dimensional, or empty.
     """
-    array: Ids = _id_array(name, to_numpy(value))
-    if array.ndim != 1 or array.size == 0:
-        raise ShapeError(f"{name} must be a non-empty list of ids, got shape {list(array.shape)}")
+    array = _items(name, value, IdError)
+    if array.size == 0:
+        raise ShapeError(f"{name} must be a non-empty list of ids, got none")
+    kind = kind_of_array(array)
+    if kind not in ("int64", "str"):
+        raise IdError(f"{name} must be all integers or all strings, got {kind}")
+    if kind == "str":
+        array = array.astype(np.str_)
     unique, counts = np.unique(array, return_counts=True)
     if len(unique) < len(array):
         twice = unique[counts > 1][0]
@@ -133,44 +147,84 @@ def ids(name: str, value: Any) -> Ids:
     return array
 
 
-def _id_array(name: str, value: Any) -> Any:
+def column(name: str, value: Any, rows: int) -> NDArray[Any]:
+    """`value` as a column of `rows` bools, int64, float64 or (as objects) str.
+
+    Raises:
+        ShapeError: If it is not one value per example.
+        DtypeError: If values are of another type, or of several.
+    """
+    array = _items(name, value, DtypeError)
+    if array.shape != (rows,):
+        raise ShapeError(f"{name} must be one value for each of {rows} examples, got {len(array)}")
+    return array
+
+
+def values(name: str, value: Any) -> NDArray[Any]:
+    """`value`, a scalar or a list of them, as bools, int64, float64 or (as objects) str.
+
+    Raises:
+        DtypeError: If values are of another type, or of several.
+    """
+    scalar = isinstance(value, (str, int, float, np.generic)) or np.ndim(to_numpy(value)) == 0
+    return _items(name, [value] if scalar else value, DtypeError)
+
+
+def kind_of_array(array: NDArray[Any]) -> str:
+    """The word for the type of a column: bool, int64, float64 or str."""
+    return {"b": "bool", "i": "int64", "f": "float64", "O": "str", "U": "str"}[array.dtype.kind]
+
+
+def _items(name: str, value: Any, error: type[ArgumentError]) -> NDArray[Any]:
+    """One-dimensional bools, int64, float64 or objects that are str."""
+    value = to_numpy(value)
     if isinstance(value, np.ndarray):
-        if value.dtype.kind == "U":
-            return value
-        if value.dtype.kind in "iu":
-            return _int64(name, value)
-        if value.dtype.kind != "O":
-            raise IdError(f"{name} must be integers or strings, got dtype {value.dtype}")
-        value = list(value)
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise IdError(f"{name} must be a list of integers or strings, got {describe(value)}")
-    items = [item.item() if hasattr(item, "item") else item for item in value]
+        if value.ndim != 1:
+            raise ShapeError(f"{name} must have one dimension, got shape {list(value.shape)}")
+        kind = value.dtype.kind
+        if kind in "iu":
+            if value.size and int(value.max()) > np.iinfo(np.int64).max:
+                raise error(f"{name} must fit in 64 bits with a sign, got {value.max()}")
+            return value.astype(np.int64)
+        if kind in "bf":
+            return value.astype(np.bool_ if kind == "b" else np.float64)
+        if kind not in "UO":
+            raise error(f"{name} must be numbers or strings, got dtype {value.dtype}")
+        value = value.tolist()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise (error if isinstance(value, (set, frozenset)) else ShapeError)(
+            f"{name} must be a list, one value per example, got {describe(value)}"
+        )
+    items = [
+        item.item() if hasattr(item, "item") and np.size(to_numpy(item)) == 1 else item
+        for item in value
+    ]
     kinds = {kind_of(item) for item in items}
+    if kinds == {"int64", "float64"}:
+        kinds = {"float64"}
     if not kinds:
         return np.empty(0, np.int64)
-    if kinds == {"str"}:
+    if len(kinds) > 1 or not kinds <= {"bool", "int64", "float64", "str"}:
+        wrong = [item for item in items if kind_of(item) not in ("bool", "int64", "float64", "str")]
+        got = describe(wrong[0]) if wrong else " and ".join(sorted(kinds))
+        what = "integers or all strings" if error is IdError else "numbers or all strings"
+        raise error(f"{name} must be all {what}, got {got}")
+    kind = kinds.pop()
+    if kind == "str":
         for item in items:
             if "\0" in item:
-                raise IdError(f"{name} must not contain a NUL character, got {item!r}")
-        return np.array(items, np.str_)
-    if kinds == {"int64"}:
-        try:
-            return np.array(items, np.int64)
-        except OverflowError:
-            raise IdError(f"{name} must fit in 64 bits, got {max(items, key=abs)}") from None
-    wrong = [item for item in items if kind_of(item) not in ("int64", "str")]
-    got = describe(wrong[0]) if wrong else "integers and strings"
-    raise IdError(f"{name} must be all integers or all strings, got {got}")
-
-
-def _int64(name: str, value: NDArray[Any]) -> NDArray[np.int64]:
-    if value.dtype == np.uint64 and value.size and value.max() > np.iinfo(np.int64).max:
-        raise IdError(f"{name} must fit in 64 bits with a sign, got {value.max()}")
-    return value.astype(np.int64)
+                raise error(f"{name} must not contain a NUL character, got {item!r}")
+        found = np.empty(len(items), object)
+        found[:] = [str(item) for item in items]
+        return found
+    try:
+        return np.array(items, kind)
+    except OverflowError:
+        raise error(f"{name} must fit in 64 bits, got {max(items, key=abs)}") from None
 
 
 def kind_of(value: Any) -> str:
-    """The kind of a stored scalar: bool, int64, float64, str, or the name of what it is instead."""
+    """The kind of a scalar: bool, int64, float64, str, or the name of what it is instead."""
     if isinstance(value, (bool, np.bool_)):
         return "bool"
     if isinstance(value, (int, np.integer)):
@@ -182,48 +236,27 @@ def kind_of(value: Any) -> str:
     return type(value).__name__
 
 
-def column(name: str, value: Any, rows: int) -> NDArray[Any]:
-    """`value` as a column of `rows` bools, int64, float64 or str.
+def path(name: str, value: Any) -> Path:
+    """`value` as an absolute path, so that a later change of directory does not move it.
 
     Raises:
-        ShapeError: If it is not one value per example.
-        DtypeError: If values are of another type, or of several.
+        DtypeError: If it is not a path.
     """
-    value = to_numpy(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufU":
-        array: NDArray[Any] = value.astype(
-            {"b": np.bool_, "U": np.str_, "f": np.float64}.get(value.dtype.kind, np.int64)
-        )
-    else:
-        if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-            raise ShapeError(f"{name} must be one value per example, got {describe(value)}")
-        items = [item.item() if hasattr(item, "item") else item for item in value]
-        kinds = {kind_of(item) for item in items}
-        if kinds == {"int64", "float64"}:
-            kinds = {"float64"}
-        if len(kinds) > 1 or not kinds <= {"bool", "int64", "float64", "str"}:
-            found = ", ".join(sorted(kinds))
-            raise DtypeError(f"{name} must be all numbers or all strings, got {found}")
-        kind = kinds.pop() if kinds else "float64"
-        try:
-            array = np.array(items, np.str_ if kind == "str" else kind)
-        except OverflowError:
-            raise DtypeError(f"{name} must fit in 64 bits, got {max(items, key=abs)}") from None
-    if array.shape != (rows,):
-        raise ShapeError(
-            f"{name} must be one value for each of {rows} examples, got shape {list(array.shape)}"
-        )
-    return array
+    if not isinstance(value, (str, os.PathLike)):
+        raise DtypeError(f"{name} must be a path, got {describe(value)}")
+    return Path(value).absolute()
 
 
 def shape_of(name: str, value: Sequence[Any]) -> list[int]:
     """`value` as a list of sizes.
 
     Raises:
-        DtypeError: If a size is not an integer.
-        ArgumentError: If a size is negative.
+        DtypeError: If it is not a list of integers.
+        ArgumentError: If a size is negative, or larger than 2**48.
     """
-    return [integer(f"{name} sizes", size, 0) for size in value]
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise DtypeError(f"{name} must hold (name, shape) pairs, got the shape {value!r}")
+    return [integer(f"{name} sizes", size, 0, 2**48) for size in value]
 
 
 def describe(value: Any) -> str:

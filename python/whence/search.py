@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
@@ -29,7 +29,7 @@ Show: TypeAlias = Callable[[Any], Any]
 """id -> text, or a uint8 image of [height, width] or [height, width, 3]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """One end of the ranking.
 
@@ -64,7 +64,7 @@ class Renderer(Protocol):
         """Writes a page that stands alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hits:
     """The most helpful and the most harmful training examples of each query.
 
@@ -85,7 +85,7 @@ class Hits:
     eligible: NDArray[np.int64]
     method: str
     unit: str
-    columns: dict[str, NDArray[Any]] = field(repr=False)
+    columns: Mapping[str, NDArray[Any]] = field(repr=False)
 
     sign: ClassVar[str] = SIGN
     renderer: ClassVar[Renderer | None] = None
@@ -238,7 +238,7 @@ class Store(Reader):
         rows = self._query_rows(queries)
         if not len(self):
             raise ArgumentError(f"the store must have rows to search, got none in {self.path}")
-        keep = self.eligible(where)
+        keep = self.eligible(where)  # a fresh array, ours to change
         numbers = self.row_numbers(missing="error" if missing == "error" else "keep")
         keep &= (numbers >= 0).all(axis=0)
         examples = np.flatnonzero(keep)
@@ -260,15 +260,18 @@ class Store(Reader):
         )
         return Hits(helpful, harmful, eligible, METHOD, unit, self.columns)
 
-    def self_influence(self) -> NDArray[np.float32]:
+    def self_influence(self) -> NDArray[np.float64]:
         """[examples] the score of each example for itself: high for mislabelled and odd ones.
 
         The squared norm of its row, summed over checkpoints weighted by their learning rates; never
-        negative. NaN for an example that lacks a checkpoint.
+        negative. NaN for an example that lacks a checkpoint. In float64, which no norm overflows.
+
+        Raises:
+            CheckpointError: If some checkpoints have a learning rate and others not.
         """
         rates, _ = self._weights()
-        norms = np.stack([self.norms(name) for name in self.checkpoints])
-        total: NDArray[np.float32] = (rates[:, None] * norms**2).sum(axis=0)
+        norms = np.stack([self.norms(name) for name in self.checkpoints]).astype(np.float64)
+        total: NDArray[np.float64] = (rates[:, None].astype(np.float64) * norms**2).sum(axis=0)
         return total
 
     def _query_rows(self, queries: Any) -> NDArray[np.float32]:
@@ -276,7 +279,7 @@ class Store(Reader):
         queries = _arrays.to_numpy(queries)
         checkpoints = len(self.checkpoints)
         if isinstance(queries, np.ndarray) and queries.ndim == 3:
-            if queries.shape[0] != checkpoints:
+            if queries.shape[0] != checkpoints or queries.shape[2] != self.dim:
                 raise ShapeError(
                     f"queries must be [{checkpoints}, queries, {self.dim}], one for "
                     f"each checkpoint, got {list(queries.shape)}"
@@ -317,21 +320,21 @@ class Store(Reader):
     ) -> tuple[list[list[int]], NDArray[np.int64]]:
         """For each query the places in `examples` it must not return, and how many are left."""
         if exclude is None:
-            return [], np.full(queries, len(examples))
+            return [], np.full(queries, len(examples), np.int64)
         if isinstance(exclude, (str, bytes)) or len(exclude) != queries:
             raise ShapeError(
                 f"exclude must be one list of ids for each of {queries} queries, "
                 f"got {_arrays.describe(exclude)}"
             )
-        place = np.full(len(self), -1)
-        place[examples] = np.arange(len(examples))
+        place = np.full(len(self), -1, np.int64)
+        place[examples] = np.arange(len(examples), dtype=np.int64)
         lists = []
         for query, listed in enumerate(exclude):
             name = f"exclude[{query}]"
             some = len(listed) > 0
             found = place[self.positions(name, _arrays.ids(name, listed))] if some else place[:0]
             lists.append(np.sort(found[found >= 0]).tolist())
-        return lists, np.array([len(examples) - len(listed) for listed in lists])
+        return lists, np.array([len(examples) - len(listed) for listed in lists], np.int64)
 
 
 def open(path: str | os.PathLike[str]) -> Store:
@@ -344,4 +347,4 @@ def open(path: str | os.PathLike[str]) -> Store:
         >>> store = whence.open("runs/digits")  # doctest: +SKIP
         >>> store.search(rows, k=10).helpful.ids  # doctest: +SKIP
     """
-    return Store(Path(path))
+    return Store(path)

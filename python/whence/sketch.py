@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -10,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence.errors import ArgumentError, DtypeError, NotFiniteError, ShapeError
+from whence.errors import (
+    ArgumentError,
+    DtypeError,
+    MismatchError,
+    NotFiniteError,
+    ShapeError,
+)
 
 KINDS = ("chunked_sjlt",)
 """The kinds of sketch there are."""
@@ -82,6 +89,22 @@ class Sketch:
         self._threads = _arrays.threads(threads)
         self._core = _core.Sketch(self._dim, self._seed)
 
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, threads: int | None = None) -> Sketch:
+        """The map that a store says its rows were made with.
+
+        Raises:
+            MismatchError: If this version of whence does not have that map.
+        """
+        found = cls(spec["kind"], dim=spec["dim"], seed=spec["seed"], threads=threads)
+        for name, value in found.spec.items():
+            if spec.get(name) != value:
+                raise MismatchError(
+                    f"{name} of the store's sketch must be {value!r}, as in this version of "
+                    f"whence, got {spec.get(name)!r}"
+                )
+        return found
+
     @property
     def kind(self) -> str:
         """The kind of map."""
@@ -131,9 +154,11 @@ class Sketch:
         """Rows of `gradients`.
 
         Args:
-            gradients: A dict of parameter name to [batch, *shape]; or one [batch, parameters]
-                array that `layout` takes apart; or one array [batch, ...], a single parameter
-                named "". NumPy arrays or tensors of float32, float16 or (tensors) bfloat16.
+            gradients: A dict of parameter name to [batch, *shape], a tied parameter under the
+                first of its names in sorted order, as in a recorded store; or one
+                [batch, parameters] array that `layout` takes apart; or one array [batch, ...], a
+                single parameter named "". NumPy arrays or tensors of float32, float16 or
+                (tensors) bfloat16.
             layout: For a flat array: (name, shape) of each parameter in the order they lie in.
 
         Returns:
@@ -184,7 +209,7 @@ class Sketch:
                 put("", list(array.shape[1:]), array.reshape(len(array), -1))
             else:
                 at = 0
-                shapes = [(name, _arrays.shape_of("layout", shape)) for name, shape in layout]
+                shapes = [(str(name), _arrays.shape_of("layout", shape)) for name, shape in layout]
                 total = sum(math.prod(shape) for _, shape in shapes)
                 if array.ndim != 2 or array.shape[1] != total:
                     raise ShapeError(
@@ -315,10 +340,8 @@ def _gradient(name: str, value: Any) -> NDArray[Any]:
 
 
 def _uint16(tensor: Any) -> Any:
-    """torch.uint16, reached through a tensor so that torch need not be imported here."""
-    import sys
-
-    return sys.modules[type(tensor).__module__].uint16
+    """torch.uint16, without importing torch here: whoever made the tensor has."""
+    return sys.modules["torch"].uint16
 
 
 def _sized(name: str, array: NDArray[Any]) -> NDArray[Any]:

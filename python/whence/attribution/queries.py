@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from whence.errors import (
     WeightsError,
 )
 from whence.gradients.capture import Capture, Hooks, not_finite, refuse_batch_statistics
-from whence.gradients.recorder import REDUCTIONS, count_tokens
+from whence.gradients.recorder import REDUCTIONS, count_tokens, patterns
 from whence.gradients.structure import structure_in_store
 from whence.gradients.weights import State, digest, load, preserved, put
 from whence.search import Hits, Store
@@ -81,7 +80,7 @@ def query(
         >>> hits = whence.query(model, store, lambda: loss_fn(model(x), y))  # doctest: +SKIP
     """
     if not isinstance(store, Store):
-        store = Store(Path(store))
+        store = Store(store)
     _arrays.integer("k", k, 1)
     _arrays.choice("missing", missing, ("error", "drop"))
     rows = query_rows(
@@ -136,10 +135,7 @@ def query_rows(
         )
     loaded = _states(store, states)
     structure = structure_in_store(model, store.manifest.model, store.path)
-    spec = store.manifest.sketch
-    sketch = Sketch(
-        spec["kind"], dim=spec["dim"], seed=spec["seed"], threads=torch.get_num_threads()
-    )
+    sketch = Sketch.from_spec(store.manifest.sketch, threads=torch.get_num_threads())
     hooks = Hooks(model, structure, strict=False)
     found = []
     random_state = torch.get_rng_state()
@@ -159,7 +155,7 @@ def query_rows(
                 found.append(
                     _rows(
                         hooks,
-                        Capture(structure, sketch, queries, unbatched),
+                        Capture(structure, sketch, queries, patterns("unbatched", unbatched)),
                         closure,
                         reduction,
                         tokens,
@@ -192,15 +188,12 @@ def _rows(
                 ".detach in it?)"
             )
         loss.backward()  # type: ignore[no-untyped-call]
-    capture.rows()
+    capture.verify()
     if reduction == "token_mean":
         factor = count_tokens(tokens, capture.batch)
     else:
         factor = float(capture.batch) if reduction == "mean" else 1.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        rows = (capture.accumulator.totals * factor).astype(np.float32)
-    for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
-        capture.bad.setdefault(int(row), "the sum of all layers")
+    rows = capture.rows(factor)
     if capture.bad:
         raise not_finite([f"query {index}" for index in range(capture.batch)], capture.bad)
     return rows

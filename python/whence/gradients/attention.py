@@ -8,10 +8,10 @@ else passes through unchanged.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from whence.errors import LayerError
 
 Record = Callable[[Tensor, Tensor, "str | None", int, "str | None", int], Tensor]
 """(input, output, weight, first row, bias, first value) -> output; input and output are
-[terms, batch, features]."""
+[terms, batch, features], or flattened to [terms * batch, features]."""
 
 
 class Projections:
@@ -50,48 +50,32 @@ class Projections:
         self._record = record
         self._name = name
         self._parameters = {local: module.get_parameter(local) for local in names}
-        self._original: Callable[..., Tensor] | None = None
 
     def start(self) -> None:
-        """Begins to watch."""
-        self._original = F.linear
-        F.linear = self._linear
+        """Begins to watch what this thread calls."""
+        _stack().append(self)
+        _patch(+1)
 
     def stop(self) -> None:
         """Ends to watch."""
-        if self._original is not None:
-            F.linear = self._original
-            self._original = None
+        if self in _stack():
+            _stack().remove(self)
+            _patch(-1)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._original is None:
-            return torch._C._nn.linear(input, weight, bias)
-        output = self._original(input, weight, bias)
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The projection, recorded if its weight or bias is the module's own."""
+        output = _original(input, weight, bias)
         weight_name, row = self._locate(weight)
         bias_name, value = self._locate(bias)
         if weight_name is None and bias_name is None:
             return output
-        # The function keeps terms first; it flattens terms and batch before the last projection.
-        shape = (-1, self._batch)
-        if output.dim() == 2:
-            if output.shape[0] % self._batch:
-                raise LayerError(
-                    f"{self._name} must be called with a batch of {self._batch}, "
-                    f"got {output.shape[0]} terms in all"
-                )
-            flat = self._record(
-                input.reshape(*shape, input.shape[-1]),
-                output.reshape(*shape, output.shape[-1]),
-                weight_name,
-                row,
-                bias_name,
-                value,
-            )
-            return flat.flatten(0, 1)
-        if output.dim() != 3 or output.shape[1] != self._batch:
+        # The function keeps terms first; before the last projection it flattens terms and batch.
+        terms = output.numel() // output.shape[-1] // self._batch
+        fits = output.dim() == 2 or (output.dim() == 3 and output.shape[1] == self._batch)
+        if not fits or terms * self._batch * output.shape[-1] != output.numel():
             raise LayerError(
-                f"{self._name} must be called with a batch of {self._batch} in "
-                f"dimension 0, got shape {list(output.transpose(0, 1).shape)}"
+                f"{self._name} must be called with a batch of {self._batch} in dimension 0, got "
+                f"projections of shape {list(output.shape)}"
             )
         return self._record(input, output, weight_name, row, bias_name, value)
 
@@ -104,3 +88,37 @@ class Projections:
                 offset = part.storage_offset() - parameter.storage_offset()
                 return local, int(offset // parameter.stride(0))
         return None, 0
+
+
+_original: Callable[..., Tensor] = F.linear
+_lock = threading.Lock()
+_watching = 0
+_local = threading.local()
+
+
+def _stack() -> list[Projections]:
+    """The modules that run in this thread, innermost last."""
+    if not hasattr(_local, "stack"):
+        _local.stack = []
+    found: list[Projections] = _local.stack
+    return found
+
+
+def _watched(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What stands for `torch.nn.functional.linear` while a module is watched in any thread."""
+    stack = _stack()
+    if stack:
+        return stack[-1].linear(input, weight, bias)
+    return _original(input, weight, bias)
+
+
+def _patch(change: int) -> None:
+    """Replaces the function for the first watcher, and puts it back after the last."""
+    global _watching, _original
+    with _lock:
+        if _watching == 0:
+            _original = F.linear
+            F.linear = _watched
+        _watching += change
+        if _watching == 0:
+            F.linear = _original

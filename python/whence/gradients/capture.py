@@ -9,6 +9,7 @@ nothing of the loss or the loop.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -18,12 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from whence.errors import CoverageError, LayerError, NotFiniteError
+from whence.errors import CoverageError, LayerError, NotFiniteError, WhenceError
 from whence.gradients.attention import Projections
 from whence.gradients.functional import Call, add_functional
 from whence.gradients.layers import ATTENTION, FUNCTIONAL
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
+from whence.gradients.weights import preserved
 from whence.sketch import Accumulator, Sketch
 
 EXACT_TOLERANCE = 1e-3
@@ -43,9 +46,10 @@ class Capture:
     Args:
         structure: What is recorded.
         sketch: The map.
-        batch: Number of samples, if known; else that of the first layer's input.
-        unbatched: Patterns of layers whose one-dimensional input is positions, not a batch.
-        check: Whether to compare the samples' sum with the batch's own gradient.
+        batch: Number of samples, if known; else that of the model's first tensor.
+        unbatched: Patterns of embeddings whose output is shared by the batch.
+        check: Whether to compare the samples' sums with the batch's own gradients: "no", "total"
+            for all parameters together, or "each".
     """
 
     def __init__(
@@ -55,21 +59,23 @@ class Capture:
         batch: int | None,
         unbatched: Sequence[str] = (),
         *,
-        check: bool = False,
+        check: str = "no",
     ) -> None:
         self.structure = structure
-        self.sketch = sketch
         self.unbatched = unbatched
         self.batch = 0
+        self.guessed = batch is None
         self.fired: set[str] = set()
-        self.received: set[str] = set()
         self.bad: dict[int, str] = {}
         self.rounded = False
+        self.shared: set[str] = set()
         self.failure: BaseException | None = None
         self.check = check
-        self._sums: dict[str, NDArray[np.float64]] = {}
-        self._norms: dict[str, float] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._sketch = sketch
+        self._received: set[str] = set()
+        self._outside: set[str] = set()
+        self._samples: dict[str, Accumulator] = {}
+        self._whole: dict[str, Accumulator] = {}
         self._accumulator: Accumulator | None = None
         if batch is not None:
             self.set_batch(batch)
@@ -77,7 +83,7 @@ class Capture:
     def set_batch(self, batch: int) -> None:
         """Fixes the number of samples."""
         self.batch = batch
-        self._accumulator = Accumulator(self.sketch, batch)
+        self._accumulator = Accumulator(self._sketch, batch)
 
     @property
     def accumulator(self) -> Accumulator:
@@ -91,24 +97,23 @@ class Capture:
     ) -> None:
         """Lets `feed` add to the rows, and keeps the books on it."""
         self.fired.add(parameter.name)
-        if self.check:
-            part = Accumulator(self.sketch, self.batch)
-            bad = feed(part)
-            self.accumulator.totals += part.totals
-            total = self._sums.setdefault(parameter.name, np.zeros(self.sketch.dim))
-            total += part.totals.sum(axis=0)
-            norm = float(np.linalg.norm(part.totals, axis=1).sum())
-            self._norms[parameter.name] = self._norms.get(parameter.name, 0.0) + norm
-        else:
-            bad = feed(self.accumulator)
-        for row in bad:
-            self.bad.setdefault(row, layer)
+        for row in feed(self.accumulator):
+            self.bad.setdefault(row, layer or "the model")
+        if self.check == "each":
+            if parameter.name not in self._samples:
+                self._samples[parameter.name] = Accumulator(self._sketch, self.batch)
+            feed(self._samples[parameter.name])
 
     def guard(self, hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         """`hook`, whose failure is remembered: rows that it left partial are never stored."""
 
         def guarded(delta: Tensor) -> None:
             try:
+                if torch.is_grad_enabled():
+                    raise LayerError(
+                        "backward must be without create_graph=True inside a batch, got gradients "
+                        "of gradients, which are not recorded"
+                    )
                 hook(delta)
             except BaseException as error:
                 self.failure = error
@@ -116,19 +121,31 @@ class Capture:
 
         return guarded
 
-    def receive(self, parameter: Parameter, gradient: Tensor) -> None:
-        """Notes that autograd computed the batch's own gradient of a parameter."""
-        self.received.add(parameter.name)
-        if self.check:
-            known = self._gradients.get(parameter.name)
-            gradient = gradient.detach()
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            self._gradients[parameter.name] = (
-                gradient.clone() if known is None else known + gradient
-            )
+    def receive(self, parameter: Parameter, gradient: Tensor, *, expected: bool) -> None:
+        """Notes that autograd computed the batch's own gradient of a parameter.
 
-    def rows(self) -> NDArray[np.float32]:
-        """[batch, dim] the rows, not yet scaled to each sample's own loss.
+        Args:
+            parameter: The parameter.
+            gradient: Its gradient in this backward pass.
+            expected: False where the layer's own use of the parameter takes no gradient.
+        """
+        self._received.add(parameter.name)
+        if not expected:
+            self._outside.add(parameter.name)
+        elif self.check != "no" and parameter.name in self.structure.parameters:
+            name = parameter.name if self.check == "each" else ""
+            whole = self._whole.setdefault(name, Accumulator(self._sketch, 1))
+            gradient = gradient.detach()
+            if gradient.is_sparse:
+                gradient = gradient.coalesce()
+                indices = gradient.indices().cpu().numpy()
+                values = to_array(gradient.values())[None]
+                whole.add_lookup(parameter.name, parameter.shape, indices, values, None)
+            else:
+                whole.add(parameter.name, parameter.shape, to_array(gradient).reshape(1, -1))
+
+    def verify(self) -> None:
+        """Nothing, if the rows are whole.
 
         Raises:
             CoverageError: If a trainable parameter received a gradient that no rule saw, or only
@@ -137,19 +154,27 @@ class Capture:
         """
         if self.failure is not None:  # a rule failed, and the loop went on: the rows are partial
             raise self.failure
-        missed = self.received - self.fired
-        if missed:
-            raise uncovered_error(sorted(missed))
+        missed = self._received - self.fired
+        if uncovered := missed - set(self.structure.parameters):
+            raise uncovered_error(sorted(uncovered))
+        if outside := missed | self._outside:
+            raise self._difference(sorted(outside))
         if not self.fired:
             raise LayerError(
-                "loss.backward() must be called inside the batch on a loss of the "
-                "recorded model, got no gradient in any layer"
+                "loss.backward() must be called inside the batch on a loss of the recorded model, "
+                "got no gradient in any layer"
             )
-        if self.check and not self.bad:
+        if not self.bad:
             self._compare()
-        rows = self.accumulator.totals
+
+    def rows(self, factor: float) -> NDArray[np.float32]:
+        """[batch, dim] the rows times `factor`; those that float32 does not hold go to `bad`."""
+        totals = self.accumulator.totals * factor
+        norms = np.linalg.norm(totals, axis=1)
+        for row in np.flatnonzero(~(norms <= np.finfo(np.float32).max)):
+            self.bad.setdefault(int(row), "the sum of all layers")
         with np.errstate(over="ignore", invalid="ignore"):
-            return rows.astype(np.float32)
+            return totals.astype(np.float32)
 
     def _compare(self) -> None:
         """Checks that the samples add up to the batch.
@@ -158,31 +183,32 @@ class Capture:
             CoverageError: If not: a parameter is used where its layer's rule cannot see.
         """
         tolerance = ROUNDED_TOLERANCE if self.rounded else EXACT_TOLERANCE
+        samples = self._samples if self.check == "each" else {"": self.accumulator}
+        norms = {name: np.linalg.norm(each.totals, axis=1).sum() for name, each in samples.items()}
         # Some gradients are zero but for rounding (the bias of attention's keys, to which softmax
         # is blind): a difference also counts only if it is visible beside the whole gradient.
-        floor = VISIBLE_SHARE * float(np.linalg.norm(list(self._norms.values())))
+        floor = VISIBLE_SHARE * float(np.linalg.norm(list(norms.values())))
         wrong = []
-        for name, gradient in self._gradients.items():
-            if name not in self._sums:
-                continue
-            whole = Accumulator(self.sketch, 1)
-            whole.add(
-                name,
-                self.structure.parameters[name].shape,
-                gradient.float().cpu().numpy().reshape(1, -1),
-            )
-            difference = float(np.linalg.norm(whole.totals[0] - self._sums[name]))
-            if difference > tolerance * max(
-                self._norms[name], float(np.linalg.norm(whole.totals)), floor
-            ):
-                wrong.append(name)
+        for name, whole in self._whole.items():
+            if name in samples:
+                difference = np.linalg.norm(whole.totals[0] - samples[name].totals.sum(axis=0))
+                size = max(norms[name], float(np.linalg.norm(whole.totals)), floor)
+                if difference > tolerance * size:
+                    wrong.append(name)
         if wrong:
-            raise CoverageError(
-                f"per-sample gradients must add up to the batch's gradient, got a difference in "
-                f"{', '.join(wrong)}: a parameter is used outside its own layer (a weight tied by "
-                "hand, say), or a layer's forward is not what its class says; use it through a "
-                "layer, leave it out with layers=, or teach the layer with whence.register_layer"
-            )
+            raise self._difference(wrong)
+
+    @staticmethod
+    def _difference(names: Sequence[str]) -> CoverageError:
+        where = f" in {', '.join(names)}" if any(names) else ""
+        return CoverageError(
+            f"per-sample gradients must add up to the batch's gradient, got a difference{where}: "
+            "a parameter is used outside its own layer (a weight tied by hand, a penalty on "
+            "weights in the loss), a second gradient is taken inside the batch "
+            "(torch.autograd.grad), or a layer's forward is not what its class says; take what is "
+            "not the examples' loss out of the batch, leave the layer out with layers=, or teach "
+            "it with whence.register_layer"
+        )
 
 
 class LayerSink:
@@ -243,41 +269,47 @@ class Hooks:
     """
 
     def __init__(self, model: nn.Module, structure: Structure, *, strict: bool = True) -> None:
-        self.capture: Capture | None = None
-        self._strict = strict
         self._structure = structure
         self._model = model
+        self._strict = strict
+        self._capture: Capture | None = None
         self._stack = ExitStack()
-        self._running: list[Projections] = []
+        self._without: bool = False
+        self._running: list[tuple[Layer, list[Tensor], Projections | None]] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._positions: set[str] = set()
+        self._harmless: set[str] = set()
+        self._random_state: Tensor | None = None
         self._quiet = False
 
     def install(self) -> None:
         """Puts the hooks on."""
         for layer in self._structure.layers:
-            if layer.rule is ATTENTION:
-                before = layer.module.register_forward_pre_hook(self._before_attention(layer))
-                after = layer.module.register_forward_hook(self._after_attention, always_call=True)
-                self._stack.callback(before.remove)
-            else:
-                after = layer.module.register_forward_hook(self._after(layer), with_kwargs=True)
-            self._stack.callback(after.remove)
-        before = self._model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        self._stack.callback(before.remove)
-        parameters = {p.name: p for p in self._structure.parameters.values()}
+            module = layer.module
+            self._keep(module.register_forward_pre_hook(self._before(layer)))
+            if layer.rule is not ATTENTION:
+                self._keep(module.register_forward_hook(self._after(layer), with_kwargs=True))
+            self._keep(module.register_forward_hook(self._release(layer), always_call=True))
+        model = self._model
+        self._keep(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._keep(model.register_forward_hook(self._after_model, with_kwargs=True))
         loose = {
             name: Parameter(name, tuple(tensor.shape), tensor)
             for name, tensor in self._structure.uncovered.items()
         }
-        for parameter in [*parameters.values(), *(loose.values() if self._strict else ())]:
+        for parameter in [
+            *self._structure.parameters.values(),
+            *(loose.values() if self._strict else ()),
+        ]:
             if parameter.tensor.requires_grad:
-                handle = parameter.tensor.register_hook(self._received(parameter))
-                self._stack.callback(handle.remove)
+                self._keep(parameter.tensor.register_hook(self._received(parameter)))
+
+    def _keep(self, handle: Any) -> None:
+        self._stack.callback(handle.remove)
 
     def remove(self) -> None:
         """Takes all hooks off."""
-        self.capture = None
+        self._capture = None
         self._stack.close()
 
     @contextmanager
@@ -287,41 +319,141 @@ class Hooks:
         Args:
             capture: What gathers.
             weight_gradients: Whether the pass computes the batch's own gradients into `.grad`;
-                if not, `.grad` is what it was, and their computation is skipped.
+                if not, `.grad` is what it was, and their computation is skipped, but for a pass
+                that is checked.
+
+        Raises:
+            WhenceError: If this thread is capturing already.
+            LayerError: If the forward pass fails on outputs that were given a batch dimension.
         """
+        if getattr(_busy, "yes", False):
+            raise WhenceError(
+                "a batch must not be recorded, verified or queried inside another, got a second "
+                "one; call it before or after the batch"
+            )
         with ExitStack() as stack:
             stack.enter_context(_without_fast_path())
             stack.enter_context(_without_compiled_code(self._model))
             if not weight_gradients:
-                stack.enter_context(
-                    _without_weight_gradients(self._model, self._structure, skip=not capture.check)
-                )
-            self.capture = capture
+                stack.enter_context(kept_gradients(self._model))
+            self._without = not weight_gradients and capture.check == "no"
+            self._capture = capture
+            _busy.yes = True
             try:
                 yield capture
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                if capture.shared - self._harmless and not isinstance(error, WhenceError):
+                    raise _changed(sorted(capture.shared - self._harmless)) from error
+                raise
             finally:
-                self.capture = None
+                _busy.yes = False
+                self._capture = None
                 while self._running:
-                    self._running.pop().stop()
+                    self._let_go()
 
     def _live(self) -> Capture | None:
-        return self.capture if torch.is_grad_enabled() and not self._quiet else None
+        return self._capture if torch.is_grad_enabled() and not self._quiet else None
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Learns the number of queries from the model's first tensor."""
         capture = self._live()
-        if capture is not None and capture.batch == 0:
+        if capture is None:
+            return
+        if capture.batch == 0:
             for value in [*args, *kwargs.values()]:
                 if isinstance(value, Tensor) and value.dim() > 0:
                     capture.set_batch(value.shape[0])
-                    return
+                    break
+        self._random_state = torch.get_rng_state()
+
+    def _after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Runs the model once more as it is, where outputs were given a batch dimension.
+
+        Raises:
+            LayerError: If the model then answers something else.
+        """
+        capture = self._live()
+        if capture is None or not capture.shared - self._harmless:
+            return
+        after = torch.get_rng_state()
+        with self.quiet(), preserved(self._model, weights=False), torch.no_grad():
+            if self._random_state is not None:
+                torch.set_rng_state(self._random_state)
+            plain = module(*args, **kwargs)
+        torch.set_rng_state(after)
+        found, expected = (
+            [leaf.detach() for leaf in tree_flatten(each)[0] if isinstance(leaf, Tensor)]
+            for each in (output, plain)
+        )
+        tolerance = 1e-2 if capture.rounded else 1e-4
+        for one, other in zip(found, expected, strict=False):
+            if one.shape != other.shape or not torch.allclose(
+                one.float(), other.float(), rtol=tolerance, atol=tolerance, equal_nan=True
+            ):
+                raise _changed(sorted(capture.shared - self._harmless))
+        self._harmless |= capture.shared
 
     def _received(self, parameter: Parameter) -> Callable[[Tensor], None]:
         def received(gradient: Tensor) -> None:
-            if self.capture is not None and not self._quiet:
-                self.capture.receive(parameter, gradient)
+            if self._capture is not None and not self._quiet:
+                covered = parameter.name in self._structure.parameters
+                expected = not (self._without and covered)
+                self._capture.receive(parameter, gradient, expected=expected)
 
         return received
+
+    def _before(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
+        """Spares the layer its weight gradients, and watches inside attention.
+
+        The weights ask for no gradient while their own layer runs, and for one elsewhere: so a
+        use outside the layer, which no rule sees, still shows.
+        """
+
+        def before(module: nn.Module, args: Any) -> None:
+            capture = self._live()
+            if capture is None:
+                return
+            tensors: list[Tensor] = [
+                parameter.tensor
+                for parameter in layer.parameters.values()
+                if self._without and parameter.tensor.requires_grad
+            ]
+            projections = None
+            if layer.rule is ATTENTION:
+                if capture.batch == 0 and args and isinstance(args[0], Tensor):
+                    capture.set_batch(args[0].shape[0])
+                record = self._record_projection(capture, layer)
+                projections = Projections(
+                    layer.name,
+                    module,  # type: ignore[arg-type]
+                    layer.parameters,
+                    capture.batch,
+                    record,
+                )
+                projections.start()
+            self._running.append((layer, tensors, projections))
+            for tensor in tensors:
+                tensor.requires_grad_(False)
+
+        return before
+
+    def _release(self, layer: Layer) -> Callable[[nn.Module, Any, Any], None]:
+        """Undoes `_before`, also when the layer fails."""
+
+        def release(module: nn.Module, args: Any, output: Any) -> None:
+            if self._quiet:
+                return
+            if self._running and self._running[-1][0] is layer:
+                self._let_go()
+
+        return release
+
+    def _let_go(self) -> None:
+        _, tensors, projections = self._running.pop()
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        if projections is not None:
+            projections.stop()
 
     def _after(self, layer: Layer) -> Callable[..., Tensor | None]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
@@ -330,125 +462,38 @@ class Hooks:
                 return None
             if not isinstance(output, Tensor):
                 raise LayerError(
-                    f"{layer.name} must return a tensor to be recorded, got {type(output).__name__}"
+                    f"{layer.name or 'the model'} must return a tensor to be recorded, got "
+                    f"{type(output).__name__}; leave it out with layers=, or freeze it"
                 )
-            if layer.rule is FUNCTIONAL:
-                inputs: tuple[Any, ...] = (Call(args, kwargs),)
-            else:
-                inputs = args if args else tuple(kwargs.values())
             if capture.batch == 0:
                 capture.set_batch(output.shape[0])
-            inputs, shaped = self._batched(capture, layer, inputs, output)
-            return self._watch(capture, layer, inputs, shaped)
+            if layer.rule is FUNCTIONAL:
+                inputs: tuple[Any, ...] = (
+                    Call.of(args, kwargs, output.device.type, capture.batch),
+                )
+                if output._is_view():
+                    output = output.clone()  # a view changed in place would lose its hook
+            else:
+                inputs = args if args else tuple(kwargs.values())
+            inputs, output = self._batched(capture, layer, inputs, output)
+            if layer.rule is FUNCTIONAL:
+                feed = self._functional(capture, layer, inputs[0])
+                return self._watch(capture, layer, (), output, feed)
+            inputs = tuple(_kept(each, output) for each in inputs)
+
+            def feed_rule(delta: Tensor) -> None:
+                layer.rule.add(LayerSink(capture, layer), layer.module, inputs, delta)
+
+            return self._watch(capture, layer, inputs, output, feed_rule)
 
         return after
 
-    def _watch(
-        self, capture: Capture, layer: Layer, inputs: tuple[Any, ...], output: Tensor
-    ) -> Tensor:
-        """Hangs a hook on the output, which feeds the rule; returns the output to go on with."""
-        if not output.requires_grad:
-            # Nothing before this layer takes a gradient: the graph of this pass begins here.
-            output = output + self._anchor.to(output.device, output.dtype)
-        if layer.rule is not FUNCTIONAL:
-            inputs = tuple(_kept(each, output) for each in inputs)
-        versions = [each._version for each in inputs if isinstance(each, Tensor)]
-        capture.rounded |= output.dtype in (torch.float16, torch.bfloat16)
+    def _functional(self, capture: Capture, layer: Layer, call: Call) -> Callable[[Tensor], None]:
+        def feed(delta: Tensor) -> None:
+            with self.quiet():
+                add_functional(LayerSink(capture, layer), layer, call, delta)
 
-        def backward(delta: Tensor) -> None:
-            if capture is not self.capture:
-                return
-            now = [each._version for each in inputs if isinstance(each, Tensor)]
-            if now != versions:
-                raise LayerError(
-                    f"the input of {layer.name} must not be changed in place between "
-                    "forward and backward, got one that was"
-                )
-            sink = LayerSink(capture, layer)
-            with torch.no_grad():
-                if layer.rule is FUNCTIONAL:
-                    with self.quiet():
-                        add_functional(sink, layer, inputs[0], delta)
-                else:
-                    layer.rule.add(sink, layer.module, inputs, delta)
-
-        output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]
-        return output
-
-    def _batched(
-        self, capture: Capture, layer: Layer, inputs: tuple[Any, ...], output: Tensor
-    ) -> tuple[tuple[Any, ...], Tensor]:
-        """Inputs and output with the batch in dimension 0.
-
-        Raises:
-            LayerError: If dimension 0 is neither the batch nor positions shared by the batch.
-        """
-        batch = capture.batch
-        first = inputs[0] if inputs else None
-        if (
-            isinstance(layer.module, nn.Embedding)
-            and isinstance(first, Tensor)
-            and first.dim() == 1
-        ):
-            if self._are_positions(capture, layer, first):
-                shape = (batch, *output.shape)
-                return (first.expand(batch, -1), *inputs[1:]), output.expand(shape)
-        elif output.dim() > 0 and output.shape[0] == 1 and batch > 1:
-            wide = tuple(
-                each.expand(batch, *each.shape[1:])
-                if isinstance(each, Tensor) and each.dim() and each.shape[0] == 1
-                else each
-                for each in inputs
-            )
-            return wide, output.expand(batch, *output.shape[1:])
-        if output.dim() == 0 or output.shape[0] != batch:
-            raise LayerError(
-                f"dimension 0 must be the batch of {batch} in every recorded layer, got output "
-                f"shape {list(output.shape)} from {layer.name} ({type(layer.module).__name__})"
-            )
-        return inputs, output
-
-    def _are_positions(self, capture: Capture, layer: Layer, indices: Tensor) -> bool:
-        """Whether a one-dimensional index is positions shared by the batch, like arange(T)."""
-        if any(fnmatchcase(layer.name, pattern) for pattern in capture.unbatched):
-            return True
-        counting = bool((indices.diff() == 1).all())
-        if len(indices) != capture.batch:
-            if counting:
-                self._positions.add(layer.name)
-            return counting
-        if layer.name in self._positions:
-            return True
-        if counting and capture.batch > 1:
-            raise LayerError(
-                f"the index of {layer.name} must be told apart as a batch or as positions, got "
-                f"{capture.batch} rising numbers, as many as the batch; if they are positions, "
-                f"pass unbatched=[{layer.name!r}], else use another batch size"
-            )
-        return False
-
-    def _before_attention(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
-        def before(module: nn.Module, args: Any) -> None:
-            capture = self._live()
-            if capture is None:
-                return
-            if capture.batch == 0 and args and isinstance(args[0], Tensor):
-                capture.set_batch(args[0].shape[0])
-            projections = Projections(
-                layer.name,
-                module,  # type: ignore[arg-type]
-                layer.parameters,
-                capture.batch,
-                self._record_projection(capture, layer),
-            )
-            self._running.append(projections)
-            projections.start()
-
-        return before
-
-    def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._running:
-            self._running.pop().stop()
+        return feed
 
     def _record_projection(self, capture: Capture, layer: Layer) -> Callable[..., Tensor]:
         def record(
@@ -459,33 +504,106 @@ class Hooks:
             bias: str | None,
             value: int,
         ) -> Tensor:
-            if not output.requires_grad:
-                output = output + self._anchor.to(output.device, output.dtype)
             values = _kept(values, output)
-            version = values._version
-            capture.rounded |= output.dtype in (torch.float16, torch.bfloat16)
 
-            def backward(delta: Tensor) -> None:
-                if capture is not self.capture:
-                    return
-                if values._version != version:
-                    raise LayerError(
-                        f"the input of {layer.name} must not be changed in place "
-                        "between forward and backward, got one that was"
-                    )
+            def feed(delta: Tensor) -> None:
                 sink = LayerSink(capture, layer)
-                with torch.no_grad():
-                    delta = delta.transpose(0, 1)
-                    if weight is not None:
-                        columns = layer.parameters[weight].shape[1]
-                        sink.outer(weight, delta, values.transpose(0, 1), start=row * columns)
-                    if bias is not None:
-                        sink.flat(bias, delta.sum(1, dtype=torch.float32), start=value)
+                # [terms, batch, features], perhaps flattened, to [batch, terms, features]
+                delta = delta.reshape(-1, capture.batch, delta.shape[-1]).transpose(0, 1)
+                if weight is not None:
+                    inputs = values.reshape(-1, capture.batch, values.shape[-1]).transpose(0, 1)
+                    columns = layer.parameters[weight].shape[1]
+                    sink.outer(weight, delta, inputs, start=row * columns)
+                if bias is not None:
+                    sink.flat(bias, delta.sum(1, dtype=torch.float32), start=value)
 
-            output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]
-            return output
+            return self._watch(capture, layer, (values,), output, feed)
 
         return record
+
+    def _watch(
+        self,
+        capture: Capture,
+        layer: Layer,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        feed: Callable[[Tensor], None],
+    ) -> Tensor:
+        """Hangs `feed` on the output's gradient; returns the output to go on with."""
+        if not output.requires_grad:
+            # Nothing before this layer takes a gradient: the graph of this pass begins here.
+            output = output + self._anchor.to(output.device, output.dtype)
+        tensors = [each for each in inputs if isinstance(each, Tensor)]
+        versions = [each._version for each in tensors]
+        capture.rounded |= output.dtype in (torch.float16, torch.bfloat16)
+
+        def backward(delta: Tensor) -> None:
+            if capture is not self._capture:
+                return
+            if [each._version for each in tensors] != versions:
+                raise LayerError(
+                    f"the input of {layer.name} must not be changed in place between forward and "
+                    "backward, got one that was"
+                )
+            with torch.no_grad():
+                feed(delta)
+
+        output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]
+        return output
+
+    def _batched(
+        self, capture: Capture, layer: Layer, inputs: tuple[Any, ...], output: Tensor
+    ) -> tuple[tuple[Any, ...], Tensor]:
+        """Inputs and output with the batch in dimension 0.
+
+        Only an embedding of positions is given a batch dimension that it does not have.
+
+        Raises:
+            LayerError: If dimension 0 is neither the batch nor positions shared by the batch.
+        """
+        batch = capture.batch
+        first = inputs[0] if inputs else None
+        if (
+            isinstance(layer.module, nn.Embedding)
+            and isinstance(first, Tensor)
+            and self._is_shared(capture, layer, first)
+        ):
+            capture.shared.add(layer.name)
+            if first.dim() > 1 and first.shape[0] == 1:
+                first, output = first[0], output[0]
+            wide = first.expand(batch, *first.shape)
+            return (wide, *inputs[1:]), output.expand(batch, *output.shape)
+        if output.dim() == 0 or output.shape[0] != batch:
+            if strange := capture.shared - self._harmless:
+                raise _changed(sorted(strange))
+            raise LayerError(
+                f"dimension 0 must be the batch of {batch} in every recorded layer, got output "
+                f"shape {list(output.shape)} from {layer.name or 'the model'} "
+                f"({type(layer.module).__name__}); one batch is one forward pass of all its ids "
+                "(other passes belong under torch.no_grad); leave a layer that is shared by the "
+                "batch out with layers=" + ", or pass queries=" * capture.guessed
+            )
+        return inputs, output
+
+    def _is_shared(self, capture: Capture, layer: Layer, indices: Tensor) -> bool:
+        """Whether an index is one of positions shared by the batch, like arange(T)."""
+        if any(fnmatchcase(layer.name, pattern) for pattern in capture.unbatched):
+            return True
+        row = indices[0] if indices.dim() == 2 and indices.shape[0] == 1 else indices
+        if row.dim() != 1 or (row is not indices and capture.batch == 1):
+            return False
+        counting = len(row) > 1 and bool((row.diff() == 1).all())
+        if row is indices and len(row) == capture.batch:
+            if counting and layer.name not in self._positions:
+                raise LayerError(
+                    f"the index of {layer.name} must be told apart as a batch or as positions, got "
+                    f"{capture.batch} rising numbers, as many as the batch; if they are positions, "
+                    f"pass unbatched=[{layer.name!r}], else use another batch size"
+                )
+            return counting
+        if counting:
+            self._positions.add(layer.name)
+        return counting
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -495,6 +613,19 @@ class Hooks:
             yield
         finally:
             self._quiet = before
+
+
+_busy = threading.local()
+"""Whether a thread is capturing; `yes`."""
+
+
+def _changed(layers: Sequence[str]) -> LayerError:
+    return LayerError(
+        f"positions must be added to a batch as they come from their layer, got a model that does "
+        f"something else with those of {', '.join(layers)}, which are given a batch dimension, "
+        "[T, width] to [batch, T, width], while they are recorded; look positions up as [1, T] or "
+        "[batch, T] (arange(T).expand(batch, T)), or leave the layer out with layers="
+    )
 
 
 def _kept(value: Any, output: Tensor) -> Any:
@@ -542,27 +673,21 @@ def _without_compiled_code(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_weight_gradients(
-    model: nn.Module, structure: Structure, *, skip: bool
-) -> Iterator[None]:
-    """Leaves `.grad` as it is; with `skip`, the gradients of covered weights are not computed."""
-    covered = {id(parameter.tensor) for parameter in structure.parameters.values()}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+def kept_gradients(model: nn.Module) -> Iterator[None]:
+    """Leaves `.grad` as it is, whatever is computed meanwhile."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        for parameter, _, _ in before:
-            if skip and id(parameter) in covered:
-                parameter.requires_grad_(False)
+        for parameter, _ in before:
             parameter.grad = None
         yield
     finally:
-        for parameter, requires_grad, gradient in before:
-            parameter.requires_grad_(requires_grad)
+        for parameter, gradient in before:
             parameter.grad = gradient
 
 
-def not_finite(ids: Sequence[Any], bad: dict[int, str]) -> NotFiniteError:
-    """The error for gradients that are NaN or infinite."""
-    shown = ", ".join(f"id {ids[row]!r} in {bad[row]}" for row in sorted(bad)[:8])
+def not_finite(ids: Sequence[str], bad: dict[int, str]) -> NotFiniteError:
+    """The error for gradients that are NaN or infinite, with what to call each row."""
+    shown = ", ".join(f"{ids[row]} in {bad[row]}" for row in sorted(bad)[:8])
     more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
     return NotFiniteError(f"gradients must be finite, got NaN or infinity for {shown}{more}")
 
@@ -574,9 +699,12 @@ def refuse_batch_statistics(model: nn.Module) -> None:
         LayerError: If a BatchNorm is in training mode; says why that cannot be.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            mode = "training mode" if module.training else "no running statistics"
             raise LayerError(
-                f"{name} ({type(module).__name__}) must be in evaluation mode, got training "
-                "mode: its output mixes the examples of a batch, so no example has a gradient "
+                f"{name} ({type(module).__name__}) must be in evaluation mode, got {mode}: "
+                "its output mixes the examples of a batch, so no example has a gradient "
                 "of its own; call .eval() on it, or use GroupNorm or LayerNorm"
             )

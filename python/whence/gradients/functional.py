@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +16,34 @@ from whence.gradients.layers import Sink
 
 @dataclass
 class Call:
-    """The arguments of one call of a module, and the autocast it ran under."""
+    """The arguments of one call of a module, and the autocast it ran under.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        device: Type of the device it ran on.
+        enabled: Whether autocast was on.
+        dtype: The type that autocast used.
+        sampled: [leaves] which of the arguments' tensors have the batch in dimension 0.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    autocast: tuple[bool, torch.dtype] = field(
-        default_factory=lambda: (
-            torch.is_autocast_enabled("cpu"),
-            torch.get_autocast_dtype("cpu"),
-        )
-    )
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+    sampled: list[bool]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], device: str, batch: int) -> Call:
+        """The call that is being made now."""
+        leaves, _ = tree_flatten((args, kwargs))
+        sampled = [
+            isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+            for leaf in leaves
+        ]
+        enabled = torch.is_autocast_enabled(device)
+        return cls(args, kwargs, device, enabled, torch.get_autocast_dtype(device), sampled)
 
 
 def add_functional(sink: Sink, layer: Any, call: Call, delta: Tensor) -> None:
@@ -44,10 +62,7 @@ def add_functional(sink: Sink, layer: Any, call: Call, delta: Tensor) -> None:
     parameters = {name: module.get_parameter(name).detach() for name in layer.parameters}
     leaves, spec = tree_flatten((call.args, call.kwargs))
     leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    sampled = [
-        isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == sink.batch
-        for leaf in leaves
-    ]
+    sampled = call.sampled
     tensors = tuple(leaf for leaf, each in zip(leaves, sampled, strict=True) if each)
 
     def one(delta: Tensor, *values: Tensor) -> dict[str, Tensor]:
@@ -61,9 +76,9 @@ def add_functional(sink: Sink, layer: Any, call: Call, delta: Tensor) -> None:
         gradients: dict[str, Tensor] = pull(delta.unsqueeze(0))[0]
         return gradients
 
-    enabled, dtype = call.autocast
+    autocast = torch.autocast(call.device, call.dtype, enabled=call.enabled)
     try:
-        with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=enabled):
+        with torch.enable_grad(), autocast:
             gradients = vmap(one)(delta, *tensors)
     except (RuntimeError, ValueError) as error:
         raise LayerError(

@@ -98,8 +98,11 @@ def register_layer(
             too.
         rule: (module, inputs, output_gradient) -> {name: [batch, *shape]}: for every parameter
             that the module itself owns the gradient of each sample, not averaged. `inputs` are
-            the positional arguments of `forward`, detached; `output_gradient` has the shape of
-            its output.
+            the arguments of `forward`, detached: the positional ones, or if there are none the
+            keyword ones; `output_gradient` has the shape of its output.
+
+    Returns:
+        The rule, or as a decorator what takes the rule.
 
     Raises:
         ArgumentError: If `layer` is not a subclass of nn.Module.
@@ -152,6 +155,11 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 @_rule("linear", nn.Linear)
 def _linear(sink: Sink, module: nn.Linear, inputs: tuple[Any, ...], delta: Tensor) -> None:
+    if inputs[0].dim() < 2:
+        raise LayerError(
+            "a Linear must be called with a batch in dimension 0, got an input of "
+            f"shape {list(inputs[0].shape)}"
+        )
     linear(sink, inputs[0].reshape(sink.batch, -1, module.in_features), delta, "weight", "bias")
 
 
@@ -176,6 +184,11 @@ def _transposed(sink: Sink, module: Any, inputs: tuple[Any, ...], delta: Tensor)
 
 @_rule("conv", nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _conv(sink: Sink, module: Any, inputs: tuple[Any, ...], delta: Tensor) -> None:
+    if inputs[0].dim() != module.weight.dim():
+        raise LayerError(
+            "a convolution must be called with a batch in dimension 0, got an input "
+            f"of shape {list(inputs[0].shape)}"
+        )
     delta = delta.flatten(2)  # [batch, out channels, positions]
     if sink.wants("bias"):
         sink.flat("bias", delta.sum(2, dtype=torch.float32))

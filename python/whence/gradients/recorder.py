@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,24 @@ from torch import nn
 
 from whence import _arrays
 from whence._arrays import Ids
-from whence.errors import ArgumentError, DtypeError, IdError, WeightsError, WhenceError
-from whence.gradients.capture import Capture, Hooks, not_finite, refuse_batch_statistics
-from whence.gradients.structure import Structure, structure_of
+from whence.errors import (
+    ArgumentError,
+    CheckpointError,
+    DtypeError,
+    IdError,
+    LayerError,
+    WeightsError,
+    WhenceError,
+)
+from whence.gradients.capture import (
+    Capture,
+    Hooks,
+    kept_gradients,
+    not_finite,
+    refuse_batch_statistics,
+)
+from whence.gradients.layers import FUNCTIONAL
+from whence.gradients.structure import structure_of
 from whence.gradients.verify import Verified, verify
 from whence.gradients.weights import digest, versions
 from whence.sketch import Sketch
@@ -108,17 +123,23 @@ class Recorder:
             _arrays.choice("weights", weights, ("fixed", "moving"))
         self._model = model
         self._weights = weights
-        self._weight_gradients = bool(weight_gradients)
-        self._unbatched = [unbatched] if isinstance(unbatched, str) else list(unbatched)
+        if not isinstance(weight_gradients, bool):
+            raise DtypeError(
+                f"weight_gradients must be a bool, got {_arrays.describe(weight_gradients)}"
+            )
+        self._weight_gradients = weight_gradients
+        self._unbatched = patterns("unbatched", unbatched)
         self._structure = structure_of(model, layers, uncovered)
         self._hooks = Hooks(model, self._structure, strict=uncovered == "error")
         self._fired: set[str] = set()
-        self._checked = False
+        self._trainable = trainable(model)
+        self._batches = 0
         self._busy = False
         self._open = False
+        self._entered = False
         self._versions: int | None = None
         wanted = Manifest(self._sketch.spec, dtype, reduction, self._structure.describe())
-        self._writer = Writer(Path(path), wanted)
+        self._writer = Writer(_arrays.path("path", path), wanted)
 
     @property
     def path(self) -> Path:
@@ -131,9 +152,11 @@ class Recorder:
         return self._writer.rows
 
     def __enter__(self) -> Recorder:
-        if self._open:
-            raise WhenceError("a recorder must be entered once, got a second with")
-        self._open = True
+        if self._entered:
+            raise WhenceError(
+                "a recorder must be entered once, got a second with; call record again"
+            )
+        self._open = self._entered = True
         self._hooks.install()
         return self
 
@@ -171,11 +194,10 @@ class Recorder:
         Raises:
             IdError: If ids are of another kind than the store's, or appear twice.
         """
-        array = _arrays.ids("ids", ids) if len(ids) else np.empty(0, np.int64)
-        if not len(array):
+        if isinstance(ids, Sequence) and not isinstance(ids, str) and not len(ids):
             return []
-        left_out = {id_ for index, id_ in self._writer.manifest.skipped if self._current() == index}
-        known = self._writer.has(array)
+        array = _arrays.ids("ids", ids)
+        known, left_out = self._writer.has(array), self._writer.left_out
         return [
             id_
             for id_, there in zip(array.tolist(), known, strict=True)
@@ -188,24 +210,27 @@ class Recorder:
         Args:
             name: Its name; `states` of `whence.query` uses the same.
             learning_rate: The step size in use, by which scores of this checkpoint are weighted;
-                for all checkpoints of a store or for none.
+                for all checkpoints of a store or for none. With momentum m a step in effect goes
+                1 / (1 - m) times as far; that changes scores, and no ranking if m is constant.
 
         Raises:
-            ArgumentError: If called inside a batch, or the learning rate is not positive, or
-                differs from what the checkpoint has.
+            ArgumentError: If the learning rate is not a positive number.
+            CheckpointError: If the checkpoint there has another learning rate.
+            WhenceError: If called inside a batch.
         """
         self._check_idle("checkpoint")
         if not isinstance(name, str) or not name:
             raise ArgumentError(f"name must be a non-empty str, got {name!r}")
         if learning_rate is not None:
             learning_rate = _arrays.number("learning_rate", learning_rate, positive=True)
+        before, weights = self._writer.checkpoint, self._versions
         self._end_checkpoint()
-        found = self._writer.set_checkpoint(Checkpoint(name, learning_rate))
-        if found.learning_rate != learning_rate:
-            raise ArgumentError(
-                f"learning_rate must be {found.learning_rate} as checkpoint "
-                f"{name!r} has, got {learning_rate}"
-            )
+        try:
+            self._writer.set_checkpoint(Checkpoint(name, learning_rate))
+        except CheckpointError:
+            if before is self._writer.checkpoint:
+                self._versions = weights
+            raise
 
     def commit(self) -> None:
         """Confirms all rows so far: when it returns, a crash or power cut keeps them.
@@ -220,9 +245,10 @@ class Recorder:
     ) -> Verified:
         """Compares recorded rows of two examples with their exact gradients. Stores nothing.
 
-        Three things are checked: that a row is the sketch of the gradient of the example's own
+        Two things are checked: that a row is the sketch of the gradient of the example's own
         loss, and so the scale that `reduction` stands for; and that an example's row does not
-        depend on who else is in the batch.
+        depend on who else is in the batch. The model is in evaluation mode meanwhile, for masks
+        of dropout depend on the place in the batch.
 
         Args:
             closure: (*batch) -> loss, in the way the training loop computes it.
@@ -264,6 +290,12 @@ class Recorder:
     ) -> Iterator[Batch]:
         """Records the forward and backward pass inside it, one row per example.
 
+        Several backward passes inside are summed, as their losses were. What is computed under
+        torch.no_grad is not recorded.
+
+        The rows are checked against the batch's own gradient, to which they must add up: always
+        with weight_gradients=True, else in batches 1, 2, 4, 8 and so on.
+
         Args:
             ids: [batch] your own keys, int64 or str, one kind in a store.
             loss: [batch] a column, as are `label`, `group` and any other keyword: one number or
@@ -304,6 +336,7 @@ class Recorder:
         )
         factor = self._factor(len(array), tokens) / _arrays.number("scale", scale, positive=True)
         refuse_batch_statistics(self._model)
+        self._refuse_changes()
         self._note_weights()
         keep = ~self._writer.has(array)
         if not keep.all() and self._on_duplicate == "error":
@@ -318,10 +351,11 @@ class Recorder:
         if not keep.any():
             batch.rows = np.empty((0, self._sketch.dim), np.float32)
             batch.stored = array[:0]
-            yield batch
+            with nullcontext() if self._weight_gradients else kept_gradients(self._model):
+                yield batch
             return
         capture = Capture(
-            self._structure, self._sketch, len(array), self._unbatched, check=not self._checked
+            self._structure, self._sketch, len(array), self._unbatched, check=self._check()
         )
         self._busy = True
         try:
@@ -330,6 +364,18 @@ class Recorder:
             self._finish(batch, capture, keep, checked, factor)
         finally:
             self._busy = False
+
+    def _check(self) -> str:
+        """How closely to compare this batch's rows with its own gradient.
+
+        A comparison per parameter costs about as much as recording; one of all together next to
+        nothing, but for the gradient itself, which weight_gradients=False saves.
+        """
+        number = self._batches + 1
+        functional = any(layer.rule is FUNCTIONAL for layer in self._structure.layers)
+        if functional or number & (number - 1) == 0:  # batches 1, 2, 4, 8 and so on
+            return "each"
+        return "total" if self._weight_gradients else "no"
 
     def _finish(
         self,
@@ -340,20 +386,18 @@ class Recorder:
         factor: float,
     ) -> None:
         """Turns what was captured into stored rows."""
-        rows = capture.rows()
-        with np.errstate(over="ignore", invalid="ignore"):
-            rows = (capture.accumulator.totals * factor).astype(np.float32)
-        for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
-            capture.bad.setdefault(int(row), "the sum of all layers")
+        capture.verify()
+        rows = capture.rows(factor)
         bad = [row for row in sorted(capture.bad) if keep[row]]
         if bad and self._nonfinite == "error":
-            raise not_finite(batch.ids.tolist(), {row: capture.bad[row] for row in bad})
+            names = [f"id {id_!r}" for id_ in batch.ids.tolist()]
+            raise not_finite(names, {row: capture.bad[row] for row in bad})
         good = keep.copy()
         good[bad] = False
         if bad:
             self._writer.skip(batch.ids[bad])
         self._fired |= capture.fired
-        self._checked = True
+        self._batches += not capture.bad  # a batch with NaN could not be compared
         batch.stored, batch.rows = batch.ids[good], rows[good]
         self._writer.append(
             batch.stored, batch.rows, {name: column[good] for name, column in columns.items()}
@@ -370,13 +414,31 @@ class Recorder:
             return float(count) if self._reduction == "mean" else 1.0
         return count_tokens(tokens, count)
 
-    def _current(self) -> int | None:
-        checkpoint = self._writer.checkpoint
-        return None if checkpoint is None else self._writer.manifest.checkpoints.index(checkpoint)
-
     def _check_idle(self, call: str) -> None:
         if self._busy:
             raise WhenceError(f"{call} must not be called inside a batch, got one that is open")
+
+    def _refuse_changes(self) -> None:
+        """Nothing, if the model is what it was when recording began.
+
+        Raises:
+            LayerError: If a parameter came, went, was frozen or unfrozen; names it.
+        """
+        now = trainable(self._model)
+        if now != self._trainable:
+            name = min(
+                name
+                for name in {*now, *self._trainable}
+                if now.get(name) != self._trainable.get(name)
+            )
+            there, here = self._trainable.get(name), now.get(name)
+            what = "new" if there is None else "gone" if here is None else "replaced"
+            if there and here and there[0] == here[0]:
+                what = "trainable now" if here[1] else "frozen now"
+            raise LayerError(
+                f"the model's parameters must stay as they were when recording began, got {name}, "
+                f"which is {what}; end this recording, and record into another store"
+            )
 
     def _note_weights(self) -> None:
         """At the start of a batch: which weights its rows belong to."""
@@ -443,9 +505,32 @@ def count_tokens(tokens: Any, count: int) -> float:
             "tokens must be the counted tokens of each example for reduction='token_mean', got None"
         )
     counts = _arrays.column("tokens", tokens, count)
-    if counts.dtype.kind not in "if" or (counts < 0).any() or counts.sum() <= 0:
+    if counts.dtype.kind not in "if":
+        raise DtypeError(f"tokens must be numbers, got {_arrays.kind_of_array(counts)}")
+    _arrays.finite("tokens", counts)
+    if (counts < 0).any() or counts.sum() <= 0:
         raise ArgumentError(f"tokens must be counts, at least one above 0, got {counts.tolist()}")
     return float(counts.sum())
+
+
+def patterns(name: str, value: Any) -> list[str]:
+    """`value` as a list of patterns.
+
+    Raises:
+        DtypeError: If it is neither a str nor a list of them.
+    """
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(each, str) for each in found):
+        raise DtypeError(f"{name} must be patterns of layer names, got {_arrays.describe(value)}")
+    return list(found)
+
+
+def trainable(model: nn.Module) -> dict[str, tuple[int, bool]]:
+    """Each parameter's identity, and whether it takes a gradient. O(parameters)."""
+    return {
+        name: (id(parameter), parameter.requires_grad)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def record(
@@ -534,6 +619,3 @@ def record(
         on_duplicate=on_duplicate,
         threads=threads,
     )
-
-
-__all__ = ["Batch", "Coverage", "Recorder", "Structure", "count_tokens", "record"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
-from whence.errors import ArgumentError, CoverageError, MismatchError
+from whence._arrays import describe
+from whence.errors import ArgumentError, CoverageError, DtypeError, MismatchError
 from whence.gradients.layers import FUNCTIONAL, Rule, rule_of
 from whence.sketch import canonical_name
 
@@ -125,6 +125,10 @@ def structure_of(
         ArgumentError: If `layers` matches no layer, or nothing is trainable.
     """
     patterns = [layers] if isinstance(layers, str) else layers
+    if patterns is not None and not (
+        isinstance(patterns, Sequence) and all(isinstance(each, str) for each in patterns)
+    ):
+        raise DtypeError(f"layers must be patterns of layer names, got {describe(patterns)}")
     known = canonical_parameters(model)
     wanted = {
         parameter.name
@@ -132,16 +136,13 @@ def structure_of(
         if (parameter.tensor.requires_grad if names is None else parameter.name in names)
     }
     found: list[Layer] = []
-    loose: dict[str, tuple[str, list[str]]] = {}
+    loose: dict[str, list[str]] = {}
     claimed: set[tuple[str, str]] = set()
-    matched = patterns is None
-    seen: set[int] = set()
+    unmatched = set(patterns or ())
     for raw, module in model.named_modules():
         name = canonical_name(raw)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        chosen = patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+        matching = [pattern for pattern in patterns or () if fnmatchcase(name, pattern)]
+        chosen = patterns is None or bool(matching)
         own = {
             local: known[f"{name}.{local}" if name else local]
             for local, _ in module.named_parameters(recurse=False, remove_duplicate=False)
@@ -157,7 +158,7 @@ def structure_of(
                     own[local] = known[f"{inner}.{last}"]
         if not own or not chosen:
             continue
-        matched = True
+        unmatched.difference_update(matching)
         covered = {
             local: parameter
             for local, parameter in own.items()
@@ -171,20 +172,22 @@ def structure_of(
             if parameter.name in wanted and local not in covered
         ]
         if rest:
-            loose[name] = (name, rest)
+            loose[name] = rest
             if uncovered == "functional":
                 found.append(Layer(name, module, FUNCTIONAL, {local: own[local] for local in rest}))
-    if not matched:
-        raise ArgumentError(f"layers must match a layer with parameters, got {patterns}")
+    if unmatched:
+        raise ArgumentError(
+            f"layers must each match a layer with parameters, got {sorted(unmatched)}"
+        )
     parameters = {p.name: p for layer in found for p in layer.parameters.values()}
     missing: dict[str, nn.Parameter] = {}
     if uncovered != "functional":
-        for name, rest in loose.values():
+        for name, rest in loose.items():
             for local in rest:
                 parameter = known[f"{name}.{local}" if name else local]
                 if parameter.name not in parameters:
                     missing[parameter.name] = parameter.tensor
-    if not parameters and not missing:
+    if not parameters and not missing and names is None:
         raise ArgumentError("model must have trainable parameters in the chosen layers, got none")
     total = sum(p.tensor.numel() for p in parameters.values())
     total += sum(tensor.numel() for tensor in missing.values())
@@ -198,7 +201,7 @@ def structure_in_store(model: nn.Module, described: Mapping[str, Any], path: Any
         MismatchError: If the model lacks a parameter, or has it in another shape or layer.
     """
     names = [each["name"] for each in described["parameters"]]
-    functional = any("functional" in each["kind"] for each in described["parameters"])
+    functional = any("functional" in each["kind"].split("+") for each in described["parameters"])
     structure = structure_of(model, None, "functional" if functional else "skip", names)
     if structure.describe()["digest"] == described["digest"]:
         return structure
@@ -228,11 +231,6 @@ def uncovered_error(names: Sequence[str]) -> CoverageError:
     return CoverageError(
         f"every trainable parameter must be in a layer with a rule, got {shown} without one; "
         "freeze it, choose layers=, pass uncovered='skip' to leave it out or "
-        "uncovered='functional' to compute it by torch.func, or teach its layer with "
-        "whence.register_layer"
+        "uncovered='functional' to compute it by torch.func (where its module returns a tensor), "
+        "or teach its layer with whence.register_layer"
     )
-
-
-def trainable(model: nn.Module) -> list[torch.Tensor]:
-    """The parameters that take a gradient now."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from whence import _arrays
-from whence.errors import ArgumentError, LayerError
+from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.gradients.capture import Capture, Hooks
 from whence.gradients.structure import Structure
 from whence.gradients.weights import preserved
@@ -57,6 +58,10 @@ def verify(
     unbatched: Sequence[str],
 ) -> Verified:
     """See `Recorder.verify`."""
+    if not callable(closure):
+        raise DtypeError(
+            f"closure must be a function of the batch, got {_arrays.describe(closure)}"
+        )
     counts = np.ones(2)
     if reduction == "token_mean":
         if tokens is None:
@@ -70,12 +75,12 @@ def verify(
         raise ArgumentError(
             f"batch must hold tensors of at least two examples, got {_batch_size(pair)}"
         )
-    with preserved(model, weights=False), _without_dropout(model):
+    with _evaluating(model):
         exact, own = zip(
             *(_exact(structure, sketch, closure, _slice(batch, i, i + 1)) for i in range(2)),
             strict=True,
         )
-    with preserved(model, weights=False), _without_dropout(model):
+    with _evaluating(model):
         both, rounded = _recorded(structure, hooks, sketch, closure, pair, 2, unbatched)
         alone, _ = _recorded(structure, hooks, sketch, closure, _slice(batch, 0, 1), 1, unbatched)
     tolerance = ROUNDED if rounded or any(own) else EXACT
@@ -118,7 +123,7 @@ def _exact(
     """The sketch of the gradient of the loss of one example, by autograd, and if it is 16 bit."""
     parameters = list(structure.parameters.values())
     with torch.enable_grad():
-        loss = closure(*batch)
+        loss = _loss(closure, batch)
         gradients = torch.autograd.grad(
             loss, [parameter.tensor for parameter in parameters], allow_unused=True
         )
@@ -143,20 +148,40 @@ def _recorded(
     unbatched: Sequence[str],
 ) -> tuple[NDArray[np.float64], bool]:
     """What the hooks make of a batch, and whether a layer computed in 16 bits."""
-    capture = Capture(structure, sketch, count, unbatched, check=True)
+    capture = Capture(structure, sketch, count, unbatched, check="each")
     with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
-        closure(*batch).backward()  # type: ignore[no-untyped-call]
-    capture.rows()
+        _loss(closure, batch).backward()  # type: ignore[no-untyped-call]
+    capture.verify()
     return capture.accumulator.totals, capture.rounded
 
 
+def _loss(closure: Callable[..., Tensor], batch: Sequence[Any]) -> Tensor:
+    """The closure's loss.
+
+    Raises:
+        DtypeError: If it is not a tensor without dimensions.
+    """
+    loss = closure(*batch)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise DtypeError(
+            "closure must return the loss, a tensor without dimensions, got "
+            f"{_arrays.describe(loss)}"
+        )
+    return loss
+
+
 def _slice(value: Any, start: int, end: int) -> Any:
+    """The examples from `start` to `end` in every tensor of a container."""
     if isinstance(value, Tensor):
         return value[start:end] if value.dim() else value
-    if isinstance(value, dict):
-        return {key: _slice(each, start, end) for key, each in value.items()}
+    if isinstance(value, MutableMapping):
+        found = copy.copy(value)
+        for key, each in value.items():
+            found[key] = _slice(each, start, end)
+        return found
     if isinstance(value, (list, tuple)):
-        return type(value)(_slice(each, start, end) for each in value)
+        parts = [_slice(each, start, end) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
@@ -164,7 +189,7 @@ def _batch_size(value: Any) -> int:
     """Dimension 0 of the first tensor in a container."""
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() else 0
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         return next((size for each in value if (size := _batch_size(each))), 0)
@@ -178,17 +203,8 @@ def _difference(found: NDArray[np.float64], expected: NDArray[np.float64]) -> fl
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Switches dropout modules off: their masks depend on the place in the batch."""
-    active = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training
-    ]
-    try:
-        for module in active:
-            module.eval()
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while: no dropout, whose masks depend on the place."""
+    with preserved(model, weights=False):
+        model.eval()
         yield
-    finally:
-        for module in active:
-            module.train()

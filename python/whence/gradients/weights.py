@@ -77,11 +77,14 @@ def preserved(model: nn.Module, *, weights: bool) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     changing = [*(model.parameters() if weights else ()), *model.buffers()]
     kept = [(tensor, tensor.detach().clone()) for tensor in changing]
+    names = [(module, dict(module._buffers)) for module in model.modules()]
     state = torch.get_rng_state()
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
     finally:
+        for module, buffers in names:  # a forward pass may have put other tensors there
+            module._buffers.update(buffers)
         with torch.no_grad():
             for tensor, value in kept:
                 if not torch.equal(tensor, value):

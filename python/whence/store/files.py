@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +46,18 @@ def write(path: Path, *parts: bytes | memoryview) -> Written:
             checksum = zlib.crc32(part, checksum)
             length += memoryview(part).nbytes
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     return Written(length, checksum)
+
+
+def sync(handle: int) -> None:
+    """Makes what was written durable; on macOS fsync alone leaves it in the drive's cache."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(handle)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> Written:
@@ -56,7 +68,7 @@ def write_array(path: Path, array: NDArray[Any]) -> Written:
     return write(path, header.getvalue(), array.reshape(-1).view(np.uint8).data)
 
 
-def write_strings(folder: Path, stem: str, array: NDArray[np.str_]) -> dict[str, Written]:
+def write_strings(folder: Path, stem: str, array: NDArray[Any]) -> dict[str, Written]:
     """Writes strings as their UTF-8 bytes and [rows + 1] offsets, both `.npy`."""
     encoded = [str(text).encode("utf-8", "surrogatepass") for text in array]
     offsets = np.zeros(len(encoded) + 1, np.int64)
@@ -85,10 +97,10 @@ def read(path: Path, written: Written) -> bytes:
         StoreError: If they do not, or the file cannot be read.
     """
     with store_errors(path):
-        if path.stat().st_size != written.length:
+        length = path.stat().st_size
+        if length != written.length:
             raise StoreError(
-                f"{path} is damaged: it must be {written.length} bytes long, "
-                f"got {path.stat().st_size}"
+                f"{path} is damaged: it must be {written.length} bytes long, got {length}"
             )
         content = path.read_bytes()
     if zlib.crc32(content) != written.checksum:
@@ -105,17 +117,18 @@ def read_array(path: Path, written: Written, kind: str, shape: tuple[int, ...]) 
     Raises:
         StoreError: If it is damaged, or of another type or shape than asked for.
     """
-    content = io.BytesIO(read(path, written))
-    try:
-        array = np.lib.format.read_array(content, allow_pickle=False)
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged: {error}") from None
-    _check_kind(path, array.dtype, array.shape, kind, shape)
-    return array
+    content = read(path, written)
+    offset = _npy_header(path, io.BytesIO(content), kind, shape)
+    array = np.frombuffer(content, np.dtype(kind), offset=offset)
+    if array.size != math.prod(shape):
+        raise StoreError(
+            f"{path} is damaged: it must hold {math.prod(shape)} values, got {array.size}"
+        )
+    return array.reshape(shape)
 
 
-def read_strings(folder: Path, stem: str, files: dict[str, Written], rows: int) -> NDArray[np.str_]:
-    """The strings that `write_strings` wrote."""
+def read_strings(folder: Path, stem: str, files: dict[str, Written], rows: int) -> NDArray[Any]:
+    """The strings that `write_strings` wrote, as objects."""
     offsets_path, path = folder / f"{stem}-offsets.npy", folder / f"{stem}.npy"
     offsets = read_array(offsets_path, _of(files, offsets_path), "<i8", (rows + 1,))
     total = int(offsets[-1])
@@ -128,7 +141,9 @@ def read_strings(folder: Path, stem: str, files: dict[str, Written], rows: int) 
         ]
     except UnicodeDecodeError as error:
         raise StoreError(f"{path} is damaged: {error}") from None
-    return np.array(texts, np.str_)
+    found = np.empty(rows, object)
+    found[:] = texts
+    return found
 
 
 def data_offset(path: Path, kind: str, shape: tuple[int, ...]) -> int:
@@ -138,30 +153,27 @@ def data_offset(path: Path, kind: str, shape: tuple[int, ...]) -> int:
         StoreError: If its header does not announce this type and shape, in C order.
     """
     with store_errors(path), path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise StoreError(f"{path} is damaged: npy version must be 1.0, got {version}")
-            found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        except ValueError as error:
-            raise StoreError(f"{path} is damaged: {error}") from None
-        _check_kind(path, dtype, found, kind, shape)
-        if fortran:
-            raise StoreError(f"{path} is damaged: values must lie in C order")
-        return file.tell()
+        return _npy_header(path, file, kind, shape)
+
+
+def _npy_header(path: Path, file: BinaryIO, kind: str, shape: tuple[int, ...]) -> int:
+    """Where the header of a `.npy` file ends, once it says what it should."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise StoreError(f"{path} is damaged: npy version must be 1.0, got {version}")
+        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
+    if dtype.str != kind or found != shape or fortran:
+        raise StoreError(
+            f"{path} is damaged: it must hold {kind} of shape {list(shape)} in C order, "
+            f"got {dtype.str} of shape {list(found)}{' in Fortran order' * fortran}"
+        )
+    return file.tell()
 
 
 def _of(files: dict[str, Written], path: Path) -> Written:
     if path.name not in files:
         raise StoreError(f"{path} must be named in the manifest, and is not")
     return files[path.name]
-
-
-def _check_kind(
-    path: Path, dtype: np.dtype[Any], found: tuple[int, ...], kind: str, shape: tuple[int, ...]
-) -> None:
-    if dtype.str != kind or found != shape:
-        raise StoreError(
-            f"{path} is damaged: it must hold {kind} of shape {list(shape)}, "
-            f"got {dtype.str} of shape {list(found)}"
-        )

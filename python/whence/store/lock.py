@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from whence.errors import LockedError
+from whence.errors import LockedError, StoreError
 from whence.store.files import store_errors
 
 _FAR = 1 << 30
@@ -31,19 +31,24 @@ class Lock:
             self._file = path.open("a+", encoding="utf-8")
         try:
             _lock(self._file)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             self._file.seek(0)
             text = self._file.read()
             self._file.close()
             raise LockedError(f"{folder} must have one writer, got {_holder(text)}") from None
+        except OSError as error:  # a file system without locks
+            self._file.close()
+            raise StoreError(f"{path} must be lockable, got: {error.strerror}") from error
         with store_errors(path):
             self._file.truncate(0)
             self._file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
             self._file.flush()
 
     def close(self) -> None:
-        """Lets go of the lock."""
-        self._file.close()
+        """Lets go of the lock, also for processes forked meanwhile, which share it."""
+        if not self._file.closed:
+            _unlock(self._file)
+            self._file.close()
 
     def __enter__(self) -> Lock:
         return self
@@ -67,6 +72,18 @@ def _lock(file: Any) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(file: Any) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_FAR)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _holder(text: str) -> str:

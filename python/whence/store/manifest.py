@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zlib
@@ -15,6 +16,9 @@ from whence.store.files import Written, store_errors, sync_directory, write
 
 FORMAT = "whence store"
 VERSION = 0
+READ_ATTEMPTS = 8
+"""How often a reader looks again when a manifest is gone before it was read."""
+
 KEPT = 2
 """Older manifests kept for readers that are just opening one."""
 
@@ -91,12 +95,22 @@ class Manifest:
         """Commits: the manifest appears whole, or not at all."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         text = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
-        final = folder / f"manifest-{number:08}.json"
-        temporary = folder / f"manifest-{number:08}.part"
+        final = self.path(folder, number)
+        temporary = final.with_suffix(".part")
         with store_errors(final):
             write(temporary, text, f"\n{zlib.crc32(text):08x}\n".encode())
             temporary.replace(final)
             sync_directory(folder)
+
+    @staticmethod
+    def path(folder: Path, number: int) -> Path:
+        """Where the manifest of a number stands."""
+        return folder / f"manifest-{number:08}.json"
+
+    @staticmethod
+    def prune(folder: Path, number: int) -> None:
+        """Removes manifests that no reader can be opening any more; as far as it can."""
+        with contextlib.suppress(OSError):
             for old, path in _numbered(folder):
                 if old < number - KEPT:
                     path.unlink(missing_ok=True)
@@ -108,22 +122,28 @@ class Manifest:
         Raises:
             StoreError: If there is none, or it is damaged or of another format.
         """
-        with store_errors(folder):
-            numbered = _numbered(folder)
-            if not numbered:
-                got = "one" if (folder / "lock").exists() else "a folder"
-                raise StoreError(
-                    f"{folder} must be a whence store with rows, got {got} with no manifest: "
-                    "nothing was ever confirmed in it"
-                )
-            number, path = max(numbered)
-            content = path.read_bytes()
+        for attempt in range(READ_ATTEMPTS):
+            with store_errors(folder):
+                numbered = _numbered(folder)
+                if not numbered:
+                    got = "one" if (folder / "lock").exists() else "a folder"
+                    raise StoreError(
+                        f"{folder} must be a whence store with rows, got {got} with no manifest: "
+                        "nothing was ever confirmed in it"
+                    )
+                number, path = max(numbered)
+                try:
+                    content = path.read_bytes()
+                    break
+                except FileNotFoundError:  # a writer has committed and pruned meanwhile
+                    if attempt == READ_ATTEMPTS - 1:
+                        raise
         text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
         if checksum != f"{zlib.crc32(text):08x}".encode():
             raise StoreError(f"{path} is damaged: its checksum does not fit its text")
         try:
             return cls._from_json(json.loads(text)), number
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     @classmethod
@@ -163,18 +183,33 @@ class Manifest:
             raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
         if not isinstance(self.sketch["dim"], int) or not 1 <= self.dim <= _core.MAX_DIM:
             raise ValueError(f"dim must be from 1 to {_core.MAX_DIM}, got {self.sketch['dim']}")
+        if self.ids not in (None, "int64", "str"):
+            raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
             if kind not in COLUMN_KINDS:
                 raise ValueError(f"column {name!r} must be of a known type, got {kind!r}")
+        if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
+            raise ValueError("checkpoints must have distinct names")
+        for checkpoint in self.checkpoints:
+            rate = checkpoint.learning_rate
+            if checkpoint.weights not in ("fixed", "moving") or not (
+                rate is None or (isinstance(rate, (int, float)) and 0 < rate < float("inf"))
+            ):
+                raise ValueError(f"{checkpoint} must be one that a recorder writes")
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("shards must have distinct names")
         for shard in self.shards:
             if not re.fullmatch(r"shard-\d{8}", shard.name):
                 raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
-            if not isinstance(shard.rows, int) or shard.rows < 1:
+            if type(shard.rows) is not int or shard.rows < 1:
                 raise ValueError(f"{shard.name} must have rows, got {shard.rows!r}")
-            if shard.checkpoint not in range(len(self.checkpoints)):
-                raise ValueError(
-                    f"{shard.name} must be of a known checkpoint, got {shard.checkpoint!r}"
-                )
+        known = range(len(self.checkpoints))
+        for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
+            if type(index) is not int or index not in known:
+                raise ValueError(f"rows must be of a known checkpoint, got {index!r}")
+        for parameter in self.model["parameters"]:
+            if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
+                raise ValueError("parameters must have names and kinds")
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

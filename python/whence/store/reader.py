@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whence import _core
+from whence import _arrays, _core
 from whence._arrays import Ids, describe
 from whence.errors import ArgumentError, CheckpointError, DtypeError, IdError, StoreError
 from whence.store.files import data_offset, read_array, read_strings, store_errors
@@ -29,8 +31,8 @@ class Reader:
         StoreError: If there is no store, or it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path = _arrays.path("path", path)
         with store_errors(path):
             if not path.is_dir():
                 got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
@@ -61,20 +63,9 @@ class Reader:
         return self._order[0]
 
     @cached_property
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """[examples] each, as first recorded."""
-        kinds = self.manifest.columns or {}
-        first = np.full(len(self), -1)
-        for rows in self._order[1][::-1]:
-            first = np.where(rows >= 0, rows, first)
-        found = {}
-        for index, (name, kind) in enumerate(kinds.items()):
-            parts = [
-                read_column(self.path, shard, f"column-{index}", kind)
-                for shard in self.manifest.shards
-            ]
-            found[name] = np.concatenate(parts)[first] if parts else np.empty(0)
-        return found
+    def columns(self) -> Columns:
+        """[examples] each, as first recorded; read when first asked for."""
+        return Columns(self)
 
     @cached_property
     def scales(self) -> NDArray[np.float32]:
@@ -201,26 +192,40 @@ class Reader:
         """
         if where is None:
             return np.ones(len(self), np.bool_)
-        if isinstance(where, dict):
+        if isinstance(where, Mapping):
             keep = np.ones(len(self), np.bool_)
-            for name, values in where.items():
+            for name, wanted in where.items():
                 if name not in self.columns:
                     raise ArgumentError(
                         f"where must name columns of {sorted(self.columns)}, got {name!r}"
                     )
-                wanted = np.atleast_1d(np.asarray(values))
-                column = self.columns[name]
-                if (wanted.dtype.kind == "U") != (column.dtype.kind == "U"):
-                    kind = (self.manifest.columns or {})[name]
-                    raise DtypeError(f"where[{name!r}] must be {kind}, got {values!r}")
-                keep &= np.isin(column, wanted)
+                keep &= np.isin(self.columns[name], self._wanted(name, wanted))
             return keep
-        mask = np.asarray(where)
+        mask = np.asarray(_arrays.to_numpy(where))
         if mask.dtype != np.bool_ or mask.shape != (len(self),):
             raise DtypeError(
                 f"where must be a dict of columns or [{len(self)}] bool, got {describe(where)}"
             )
-        return mask
+        return mask.copy()
+
+    def _wanted(self, name: str, wanted: Any) -> NDArray[Any]:
+        """The values that a filter allows in a column, in the column's type."""
+        found = _arrays.values(f"where[{name!r}]", wanted)
+        kind, there = _arrays.kind_of_array(found), (self.manifest.columns or {})[name]
+        if kind != there and {kind, there} != {"int64", "float64"}:
+            raise DtypeError(f"where[{name!r}] must be {there}, got {kind}")
+        return found
+
+    def _read_examples(self, name: str) -> NDArray[Any]:
+        """[examples] a column, at the first checkpoint that each example has."""
+        kinds = self.manifest.columns or {}
+        stem, kind = f"column-{list(kinds).index(name)}", kinds[name]
+        first = np.full(len(self), -1, np.int64)
+        for rows in self._order[1][::-1]:
+            first = np.where(rows >= 0, rows, first)
+        parts = [read_column(self.path, shard, stem, kind) for shard in self.manifest.shards]
+        found: NDArray[Any] = np.concatenate(parts)[first] if parts else np.empty(0)
+        return found
 
     @cached_property
     def _sorted(self) -> tuple[NDArray[np.int64], Ids]:
@@ -239,7 +244,7 @@ class Reader:
             [shard.checkpoint for shard in shards], [shard.rows for shard in shards]
         )
         if len(self.checkpoints) == 1:
-            numbers = np.arange(len(all_ids))[None]
+            numbers = np.arange(len(all_ids), dtype=np.int64)[None]
             if len(np.unique(all_ids)) < len(all_ids):
                 raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
             return all_ids, numbers
@@ -253,6 +258,27 @@ class Reader:
         if (numbers >= 0).sum() < len(all_ids):
             raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
         return unique[by_appearance], numbers
+
+
+class Columns(Mapping[str, NDArray[Any]]):
+    """The columns of a store: name -> [examples]; strings are objects."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._found: dict[str, NDArray[Any]] = {}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in (self._reader.manifest.columns or {}):
+            raise KeyError(name)
+        if name not in self._found:
+            self._found[name] = self._reader._read_examples(name)
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.manifest.columns or {})
+
+    def __len__(self) -> int:
+        return len(self._reader.manifest.columns or {})
 
 
 def read_column(path: Path, shard: Shard, stem: str, kind: str) -> NDArray[Any]:
@@ -269,7 +295,8 @@ def read_ids(path: Path, shard: Shard, manifest: Manifest) -> Ids:
     """The ids of a shard."""
     if manifest.ids not in ("int64", "str"):
         raise StoreError(f"{path} is damaged: ids must be int64 or str, got {manifest.ids}")
-    return read_column(path, shard, "ids", manifest.ids)
+    ids = read_column(path, shard, "ids", manifest.ids)
+    return ids.astype(np.str_) if manifest.ids == "str" else ids
 
 
 def _file(path: Path, shard: Shard, name: str) -> Any:

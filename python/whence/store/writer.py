@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from whence import _core
+from whence import _arrays, _core
 from whence._arrays import Ids
-from whence.errors import ArgumentError, DtypeError, IdError, MismatchError, StoreError
+from whence.errors import (
+    ArgumentError,
+    CheckpointError,
+    DtypeError,
+    IdError,
+    MismatchError,
+    StoreError,
+)
 from whence.store.files import Written, store_errors, sync_directory, write_array, write_strings
 from whence.store.lock import Lock
 from whence.store.manifest import DTYPES, Checkpoint, Manifest, Shard
@@ -23,6 +30,24 @@ SHARD_BYTES = 64 << 20
 
 COMMIT_SECONDS = 10.0
 """... or when so much time has passed since the last commit."""
+
+_OURS = ("shard-", "manifest-", "lock")
+"""How the names in a store begin."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is confirmed, and what waits; replaced whole, so that an interrupt finds it whole.
+
+    Attributes:
+        manifest: As last committed, but for what later rows will add.
+        number: Of the manifest on disk; 0 if there is none.
+        waiting: (ids, unit rows, scales, columns) of batches that are not confirmed.
+    """
+
+    manifest: Manifest
+    number: int
+    waiting: tuple[tuple[Ids, NDArray[Any], NDArray[np.float32], dict[str, Any]], ...] = ()
 
 
 class Writer:
@@ -40,27 +65,22 @@ class Writer:
     """
 
     def __init__(self, path: Path, wanted: Manifest) -> None:
-        self.path = path
+        self.path = path = _arrays.path("path", path)
         with store_errors(path):
             if path.exists() and not path.is_dir():
                 raise StoreError(f"path must be a folder, got the file {path}")
-            exists = Manifest.exists(path)
-            if not exists and path.is_dir():
-                strangers = [each.name for each in path.iterdir() if not _ours(each.name)]
-                if strangers:
-                    raise StoreError(
-                        f"path must be a store or an empty folder, got {path} "
-                        f"with {min(strangers)!r} in it"
-                    )
+            if not Manifest.exists(path) and path.is_dir():
+                _check_empty(path)
             path.mkdir(parents=True, exist_ok=True)
+            sync_directory(path.parent)
         self._lock = Lock(path)
         try:
-            self.manifest, self._number = (
-                Manifest.load(path) if Manifest.exists(path) else (wanted, 0)
-            )
-            if self._number:
+            if Manifest.exists(path):
+                self._state = _State(*Manifest.load(path))
                 _check_same(path, self.manifest, wanted)
-            self._remove_strays()
+            else:
+                self._state = _State(wanted, 0)
+            self._next_shard = 1 + _last_shard(path)
             self._known = [
                 _KnownIds(
                     read_ids(path, shard, self.manifest)
@@ -72,11 +92,17 @@ class Writer:
         except BaseException:
             self._lock.close()
             raise
-        self._waiting: list[tuple[Ids, NDArray[Any], NDArray[np.float32], dict[str, Any]]] = []
+        # The last attempt to commit: number, shards, how many waiting batches it covers.
+        self._attempt: tuple[int, list[Shard], int] = (0, [], 0)
         self._waiting_bytes = 0
         self._checkpoint = max(len(self.manifest.checkpoints) - 1, 0)
         self._last_commit = time.monotonic()
         self._changed = False
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the store says about itself, with what the next commit will add."""
+        return self._state.manifest
 
     @property
     def rows(self) -> int:
@@ -89,10 +115,26 @@ class Writer:
         found = self.manifest.checkpoints
         return found[self._checkpoint] if found else None
 
+    @property
+    def left_out(self) -> set[int | str]:
+        """Ids of the current checkpoint that were left out."""
+        return {id_ for index, id_ in self.manifest.skipped if index == self._checkpoint}
+
     def set_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Appends to this checkpoint from now on; to the one of its name if there is one."""
-        self.commit()
+        """Appends to this checkpoint from now on; to the one of its name if there is one.
+
+        Raises:
+            CheckpointError: If the one there is has another learning rate.
+        """
         names = [each.name for each in self.manifest.checkpoints]
+        if checkpoint.name in names:
+            found = self.manifest.checkpoints[names.index(checkpoint.name)]
+            if found.learning_rate != checkpoint.learning_rate:
+                raise CheckpointError(
+                    f"learning_rate must be {found.learning_rate} as checkpoint {found.name!r} "
+                    f"has, got {checkpoint.learning_rate}"
+                )
+        self.commit()
         if checkpoint.name in names:
             self._checkpoint = names.index(checkpoint.name)
         else:
@@ -102,24 +144,20 @@ class Writer:
         return self.manifest.checkpoints[self._checkpoint]
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
-        """[ids] whether each is recorded in the current checkpoint, confirmed or waiting."""
-        self.check_ids(ids)
+        """[ids] whether each is recorded in the current checkpoint, confirmed or waiting.
+
+        Raises:
+            IdError: If they are not of the store's kind.
+        """
+        kind = _arrays.kind_of_array(ids)
+        if self.manifest.ids not in (None, kind):
+            raise IdError(f"ids must be {self.manifest.ids} as in the store, got {kind}")
         if not self._known:
             return np.zeros(len(ids), np.bool_)
         return self._known[self._checkpoint].has(ids)
 
-    def check_ids(self, ids: Ids) -> None:
-        """Nothing, if the ids are of the store's kind.
-
-        Raises:
-            IdError: If they are not.
-        """
-        kind = "str" if ids.dtype.kind == "U" else "int64"
-        if self.manifest.ids not in (None, kind):
-            raise IdError(f"ids must be {self.manifest.ids} as in the store, got {kind}")
-
     def check_columns(self, columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The columns, in the types that the first batch fixed.
+        """The columns, in the order and types that the first batch fixed.
 
         Raises:
             ArgumentError: If a column is missing, or was not there in the first batch.
@@ -133,13 +171,11 @@ class Writer:
                 f"columns must be {sorted(wanted)} as in the first batch, got {sorted(columns)}"
             )
         found = {}
-        for name, column in columns.items():
-            kind = column_kind(column)
-            if kind == "int64" and wanted[name] == "float64":
-                column = column.astype(np.float64)
-            elif kind != wanted[name]:
-                raise DtypeError(f"{name} must be {wanted[name]} as in the first batch, got {kind}")
-            found[name] = column
+        for name, there in wanted.items():
+            kind = _arrays.kind_of_array(columns[name])
+            if kind != there and not (kind == "int64" and there == "float64"):
+                raise DtypeError(f"{name} must be {there} as in the first batch, got {kind}")
+            found[name] = columns[name].astype(np.float64) if kind != there else columns[name]
         return found
 
     def append(self, ids: Ids, rows: NDArray[np.float32], columns: dict[str, NDArray[Any]]) -> None:
@@ -147,18 +183,23 @@ class Writer:
 
         Args:
             ids: [rows] new ids.
-            rows: [rows, dim] finite values.
-            columns: [rows] each.
+            rows: [rows, dim] finite values of finite norm.
+            columns: [rows] each, as `check_columns` returned them.
         """
         if not len(ids):
             return
-        columns = self.check_columns(columns)
-        self.check_ids(ids)
         stored, scales = _core.encode(rows, self.manifest.dtype == "float16")
-        self.manifest.ids = "str" if ids.dtype.kind == "U" else "int64"
-        self.manifest.columns = {name: column_kind(column) for name, column in columns.items()}
+        if self.manifest.ids is None:
+            self.manifest.ids = _arrays.kind_of_array(ids)
+        if self.manifest.columns is None:
+            kinds = {name: _arrays.kind_of_array(column) for name, column in columns.items()}
+            self.manifest.columns = kinds
+        # Known first: an interrupt here loses the rows, as any before the commit does; the other
+        # way round it would let them in twice.
         self._known[self._checkpoint].add(ids)
-        self._waiting.append((ids, stored, scales, columns))
+        self._state = replace(
+            self._state, waiting=(*self._state.waiting, (ids, stored, scales, columns))
+        )
         self._waiting_bytes += stored.nbytes
         elapsed = time.monotonic() - self._last_commit
         if self._waiting_bytes >= SHARD_BYTES or elapsed >= COMMIT_SECONDS:
@@ -166,10 +207,11 @@ class Writer:
 
     def skip(self, ids: Ids) -> None:
         """Notes ids that were left out because their gradient is not finite."""
-        self.manifest.ids = "str" if ids.dtype.kind == "U" else "int64"
-        noted = set(self.manifest.skipped)
+        if self.manifest.ids is None:
+            self.manifest.ids = _arrays.kind_of_array(ids)
+        noted = self.left_out
         for id_ in ids.tolist():
-            if (self._checkpoint, id_) not in noted:
+            if id_ not in noted:
                 self.manifest.skipped.append((self._checkpoint, id_))
         self._changed = True
 
@@ -183,21 +225,18 @@ class Writer:
         Raises:
             StoreError: If it cannot; the rows stay in memory, and the next commit tries again.
         """
-        if not self._waiting and not self._changed:
+        self._settle()
+        if not self._state.waiting and not self._changed:
             return
-        if self._waiting:
+        before = self._state
+        shards = list(before.manifest.shards)
+        if before.waiting:
             with store_errors(self.path):
-                shard = self._write_shard()
-            self.manifest.shards.append(shard)
-        try:
-            self.manifest.save(self.path, self._number + 1)
-        except BaseException:
-            if self._waiting:
-                self.manifest.shards.pop()
-            raise
-        self._number += 1
-        self._waiting, self._waiting_bytes, self._changed = [], 0, False
-        self._last_commit = time.monotonic()
+                shards.append(self._write_shard(before.waiting))
+        self._attempt = (before.number + 1, shards, len(before.waiting))
+        replace(before.manifest, shards=shards).save(self.path, before.number + 1)
+        self._settle()
+        Manifest.prune(self.path, self._state.number)
 
     def close(self) -> None:
         """Commits and lets go of the store."""
@@ -206,15 +245,30 @@ class Writer:
         finally:
             self._lock.close()
 
-    def _write_shard(self) -> Shard:
-        taken = {shard.name for shard in self.manifest.shards}
-        number = 1 + max((int(name.removeprefix("shard-")) for name in taken), default=0)
-        name = f"shard-{number:08}"
+    def _settle(self) -> None:
+        """Takes over the last attempt to commit, if its manifest is there.
+
+        An attempt can fail, or be interrupted, after its manifest has appeared: then its rows are
+        confirmed, and must not be committed again.
+        """
+        number, shards, covered = self._attempt
+        state = self._state
+        if number <= state.number or not Manifest.path(self.path, number).exists():
+            return
+        self._state = _State(
+            replace(state.manifest, shards=shards), number, state.waiting[covered:]
+        )
+        self._waiting_bytes = sum(stored.nbytes for _, stored, _, _ in self._state.waiting)
+        self._changed = False
+        self._last_commit = time.monotonic()
+
+    def _write_shard(self, waiting: tuple[Any, ...]) -> Shard:
+        """Writes rows to a folder of a name that was never used."""
+        name = f"shard-{self._next_shard:08}"
+        self._next_shard += 1
         folder = self.path / name
-        if folder.exists():
-            shutil.rmtree(folder)  # left by a commit that failed
         folder.mkdir()
-        ids, stored, scales, columns = zip(*self._waiting, strict=True)
+        ids, stored, scales, columns = zip(*waiting, strict=True)
         files: dict[str, Written] = {
             "rows.npy": write_array(folder / "rows.npy", np.concatenate(stored)),
             "scales.npy": write_array(folder / "scales.npy", np.concatenate(scales)),
@@ -226,16 +280,6 @@ class Writer:
         sync_directory(folder)
         sync_directory(self.path)
         return Shard(name, self._checkpoint, sum(map(len, ids)), files)
-
-    def _remove_strays(self) -> None:
-        """Removes what a killed writer left: shards and manifests that were never confirmed."""
-        known = {shard.name for shard in self.manifest.shards}
-        with store_errors(self.path):
-            for path in self.path.iterdir():
-                if path.name.startswith("shard-") and path.name not in known and path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name.startswith("manifest-") and path.suffix == ".part":
-                    path.unlink()
 
 
 class _KnownIds:
@@ -259,19 +303,36 @@ class _KnownIds:
             self._runs[-1] = np.sort(np.concatenate([self._runs[-1], last]))
 
 
-def column_kind(column: NDArray[Any]) -> str:
-    """The manifest's word for the type of a column."""
-    return {"b": "bool", "i": "int64", "f": "float64", "U": "str"}[column.dtype.kind]
-
-
 def _write_column(folder: Path, stem: str, column: NDArray[Any]) -> dict[str, Written]:
-    if column.dtype.kind == "U":
+    if _arrays.kind_of_array(column) == "str":
         return write_strings(folder, stem, column)
     return {f"{stem}.npy": write_array(folder / f"{stem}.npy", column)}
 
 
-def _ours(name: str) -> bool:
-    return name == "lock" or name.startswith(("shard-", "manifest-"))
+def _check_empty(path: Path) -> None:
+    """Nothing, if a folder without a manifest may become a store.
+
+    Raises:
+        StoreError: If it holds something else, or rows that no manifest names, which a later
+            manifest may.
+    """
+    names = sorted(each.name for each in path.iterdir())
+    strangers = [name for name in names if not name.startswith(_OURS)]
+    if strangers:
+        raise StoreError(
+            f"path must be a store or an empty folder, got {path} with {strangers[0]!r} in it"
+        )
+    if _last_shard(path) > 1:  # a writer that was killed in its first commit leaves one
+        raise StoreError(
+            f"path must be a store with its manifest, got {path} with rows that no manifest names"
+        )
+
+
+def _last_shard(path: Path) -> int:
+    """The highest number of a shard's folder, named in a manifest or left by a killed writer."""
+    with store_errors(path):
+        numbers = [each.name.removeprefix("shard-") for each in path.iterdir()]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:

@@ -6,13 +6,12 @@
 
 use std::cmp::Ordering;
 
-use half::f16;
-
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::parallel::share;
+use crate::sketch::MAX_DIM;
 use crate::stop::Asker;
-use crate::store::RowFile;
+use crate::store::{Cursor, RowFile};
 
 /// Values of a block of rows: 1 MiB as f32, half of a common second cache.
 const BLOCK: usize = 1 << 18;
@@ -49,8 +48,12 @@ impl Rows {
     /// The rows of `files`, each `dim` wide, with one scale a row.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not as many scales as rows.
+    /// [`Error::Shape`] if there are not as many scales as rows; [`Error::Argument`] unless
+    /// `1 <= dim <=` [`MAX_DIM`].
     pub fn new(files: Vec<RowFile>, scales: Vec<f32>, dim: usize) -> Result<Self, Error> {
+        if dim == 0 || dim > MAX_DIM {
+            return Err(Error::argument("dim", format!("from 1 to {MAX_DIM}"), dim));
+        }
         let mut total = 0u64;
         let mut starts = Vec::with_capacity(files.len());
         for file in &files {
@@ -84,7 +87,7 @@ impl Rows {
         numbers: &[u64],
         values: &mut [f32],
         scales: &mut Vec<f32>,
-        halves: &mut Vec<f16>,
+        cursor: &mut Cursor,
     ) -> Result<(), Error> {
         scales.clear();
         let mut done = 0;
@@ -103,23 +106,28 @@ impl Rows {
                 .take_while(|&(&number, expected)| number == expected)
                 .count();
             let out = &mut values[done * self.dim..(done + run) * self.dim];
-            self.files[file].read(at, out, halves)?;
+            self.files[file].read(at, out, cursor)?;
             scales.extend_from_slice(&self.scales[first as usize..first as usize + run]);
             done += run;
         }
         Ok(())
     }
-}
 
-impl Rows {
     /// The rows with these numbers, `[numbers, dim]`, scaled back.
     ///
     /// # Errors
-    /// As [`Rows::read`].
+    /// As [`Rows::read`]; [`Error::Shape`] if they are more than memory could hold.
     pub fn scaled(&self, numbers: &[u64]) -> Result<Vec<f32>, Error> {
-        let mut values = vec![0.0; numbers.len() * self.dim];
+        if let Some(number) = numbers.iter().find(|&&number| number >= self.len()) {
+            return Err(Error::argument("rows", format!("below {}", self.len()), number));
+        }
+        let size = numbers
+            .len()
+            .checked_mul(self.dim)
+            .ok_or_else(|| Error::shape("rows", "fewer than memory could hold", numbers.len()))?;
+        let mut values = vec![0.0; size];
         let mut scales = Vec::new();
-        self.read(numbers, &mut values, &mut scales, &mut Vec::new())?;
+        self.read(numbers, &mut values, &mut scales, &mut Cursor::default())?;
         for (row, scale) in values.chunks_exact_mut(self.dim).zip(scales) {
             for value in row {
                 *value *= scale;
@@ -182,8 +190,8 @@ pub fn ends(
             state.scores.resize(here * count, 0.0);
             for checkpoint in 0..checkpoints {
                 let numbers = &request.rows[checkpoint * examples + first..][..here];
-                let State { values, scales, halves, scores, products, .. } = state;
-                rows.read(numbers, values, scales, halves)?;
+                let State { values, scales, cursor, scores, products, .. } = state;
+                rows.read(numbers, values, scales, cursor)?;
                 let queries = &request.queries[checkpoint * count * dim..][..count * dim];
                 for (index, queries) in queries.chunks(group * dim).enumerate() {
                     watch.check()?;
@@ -207,7 +215,9 @@ pub fn ends(
                     if !score.is_finite() {
                         return Err(Error::NotFinite {
                             argument: "scores",
-                            place: format!("query {query}, example {example}"),
+                            place: format!(
+                                "query {query}, eligible example {example} (counted from 0)"
+                            ),
                             value: f64::from(score),
                         });
                     }
@@ -274,7 +284,7 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
 struct State {
     values: Vec<f32>,
     scales: Vec<f32>,
-    halves: Vec<f16>,
+    cursor: Cursor,
     products: Vec<f32>,
     scores: Vec<f32>,
     sieves: Vec<Sieve>,

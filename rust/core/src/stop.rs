@@ -29,6 +29,8 @@ impl Stop {
         self.flag.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the work may go on.
+    ///
     /// # Errors
     /// [`Error::Stopped`] once the flag is up.
     pub fn check(&self) -> Result<(), Error> {

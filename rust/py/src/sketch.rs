@@ -1,7 +1,7 @@
 //! `whence._core.Sketch`.
 
 use half::{bf16, f16};
-use numpy::ndarray::ArrayView3;
+use numpy::ndarray::{ArrayView3, Axis};
 use numpy::{
     IntoPyArray, PyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray2,
     PyUntypedArrayMethods,
@@ -74,6 +74,11 @@ impl Sketch {
         let parameter = self.parameter(py, name, &shape)?;
         let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
         let (left, right) = (left.as_array(), right.as_array());
+        if left.shape()[..2] != right.shape()[..2] {
+            let must = format!("[{}, {}, columns]", left.shape()[0], left.shape()[1]);
+            let got = format!("{:?}", right.shape());
+            return Err(exception(py, &Error::shape("right", must, got)));
+        }
         compute(py, |asker| {
             with_sequences("left", left, |left| {
                 with_sequences("right", right, |right| {
@@ -96,6 +101,11 @@ impl Sketch {
     ) -> PyResult<Vec<usize>> {
         let parameter = self.parameter(py, name, &shape)?;
         let (batch, width) = (indices.shape()[0], values.shape()[2]);
+        if values.shape()[..2] != *indices.shape() {
+            let must = format!("[{batch}, {}, {width}]", indices.shape()[1]);
+            let got = format!("{:?}", values.shape());
+            return Err(exception(py, &Error::shape("values", must, got)));
+        }
         let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
         let indices = indices.as_slice().map_err(|_| not_contiguous(py, "indices"))?;
         let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
@@ -136,21 +146,34 @@ impl Sketch {
     }
 }
 
-/// Calls `work` with the array as it lies, or with a copy of it if it has gaps.
+/// Calls `work` with the array as it lies, or with a copy of it if it lies backwards or with gaps.
+///
+/// A dimension along which the array repeats itself (stride 0, as `broadcast_to` makes) is taken
+/// as one that is not there.
 fn with_sequences<T>(
     argument: &'static str,
     array: ArrayView3<'_, f32>,
     work: impl FnOnce(Sequences<'_>) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let (a, b, c) = array.dim();
-    let strides: Vec<usize> = array.strides().iter().map_while(|&s| s.try_into().ok()).collect();
-    if let (Some(values), Ok(strides)) =
-        (array.as_slice_memory_order(), <[usize; 3]>::try_from(strides))
-    {
-        return work(Sequences::new(argument, values, [a, b, c], strides)?);
+    let mut kept = array.reborrow();
+    let mut strides = [0; 3];
+    for (axis, stride) in strides.iter_mut().enumerate() {
+        if array.strides()[axis] == 0 && array.shape()[axis] > 1 {
+            kept.collapse_axis(Axis(axis), 0);
+        } else {
+            *stride = usize::try_from(array.strides()[axis]).unwrap_or(usize::MAX);
+        }
     }
-    let copy: Vec<f32> = array.iter().copied().collect();
-    work(Sequences::new(argument, &copy, [a, b, c], [b * c, c, 1])?)
+    match kept.as_slice_memory_order() {
+        Some(values) if !strides.contains(&usize::MAX) => {
+            work(Sequences::new(argument, values, [a, b, c], strides)?)
+        }
+        _ => {
+            let copy: Vec<f32> = array.iter().copied().collect();
+            work(Sequences::new(argument, &copy, [a, b, c], [b * c, c, 1])?)
+        }
+    }
 }
 
 /// The instruction set the kernels use on this machine.

@@ -2,7 +2,7 @@
 
 use half::f16;
 use numpy::{
-    PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods, ToPyArray,
+    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 use whence_core::store;
@@ -19,11 +19,11 @@ pub(crate) fn encode<'py>(
     let rows = rows.as_slice().map_err(|_| not_contiguous(py, "rows"))?;
     if half {
         let (stored, scales) = compute(py, |_| store::encode::<f16>(rows, dim))?;
-        let stored: Bound<'py, PyArray2<f16>> = stored.to_pyarray(py).reshape([count, dim])?;
-        Ok((stored.into_any(), scales.to_pyarray(py)))
+        let stored: Bound<'py, PyArray2<f16>> = stored.into_pyarray(py).reshape([count, dim])?;
+        Ok((stored.into_any(), scales.into_pyarray(py)))
     } else {
         let (stored, scales) = compute(py, |_| store::encode::<f32>(rows, dim))?;
-        let stored: Bound<'py, PyArray2<f32>> = stored.to_pyarray(py).reshape([count, dim])?;
-        Ok((stored.into_any(), scales.to_pyarray(py)))
+        let stored: Bound<'py, PyArray2<f32>> = stored.into_pyarray(py).reshape([count, dim])?;
+        Ok((stored.into_any(), scales.into_pyarray(py)))
     }
 }

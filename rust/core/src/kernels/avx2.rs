@@ -158,6 +158,6 @@ fn finish(sums: [__m256; 2], row_tail: &[f32], query_tail: &[f32]) -> f32 {
     for (lanes, sums) in lanes.as_chunks_mut::<WIDTH>().0.iter_mut().zip(sums) {
         store(lanes, sums);
     }
-    scalar::add_tail(&mut lanes, row_tail, query_tail);
+    scalar::add_step(&mut lanes, row_tail, query_tail);
     sum_lanes(lanes)
 }

@@ -32,9 +32,8 @@ pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
     for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
         let bits = _mm512_castps_si512(load(chunk));
         let signed = _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, slot.signs, bits, top));
-        if let Some(target) = block[slot.offset as usize..].first_chunk_mut::<LANES>() {
-            store(target, _mm512_add_ps(load(target), signed));
-        }
+        let target = &mut block[slot.offset as usize..][..LANES].as_chunks_mut::<LANES>().0[0];
+        store(target, _mm512_add_ps(load(target), signed));
     }
 }
 
@@ -132,6 +131,6 @@ fn dot(row: &[f32], query: &[f32]) -> f32 {
 fn finish(sum: __m512, row_tail: &[f32], query_tail: &[f32]) -> f32 {
     let mut lanes = [0.0; LANES];
     store(&mut lanes, sum);
-    scalar::add_tail(&mut lanes, row_tail, query_tail);
+    scalar::add_step(&mut lanes, row_tail, query_tail);
     sum_lanes(lanes)
 }

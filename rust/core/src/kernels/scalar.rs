@@ -36,16 +36,16 @@ fn dot(row: &[f32], query: &[f32]) -> f32 {
     let (row, row_tail) = row.as_chunks::<LANES>();
     let (query, query_tail) = query.as_chunks::<LANES>();
     for (row, query) in row.iter().zip(query) {
-        add_tail(&mut lanes, row, query);
+        add_step(&mut lanes, row, query);
     }
-    add_tail(&mut lanes, row_tail, query_tail);
+    add_step(&mut lanes, row_tail, query_tail);
     sum_lanes(lanes)
 }
 
-/// One step of a dot product over at most 16 elements; the lanes past its end stay.
-///
+/// One step of a dot product: lane `l` gets the product of elements `l`; of a partial step the
+/// lanes past its end stay as they are.
 #[inline]
-pub(super) fn add_tail(lanes: &mut [f32; LANES], row: &[f32], query: &[f32]) {
+pub(super) fn add_step(lanes: &mut [f32; LANES], row: &[f32], query: &[f32]) {
     for (sum, (x, y)) in lanes.iter_mut().zip(row.iter().zip(query)) {
         *sum = x.mul_add(*y, *sum);
     }

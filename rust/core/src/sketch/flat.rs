@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Adder, Parameter, SLOTS, Sketch, join};
+use super::{Adder, Parameter, RowsMut, SLOTS, Sketch, join};
 use crate::error::Error;
 use crate::kernels::{InstructionSet, LANES, Slot};
 use crate::parallel::share;
@@ -130,23 +130,5 @@ impl Sketch {
             },
         )?;
         Ok(join(states.into_iter().map(|state| state.2)))
-    }
-}
-
-/// The rows of a matrix, each handed out to whichever worker asks for it.
-pub(super) struct RowsMut<'a> {
-    rows: Vec<std::sync::Mutex<&'a mut [f64]>>,
-}
-
-impl<'a> RowsMut<'a> {
-    pub(super) fn new(values: &'a mut [f64], dim: usize) -> Self {
-        Self { rows: values.chunks_exact_mut(dim).map(std::sync::Mutex::new).collect() }
-    }
-
-    pub(super) fn take(
-        &self,
-        row: usize,
-    ) -> Result<std::sync::MutexGuard<'_, &'a mut [f64]>, Error> {
-        self.rows[row].lock().map_err(|_| Error::Internal("a worker thread panicked".into()))
     }
 }

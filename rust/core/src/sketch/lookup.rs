@@ -1,7 +1,6 @@
 //! Embeddings: gradients that touch few rows of a table.
 
-use super::flat::RowsMut;
-use super::{Adder, Parameter, SLOTS, Sketch, join};
+use super::{Adder, Parameter, RowsMut, SLOTS, Sketch, join};
 use crate::error::Error;
 use crate::kernels::Slot;
 use crate::parallel::share;
@@ -49,7 +48,7 @@ impl Sketch {
         if let Some(index) =
             indices.iter().find(|&&index| !u64::try_from(index).is_ok_and(|row| row < rows))
         {
-            return Err(Error::argument("indices", format!("from 0 to {}", rows - 1), index));
+            return Err(Error::argument("indices", format!("from 0 to below {rows}"), index));
         }
         let totals = RowsMut::new(totals, self.dim);
         let threads = threads.min(1 + values.len() / (1 << 20));

@@ -10,8 +10,9 @@
 //! Sums have a fixed shape, so the bits do not depend on how the work is split: a parameter is cut
 //! into super-blocks of 2^20 coordinates; each is summed in f32 from zero, chunk by chunk, then
 //! added to the row's f64 total. Super-blocks with fewer than `dim` coordinates are added to the
-//! total directly. A row may be fed by any number of calls; parameters that come in the same order
-//! give the same bits.
+//! total directly. Parameters that come in the same order give the same bits; one that is fed by
+//! several calls gives the same bits if the calls split it at super-blocks, and else differs by
+//! rounding.
 
 mod flat;
 mod lookup;
@@ -19,6 +20,8 @@ mod outer;
 
 pub use flat::Value;
 pub use outer::Sequences;
+
+use std::sync::{Mutex, MutexGuard};
 
 use crate::error::Error;
 use crate::kernels::{InstructionSet, LANES, Slot};
@@ -239,6 +242,21 @@ impl<'a> Adder<'a> {
     fn finish(mut self) -> bool {
         self.flush();
         self.finite
+    }
+}
+
+/// The rows of a matrix, each handed out to whichever worker asks for it.
+struct RowsMut<'a> {
+    rows: Vec<Mutex<&'a mut [f64]>>,
+}
+
+impl<'a> RowsMut<'a> {
+    fn new(values: &'a mut [f64], dim: usize) -> Self {
+        Self { rows: values.chunks_exact_mut(dim).map(Mutex::new).collect() }
+    }
+
+    fn take(&self, row: usize) -> Result<MutexGuard<'_, &'a mut [f64]>, Error> {
+        self.rows[row].lock().map_err(|_| Error::Internal("a worker thread panicked".into()))
     }
 }
 

@@ -3,8 +3,7 @@
 //! The gradient is made a strip of rows at a time; the strip goes into the sketch while it lies in
 //! the cache. No buffer of the parameter's size exists.
 
-use super::flat::RowsMut;
-use super::{Adder, Parameter, SLOTS, Sketch, join};
+use super::{Adder, Parameter, RowsMut, SLOTS, Sketch, join};
 use crate::error::Error;
 use crate::kernels::{Slot, TILE_COLUMNS, TILE_ROWS, Tile};
 use crate::parallel::share;

@@ -8,10 +8,29 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::error::Error;
 
+/// What a reader keeps between reads: the file it read last, and a buffer for 16-bit rows.
+#[derive(Debug, Default)]
+pub struct Cursor {
+    open: Option<(PathBuf, File)>,
+    halves: Vec<f16>,
+}
+
+impl Cursor {
+    fn file(&mut self, path: &Path) -> std::io::Result<&File> {
+        if self.open.as_ref().is_none_or(|(open, _)| open != path) {
+            self.open = Some((path.to_owned(), File::open(path)?));
+        }
+        match &self.open {
+            Some((_, file)) => Ok(file),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
 /// Rows of `dim` values that begin at byte `offset` of a file.
 ///
-/// The file is opened for each read: a store may have more files than a process may hold open, and
-/// opening costs microseconds beside the read of a block.
+/// A [`Cursor`] keeps one file open at a time: a store may have more files than a process may hold
+/// open.
 #[derive(Debug)]
 pub struct RowFile {
     path: PathBuf,
@@ -36,9 +55,10 @@ impl RowFile {
             .and_then(|width| width.checked_mul(rows))
             .and_then(|bytes| bytes.checked_add(offset));
         if needed != Some(length) {
+            let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
             return Err(Error::Damaged {
                 path: path.to_owned(),
-                what: format!("{rows} rows of {dim} need {needed:?} bytes, it has {length}"),
+                what: format!("{rows} rows of {dim} need {needed} bytes, it has {length}"),
             });
         }
         Ok(Self { path: path.to_owned(), offset, rows, dim, half })
@@ -50,11 +70,11 @@ impl RowFile {
         self.rows
     }
 
-    /// Reads the rows from `first` on into `out`, as many as fit, by way of `halves`.
+    /// Reads the rows from `first` on into `out`, as many as fit.
     ///
     /// # Errors
     /// [`Error::Shape`] if there are not so many rows, [`Error::Io`] if reading fails.
-    pub fn read(&self, first: u64, out: &mut [f32], halves: &mut Vec<f16>) -> Result<(), Error> {
+    pub fn read(&self, first: u64, out: &mut [f32], cursor: &mut Cursor) -> Result<(), Error> {
         let count = (out.len() / self.dim) as u64;
         if first.checked_add(count).is_none_or(|end| end > self.rows) {
             return Err(Error::shape(
@@ -64,22 +84,21 @@ impl RowFile {
             ));
         }
         // The values lie as they do in memory: the crate compiles for little-endian targets only.
-        if self.half {
-            halves.resize(out.len(), f16::ZERO);
-            self.read_bytes(first, bytemuck::cast_slice_mut(halves))?;
-            halves.convert_to_f32_slice(out);
-        } else {
-            self.read_bytes(first, bytemuck::cast_slice_mut(out))?;
-        }
-        Ok(())
-    }
-
-    fn read_bytes(&self, first: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let io = |source| Error::Io { path: self.path.clone(), source };
         let size = if self.half { 2 } else { 4 };
         let at = self.offset + first * self.dim as u64 * size;
-        File::open(&self.path)
-            .and_then(|file| read_exact_at(&file, bytes, at))
-            .map_err(|source| Error::Io { path: self.path.clone(), source })
+        if self.half {
+            let mut halves = std::mem::take(&mut cursor.halves);
+            halves.resize(out.len(), f16::ZERO);
+            let file = cursor.file(&self.path).map_err(io)?;
+            read_exact_at(file, bytemuck::cast_slice_mut(&mut halves), at).map_err(io)?;
+            halves.convert_to_f32_slice(out);
+            cursor.halves = halves;
+        } else {
+            let file = cursor.file(&self.path).map_err(io)?;
+            read_exact_at(file, bytemuck::cast_slice_mut(out), at).map_err(io)?;
+        }
+        Ok(())
     }
 }
 
@@ -118,9 +137,9 @@ mod tests {
         drop(file);
         let rows = RowFile::new(&path, 4, 3, 2, true).unwrap();
         let mut out = [0.0; 4];
-        rows.read(1, &mut out, &mut Vec::new()).unwrap();
+        rows.read(1, &mut out, &mut Cursor::default()).unwrap();
         assert_eq!(out, [2.0, 3.0, 4.0, 5.0]);
-        assert!(rows.read(2, &mut out, &mut Vec::new()).is_err());
+        assert!(rows.read(2, &mut out, &mut Cursor::default()).is_err());
         for (offset, count) in [(4, 2), (4, 4), (0, 3), (4, u64::MAX)] {
             assert!(matches!(
                 RowFile::new(&path, offset, count, 2, true),

@@ -7,4 +7,4 @@ mod encode;
 mod file;
 
 pub use encode::{Stored, encode};
-pub use file::RowFile;
+pub use file::{Cursor, RowFile};
