@@ -100,6 +100,8 @@ LOOKUP = [
     ("w", [5, 6], i8(0, -1), f4(2, 1, 6), None, totals(), 1),
     ("w", [5, 6], i8(0, 2**62), f4(2, 1, 6), None, totals(), 1),
     ("w", [5, 6], i8(0, 1), f4(2, 1, 7), None, totals(1), 1),
+    ("w", [0, 6], i8(0, 0), f4(2, 1, 6), None, totals(), 1),
+    ("w", [5, 6], i8(0, 1, 2, 3), f4(2, 4, 3), None, totals(), 1),
     ("w", [5, 6], i8(0, 1, 2, 3), f4(2, 1, 6), None, totals(), 1),
     ("w", [5, 6], i8(0, 1).astype("i4"), f4(2, 1, 6), None, totals(), 1),
 ]
@@ -172,6 +174,21 @@ def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
             _core.Rows(files, 16, False, scales)
     with pytest.raises(ORDINARY):
         core_rows.read(u8(3, 10))
+    for dim in (0, 2**46, 2**63):
+        with pytest.raises(ORDINARY):
+            _core.Rows([], dim, False, f4(0))
+
+
+def test_a_repeated_array_is_not_written_out(core_rows):
+    wide = np.broadcast_to(f4(1, 1, 1), (1, 2**42, 1))
+    with pytest.raises(ORDINARY):
+        SKETCH.add_outer("w", [1, 5], 0, wide, f4(1, 3, 5), totals(1), 1)
+    left = np.broadcast_to(np.arange(4, dtype=np.float32)[None, :, None], (3, 4, 7))
+    right = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    found, expected = totals(3), totals(3)
+    SKETCH.add_outer("w", [7, 5], 0, left, right, found, 1)
+    SKETCH.add_outer("w", [7, 5], 0, left.copy(), right, expected, 1)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise on Windows")
