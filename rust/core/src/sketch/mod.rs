@@ -127,6 +127,8 @@ struct Adder<'a> {
     /// The sums of the current super-block: `dim` buckets and the overhang of the last chunk.
     block: &'a mut Vec<f32>,
     super_block: u64,
+    /// Values added by `add_anywhere` since the last flush.
+    since_flush: u64,
     used: bool,
     finite: bool,
 }
@@ -142,7 +144,16 @@ impl<'a> Adder<'a> {
         if block.is_empty() {
             block.resize(sketch.dim + LANES, 0.0);
         }
-        Self { sketch, parameter, total, block, super_block: 0, used: false, finite: true }
+        Self {
+            sketch,
+            parameter,
+            total,
+            block,
+            super_block: 0,
+            since_flush: 0,
+            used: false,
+            finite: true,
+        }
     }
 
     /// Adds `values` at the coordinates from `start` on. Calls must come in order of `start`.
@@ -206,6 +217,20 @@ impl<'a> Adder<'a> {
         }
     }
 
+    /// Adds whole chunks that need not follow each other; the f32 sum is flushed now and then.
+    fn add_anywhere(&mut self, slots: &[Slot], values: &[f32]) {
+        if self.parameter.len < self.sketch.dim as u64 {
+            self.add_directly(slots, values);
+            return;
+        }
+        self.used = true;
+        self.sketch.set.scatter(slots, values, self.block);
+        self.since_flush += values.len() as u64;
+        if self.since_flush >= SUPER_BLOCK {
+            self.flush();
+        }
+    }
+
     fn add_directly<T: Value>(&mut self, slots: &[Slot], values: &[T]) {
         let dim = self.sketch.dim;
         for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {
@@ -236,6 +261,7 @@ impl<'a> Adder<'a> {
         }
         self.finite &= finite;
         self.used = false;
+        self.since_flush = 0;
     }
 
     /// Ends the row; `false` if a sum was NaN or infinite.

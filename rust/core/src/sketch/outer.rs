@@ -1,23 +1,27 @@
 //! Linear layers: the gradient `sum over t of left[t] right[t]^T` of each sample, never stored.
 //!
-//! The gradient is made a strip of rows at a time; the strip goes into the sketch while it lies in
-//! the cache. No buffer of the parameter's size exists.
+//! The gradient is made a tile of 8 x 32 at a time. Where its rows are whole chunks of the sketch, a
+//! tile goes into the sketch as it is, tile after tile, down the columns first; the sum in f32 has
+//! that order then. Else a strip of rows is put together first, and goes in as a flat gradient
+//! would. Which it is depends on the shape alone. No buffer of the parameter's size exists.
 
 use super::{Adder, Parameter, RowsMut, SLOTS, Sketch, join};
 use crate::error::Error;
-use crate::kernels::{Slot, TILE_COLUMNS, TILE_ROWS, Tile};
+use crate::kernels::{LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile};
 use crate::parallel::share;
 use crate::stop::{Asker, Watch};
 
+/// The most slots that are computed once for all samples, in tile order: 16 MiB.
+const SHARED_SLOTS: usize = 1 << 21;
 /// Values a strip of the gradient may hold: 128 KiB, so that it stays in the second cache.
 const STRIP: usize = 1 << 15;
 
 /// A borrowed `[batch, terms, width]` array with any strides, counted in values.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequences<'a> {
-    values: &'a [f32],
-    shape: [usize; 3],
-    strides: [usize; 3],
+    pub(super) values: &'a [f32],
+    pub(super) shape: [usize; 3],
+    pub(super) strides: [usize; 3],
 }
 
 impl<'a> Sequences<'a> {
@@ -59,7 +63,9 @@ impl<'a> Sequences<'a> {
             let columns = W.min(width - index * W);
             for (term, values) in panel.chunks_exact_mut(W).enumerate() {
                 let at = sample * across_samples + term * across_terms + index * W * across_width;
-                if across_width == 1 {
+                if across_width == 1 && columns == W {
+                    values.copy_from_slice(&self.values[at..at + W]); // of known size: a few moves
+                } else if across_width == 1 {
                     values[..columns].copy_from_slice(&self.values[at..at + columns]);
                 } else {
                     for (column, value) in values[..columns].iter_mut().enumerate() {
@@ -71,6 +77,15 @@ impl<'a> Sequences<'a> {
     }
 }
 
+/// A matrix of a parameter: `left^T right` from coordinate `start` on.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    parameter: Parameter,
+    start: u64,
+    left: Sequences<'a>,
+    right: Sequences<'a>,
+}
+
 /// What a worker keeps between samples.
 struct Scratch {
     block: Vec<f32>,
@@ -78,6 +93,7 @@ struct Scratch {
     right: Vec<f32>,
     strip: Vec<f32>,
     slots: Box<[Slot; SLOTS]>,
+    panel: Vec<Slot>,
     bad: Vec<usize>,
 }
 
@@ -89,6 +105,7 @@ impl Default for Scratch {
             right: Vec::new(),
             strip: Vec::new(),
             slots: Box::new([Slot::default(); SLOTS]),
+            panel: Vec::new(),
             bad: Vec::new(),
         }
     }
@@ -137,42 +154,108 @@ impl Sketch {
         if terms == 0 || rows == 0 || columns == 0 {
             return Ok(Vec::new());
         }
+        let block = Block { parameter, start, left, right };
+        let aligned = columns.is_multiple_of(LANES) && start.is_multiple_of(LANES as u64);
+        // Slots are the same for every sample: computed once, unless they would take much memory.
+        let mut shared = Vec::new();
+        if aligned && batch > 1 && rows * (columns / LANES) <= SHARED_SLOTS {
+            for panel in 0..columns.div_ceil(TILE_COLUMNS) {
+                self.panel_slots(block, panel, &mut shared);
+            }
+        }
         let totals = RowsMut::new(totals, self.dim);
         let work = batch.saturating_mul(terms).saturating_mul(rows).saturating_mul(columns);
         // Threads cost more than the work below about 2^22 products each.
         let threads = threads.min(1 + (work >> 22));
-        let states = share(batch, threads, asker, Scratch::default, |scratch, row, watch| {
-            let mut total = totals.take(row)?;
-            if !self
-                .add_one_outer(parameter, start, left, right, row, &mut total, scratch, watch)?
-            {
-                scratch.bad.push(row);
+        let states = share(batch, threads, asker, Scratch::default, |scratch, sample, watch| {
+            let mut total = totals.take(sample)?;
+            let finite = if aligned {
+                self.add_tiles(block, sample, &shared, &mut total, scratch, watch)?
+            } else {
+                self.add_strips(block, sample, &mut total, scratch, watch)?
+            };
+            if !finite {
+                scratch.bad.push(sample);
             }
             Ok(())
         })?;
         Ok(join(states.into_iter().map(|state| state.bad)))
     }
 
-    /// The same for one sample; `false` if a sum was NaN or infinite.
-    fn add_one_outer(
+    /// Appends the slots of a panel of columns: down the rows, and across each row's chunks.
+    fn panel_slots(&self, block: Block<'_>, panel: usize, slots: &mut Vec<Slot>) {
+        let (rows, columns) = (block.left.shape[2], block.right.shape[2]);
+        let first = panel * TILE_COLUMNS;
+        let chunks = (TILE_COLUMNS.min(columns - first) / LANES) as u64;
+        for row in 0..rows {
+            let chunk = (block.start + (row * columns + first) as u64) / LANES as u64;
+            slots.extend((0..chunks).map(|next| self.slot(block.parameter, chunk + next)));
+        }
+    }
+
+    /// Adds one sample's gradient tile by tile; `false` if a sum was NaN or infinite.
+    fn add_tiles(
         &self,
-        parameter: Parameter,
-        start: u64,
-        left: Sequences<'_>,
-        right: Sequences<'_>,
+        block: Block<'_>,
+        sample: usize,
+        shared: &[Slot],
+        total: &mut [f64],
+        scratch: &mut Scratch,
+        watch: &Watch<'_>,
+    ) -> Result<bool, Error> {
+        let [_, terms, rows] = block.left.shape;
+        let columns = block.right.shape[2];
+        block.left.pack::<TILE_ROWS>(sample, &mut scratch.left);
+        block.right.pack::<TILE_COLUMNS>(sample, &mut scratch.right);
+        let mut adder = Adder::new(self, block.parameter, total, &mut scratch.block);
+        let mut used = 0;
+        for (panel, right) in scratch.right.chunks_exact(terms * TILE_COLUMNS).enumerate() {
+            let width = TILE_COLUMNS.min(columns - panel * TILE_COLUMNS);
+            let chunks = width / LANES;
+            let slots = if shared.is_empty() {
+                scratch.panel.clear();
+                self.panel_slots(block, panel, &mut scratch.panel);
+                &scratch.panel[..]
+            } else {
+                let slots = &shared[used..used + rows * chunks];
+                used += rows * chunks;
+                slots
+            };
+            let tiles = scratch.left.chunks_exact(terms * TILE_ROWS);
+            for (left, slots) in tiles.zip(slots.chunks(TILE_ROWS * chunks)) {
+                let mut tile: Tile = [[0.0; TILE_COLUMNS]; TILE_ROWS];
+                self.set.outer_tile(left, right, &mut tile);
+                if width == TILE_COLUMNS {
+                    let values = &tile.as_flattened()[..slots.len() * LANES];
+                    adder.add_anywhere(slots, values);
+                } else {
+                    for (slots, values) in slots.chunks_exact(chunks).zip(&tile) {
+                        adder.add_anywhere(slots, &values[..width]);
+                    }
+                }
+            }
+            watch.check()?;
+        }
+        Ok(adder.finish())
+    }
+
+    /// Adds one sample's gradient strip by strip; `false` if a sum was NaN or infinite.
+    fn add_strips(
+        &self,
+        block: Block<'_>,
         sample: usize,
         total: &mut [f64],
         scratch: &mut Scratch,
         watch: &Watch<'_>,
     ) -> Result<bool, Error> {
-        let [_, terms, rows] = left.shape;
-        let columns = right.shape[2];
-        left.pack::<TILE_ROWS>(sample, &mut scratch.left);
-        right.pack::<TILE_COLUMNS>(sample, &mut scratch.right);
+        let [_, terms, rows] = block.left.shape;
+        let columns = block.right.shape[2];
+        block.left.pack::<TILE_ROWS>(sample, &mut scratch.left);
+        block.right.pack::<TILE_COLUMNS>(sample, &mut scratch.right);
         let height = (STRIP / columns).clamp(TILE_ROWS, rows.next_multiple_of(TILE_ROWS));
         let height = height / TILE_ROWS * TILE_ROWS;
         scratch.strip.resize(height * columns, 0.0);
-        let mut adder = Adder::new(self, parameter, total, &mut scratch.block);
+        let mut adder = Adder::new(self, block.parameter, total, &mut scratch.block);
         let panel = terms * TILE_ROWS;
         for (index, panels) in scratch.left.chunks(panel * (height / TILE_ROWS)).enumerate() {
             let first = index * height;
@@ -191,7 +274,7 @@ impl Sketch {
                     }
                 }
             }
-            let at = start + (first * columns) as u64;
+            let at = block.start + (first * columns) as u64;
             adder.add(at, &scratch.strip[..here * columns], &mut scratch.slots, watch)?;
         }
         Ok(adder.finish())
