@@ -2,10 +2,12 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m256, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_sllv_epi32,
-    _mm256_storeu_ps, _mm256_xor_ps,
+    __m256, _mm_loadu_si128, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtph_ps,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
+    _mm256_setzero_ps, _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_xor_ps,
 };
+
+use half::f16;
 
 use super::{
     DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile, for_each_dot_tile, scalar,
@@ -31,6 +33,18 @@ fn store(values: &mut [f32; WIDTH], register: __m256) {
 #[inline]
 fn eights<const N: usize>(values: &[f32; N]) -> &[[f32; WIDTH]] {
     values.as_chunks().0
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
+    let (wide, rest) = halves.as_chunks::<WIDTH>();
+    let (wide_out, rest_out) = out.as_chunks_mut::<WIDTH>();
+    for (halves, out) in wide.iter().zip(wide_out) {
+        // SAFETY: the reference covers eight values of 16 bits, as many as are loaded.
+        let halves = unsafe { _mm_loadu_si128(halves.as_ptr().cast()) };
+        store(out, _mm256_cvtph_ps(halves));
+    }
+    scalar::widen(rest, rest_out);
 }
 
 #[target_feature(enable = "avx2,fma")]

@@ -2,10 +2,12 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m512, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_mask_xor_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_storeu_ps,
+    __m512, _mm256_loadu_si256, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_xor_epi32, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
+
+use half::f16;
 
 use super::{
     DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile, for_each_dot_tile, scalar,
@@ -24,6 +26,18 @@ fn load(values: &[f32; LANES]) -> __m512 {
 fn store(values: &mut [f32; LANES], register: __m512) {
     // SAFETY: as for `load`.
     unsafe { _mm512_storeu_ps(values.as_mut_ptr(), register) }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
+    let (wide, rest) = halves.as_chunks::<LANES>();
+    let (wide_out, rest_out) = out.as_chunks_mut::<LANES>();
+    for (halves, out) in wide.iter().zip(wide_out) {
+        // SAFETY: the reference covers sixteen values of 16 bits, as many as are loaded.
+        let halves = unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) };
+        store(out, _mm512_cvtph_ps(halves));
+    }
+    scalar::widen(rest, rest_out);
 }
 
 #[target_feature(enable = "avx512f")]
@@ -66,10 +80,13 @@ pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
 pub(super) fn dots(rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
     let width = queries.len() / dim;
     for_each_dot_tile(rows.len() / dim, width, |row, query, height, span| {
-        if height == DOT_ROWS && span == DOT_QUERIES {
-            let sums = tile(&rows[row * dim..], &queries[query * dim..], dim);
-            for (r, sums) in sums.iter().enumerate() {
-                out[(row + r) * width + query..][..DOT_QUERIES].copy_from_slice(sums);
+        if height == DOT_ROWS {
+            let (rows, queries) = (&rows[row * dim..], &queries[query * dim..]);
+            let out = &mut out[row * width + query..];
+            match span {
+                DOT_QUERIES => tile::<DOT_QUERIES>(rows, queries, dim, width, out),
+                2 => tile::<2>(rows, queries, dim, width, out),
+                _ => tile::<1>(rows, queries, dim, width, out),
             }
         } else {
             for row in row..row + height {
@@ -82,17 +99,24 @@ pub(super) fn dots(rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
     });
 }
 
+/// The products of four rows with `QUERIES` queries; those of a row stand `width` apart in `out`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn tile(rows: &[f32], queries: &[f32], dim: usize) -> [[f32; DOT_QUERIES]; DOT_ROWS] {
+fn tile<const QUERIES: usize>(
+    rows: &[f32],
+    queries: &[f32],
+    dim: usize,
+    width: usize,
+    out: &mut [f32],
+) {
     let steps = dim / LANES;
-    let mut sums = [[_mm512_setzero_ps(); DOT_QUERIES]; DOT_ROWS];
+    let mut sums = [[_mm512_setzero_ps(); QUERIES]; DOT_ROWS];
     let rows: [&[f32]; DOT_ROWS] = std::array::from_fn(|r| &rows[r * dim..][..dim]);
-    let queries: [&[f32]; DOT_QUERIES] = std::array::from_fn(|q| &queries[q * dim..][..dim]);
+    let queries: [&[f32]; QUERIES] = std::array::from_fn(|q| &queries[q * dim..][..dim]);
     let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..steps]);
     let query_chunks = queries.map(|query| &query.as_chunks::<LANES>().0[..steps]);
     for step in 0..steps {
-        let mut right = [_mm512_setzero_ps(); DOT_QUERIES];
+        let mut right = [_mm512_setzero_ps(); QUERIES];
         for (right, query) in right.iter_mut().zip(query_chunks) {
             *right = load(&query[step]);
         }
@@ -103,14 +127,12 @@ fn tile(rows: &[f32], queries: &[f32], dim: usize) -> [[f32; DOT_QUERIES]; DOT_R
             }
         }
     }
-    let mut products = [[0.0; DOT_QUERIES]; DOT_ROWS];
     for r in 0..DOT_ROWS {
-        for q in 0..DOT_QUERIES {
-            products[r][q] =
+        for q in 0..QUERIES {
+            out[r * width + q] =
                 finish(sums[r][q], &rows[r][steps * LANES..], &queries[q][steps * LANES..]);
         }
     }
-    products
 }
 
 #[inline]

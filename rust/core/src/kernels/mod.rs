@@ -11,6 +11,8 @@ mod scalar;
 
 use std::sync::OnceLock;
 
+use half::f16;
+
 /// Coordinates that share one offset in a sketch, and lanes of a dot product.
 pub const LANES: usize = 16;
 /// Rows of a tile of an outer product.
@@ -31,28 +33,42 @@ pub struct Slot {
     pub signs: u16,
 }
 
-/// An instruction set that the kernels have a form for.
+/// An instruction set that the kernels have a form for, and that this machine has.
+///
+/// The field is private: only [`InstructionSet::available`] makes one, so a vector form never runs
+/// on a processor that lacks its instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InstructionSet {
+pub struct InstructionSet(Set);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Set {
     /// Plain Rust: the definition.
     Scalar,
-    /// AVX2 with FMA.
+    /// AVX2 with FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 F.
+    #[cfg(target_arch = "x86_64")]
     Avx512,
 }
 
 impl InstructionSet {
+    /// Plain Rust, which every machine has.
+    pub const SCALAR: Self = Self(Set::Scalar);
+
     /// The sets this machine has, narrowest first.
     #[must_use]
     pub fn available() -> Vec<Self> {
-        let mut sets = vec![Self::Scalar];
+        let mut sets = vec![Self::SCALAR];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                sets.push(Self::Avx2);
+            if is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+            {
+                sets.push(Self(Set::Avx2));
                 if is_x86_feature_detected!("avx512f") {
-                    sets.push(Self::Avx512);
+                    sets.push(Self(Set::Avx512));
                 }
             }
         }
@@ -68,17 +84,36 @@ impl InstructionSet {
             let sets = Self::available();
             let wanted = std::env::var("WHENCE_INSTRUCTION_SET").unwrap_or_default();
             let named = sets.iter().copied().find(|set| set.name() == wanted);
-            named.or_else(|| sets.last().copied()).unwrap_or(Self::Scalar)
+            named.or_else(|| sets.last().copied()).unwrap_or(Self::SCALAR)
         })
     }
 
     /// Its name in lower case.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
+        match self.0 {
+            Set::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => "avx512",
+        }
+    }
+
+    /// The same numbers as f32, exactly; the slices are of one length.
+    #[inline]
+    pub fn widen(self, halves: &[f16], out: &mut [f32]) {
+        debug_assert_eq!(halves.len(), out.len());
+        match self.0 {
+            Set::Scalar => scalar::widen(halves, out),
+            // SAFETY: the set exists, so the processor has it.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx2 => unsafe { avx2::widen(halves, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx512 => unsafe { avx512::widen(halves, out) },
         }
     }
 
@@ -87,18 +122,16 @@ impl InstructionSet {
     #[inline]
     pub fn scatter(self, slots: &[Slot], values: &[f32], block: &mut [f32]) {
         debug_assert_eq!(slots.len() * LANES, values.len());
-        match self {
-            Self::Scalar => scalar::scatter(slots, values, block),
-            // SAFETY: `available` offered the set, so the processor has it.
+        match self.0 {
+            Set::Scalar => scalar::scatter(slots, values, block),
+            // SAFETY: the set exists, so the processor has it.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Self::Avx2 => unsafe { avx2::scatter(slots, values, block) },
+            Set::Avx2 => unsafe { avx2::scatter(slots, values, block) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Self::Avx512 => unsafe { avx512::scatter(slots, values, block) },
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => scalar::scatter(slots, values, block),
+            Set::Avx512 => unsafe { avx512::scatter(slots, values, block) },
         }
     }
 
@@ -109,18 +142,16 @@ impl InstructionSet {
     #[inline]
     pub fn outer_tile(self, left: &[f32], right: &[f32], tile: &mut Tile) {
         debug_assert_eq!(left.len() / TILE_ROWS, right.len() / TILE_COLUMNS);
-        match self {
-            Self::Scalar => scalar::outer_tile(left, right, tile),
-            // SAFETY: `available` offered the set, so the processor has it.
+        match self.0 {
+            Set::Scalar => scalar::outer_tile(left, right, tile),
+            // SAFETY: the set exists, so the processor has it.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Self::Avx2 => unsafe { avx2::outer_tile(left, right, tile) },
+            Set::Avx2 => unsafe { avx2::outer_tile(left, right, tile) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Self::Avx512 => unsafe { avx512::outer_tile(left, right, tile) },
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => scalar::outer_tile(left, right, tile),
+            Set::Avx512 => unsafe { avx512::outer_tile(left, right, tile) },
         }
     }
 
@@ -131,18 +162,16 @@ impl InstructionSet {
     #[inline]
     pub fn dots(self, rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
         debug_assert_eq!(out.len(), (rows.len() / dim) * (queries.len() / dim));
-        match self {
-            Self::Scalar => scalar::dots(rows, queries, dim, out),
-            // SAFETY: `available` offered the set, so the processor has it.
+        match self.0 {
+            Set::Scalar => scalar::dots(rows, queries, dim, out),
+            // SAFETY: the set exists, so the processor has it.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Self::Avx2 => unsafe { avx2::dots(rows, queries, dim, out) },
+            Set::Avx2 => unsafe { avx2::dots(rows, queries, dim, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Self::Avx512 => unsafe { avx512::dots(rows, queries, dim, out) },
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => scalar::dots(rows, queries, dim, out),
+            Set::Avx512 => unsafe { avx512::dots(rows, queries, dim, out) },
         }
     }
 }
@@ -188,6 +217,18 @@ mod tests {
         InstructionSet::available().split_off(1)
     }
 
+    #[test]
+    fn every_half_is_widened_exactly_in_every_set() {
+        let halves: Vec<f16> = (0..=u16::MAX).chain(0..7).map(f16::from_bits).collect();
+        for set in InstructionSet::available() {
+            let mut found = vec![0.0; halves.len()];
+            set.widen(&halves, &mut found);
+            for (half, found) in halves.iter().zip(found) {
+                assert!(found == half.to_f32() || (found.is_nan() && half.is_nan()));
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn scatter_is_the_same_in_every_set(
@@ -197,7 +238,7 @@ mod tests {
                 chunks.iter().map(|&(offset, signs, _)| Slot { offset, signs }).collect();
             let values: Vec<f32> = chunks.iter().flat_map(|chunk| chunk.2).collect();
             let mut expected = vec![0.5; 66];
-            InstructionSet::Scalar.scatter(&slots, &values, &mut expected);
+            InstructionSet::SCALAR.scatter(&slots, &values, &mut expected);
             for set in wide() {
                 let mut found = vec![0.5; 66];
                 set.scatter(&slots, &values, &mut found);
@@ -213,7 +254,7 @@ mod tests {
             let left: Vec<f32> = terms.iter().flat_map(|term| term.0).collect();
             let right: Vec<f32> = terms.iter().flat_map(|term| term.1).collect();
             let mut expected: Tile = [[0.25; TILE_COLUMNS]; TILE_ROWS];
-            InstructionSet::Scalar.outer_tile(&left, &right, &mut expected);
+            InstructionSet::SCALAR.outer_tile(&left, &right, &mut expected);
             for set in wide() {
                 let mut found: Tile = [[0.25; TILE_COLUMNS]; TILE_ROWS];
                 set.outer_tile(&left, &right, &mut found);
@@ -232,7 +273,7 @@ mod tests {
             };
             let (left, right) = (random(1, rows * dim), random(2, queries * dim));
             let mut expected = vec![0.0; rows * queries];
-            InstructionSet::Scalar.dots(&left, &right, dim, &mut expected);
+            InstructionSet::SCALAR.dots(&left, &right, dim, &mut expected);
             for set in wide() {
                 let mut found = vec![0.0; rows * queries];
                 set.dots(&left, &right, dim, &mut found);

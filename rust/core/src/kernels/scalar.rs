@@ -1,6 +1,14 @@
 //! The definition of every kernel, in plain Rust.
 
+use half::f16;
+
 use super::{LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile, sum_lanes};
+
+pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
+    for (half, out) in halves.iter().zip(out) {
+        *out = half.to_f32();
+    }
+}
 
 pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
     for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {

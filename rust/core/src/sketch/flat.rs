@@ -51,13 +51,7 @@ impl Value for f16 {
         self.to_f32()
     }
     fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        scatter_widened(
-            set,
-            slots,
-            values,
-            block,
-            half::slice::HalfFloatSliceExt::convert_to_f32_slice,
-        );
+        scatter_widened(set, slots, values, block, |from, to| set.widen(from, to));
     }
 }
 

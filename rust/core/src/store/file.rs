@@ -4,9 +4,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 use crate::error::Error;
+use crate::kernels::InstructionSet;
 
 /// What a reader keeps between reads: the file it read last, and a buffer for 16-bit rows.
 #[derive(Debug, Default)]
@@ -92,7 +92,7 @@ impl RowFile {
             halves.resize(out.len(), f16::ZERO);
             let file = cursor.file(&self.path).map_err(io)?;
             read_exact_at(file, bytemuck::cast_slice_mut(&mut halves), at).map_err(io)?;
-            halves.convert_to_f32_slice(out);
+            InstructionSet::best().widen(&halves, out);
             cursor.halves = halves;
         } else {
             let file = cursor.file(&self.path).map_err(io)?;
