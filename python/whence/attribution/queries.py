@@ -19,7 +19,8 @@ from whence.errors import (
     LayerError,
     WeightsError,
 )
-from whence.gradients.capture import Capture, Hooks, not_finite, refuse_batch_statistics
+from whence.gradients.capture import Capture, not_finite
+from whence.gradients.hooks import Hooks, refuse_batch_statistics
 from whence.gradients.recorder import REDUCTIONS, count_tokens, patterns
 from whence.gradients.structure import structure_in_store
 from whence.gradients.weights import State, digest, load, preserved, put

@@ -26,13 +26,8 @@ from whence.errors import (
     WeightsError,
     WhenceError,
 )
-from whence.gradients.capture import (
-    Capture,
-    Hooks,
-    kept_gradients,
-    not_finite,
-    refuse_batch_statistics,
-)
+from whence.gradients.capture import Capture, not_finite
+from whence.gradients.hooks import Hooks, kept_gradients, refuse_batch_statistics
 from whence.gradients.layers import FUNCTIONAL
 from whence.gradients.structure import structure_of
 from whence.gradients.verify import Verified, verify

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
-from whence.gradients.capture import Capture, Hooks
+from whence.gradients.capture import Capture
+from whence.gradients.hooks import Hooks
 from whence.gradients.structure import Structure
 from whence.gradients.weights import preserved
 from whence.sketch import Accumulator, Sketch

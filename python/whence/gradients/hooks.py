@@ -1,0 +1,472 @@
+"""Hooks that see each layer's input and output gradient, and feed the layer's rule.
+
+A forward hook keeps the layer's input and hangs a hook on its output tensor; when the backward
+pass reaches the output, the rule turns the two into per-sample gradients, which go straight into
+the sketch. Hooks on tensors rather than on modules let activations be changed in place, and need
+nothing of the loss or the loop.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from whence.errors import LayerError, WhenceError
+from whence.gradients.attention import Projections
+from whence.gradients.capture import Capture, LayerSink
+from whence.gradients.functional import Call, add_functional
+from whence.gradients.layers import ATTENTION, FUNCTIONAL
+from whence.gradients.structure import Layer, Parameter, Structure
+from whence.gradients.weights import preserved
+
+
+class Hooks:
+    """The hooks of one model, quiet until a capture is set.
+
+    Args:
+        model: The model.
+        structure: What is recorded of it.
+        strict: Whether a gradient in a parameter without a rule is an error.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, *, strict: bool = True) -> None:
+        self._structure = structure
+        self._model = model
+        self._strict = strict
+        self._capture: Capture | None = None
+        self._stack = ExitStack()
+        self._without: bool = False
+        self._running: list[tuple[Layer, list[Tensor], Projections | None]] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._positions: set[str] = set()
+        self._harmless: set[str] = set()
+        self._random_state: Tensor | None = None
+        self._quiet = False
+
+    def install(self) -> None:
+        """Puts the hooks on."""
+        for layer in self._structure.layers:
+            module = layer.module
+            self._keep(module.register_forward_pre_hook(self._before(layer)))
+            if layer.rule is not ATTENTION:
+                self._keep(module.register_forward_hook(self._after(layer), with_kwargs=True))
+            self._keep(module.register_forward_hook(self._release(layer), always_call=True))
+        model = self._model
+        self._keep(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._keep(model.register_forward_hook(self._after_model, with_kwargs=True))
+        loose = {
+            name: Parameter(name, tuple(tensor.shape), tensor)
+            for name, tensor in self._structure.uncovered.items()
+        }
+        for parameter in [
+            *self._structure.parameters.values(),
+            *(loose.values() if self._strict else ()),
+        ]:
+            if parameter.tensor.requires_grad:
+                self._keep(parameter.tensor.register_hook(self._received(parameter)))
+
+    def _keep(self, handle: Any) -> None:
+        self._stack.callback(handle.remove)
+
+    def remove(self) -> None:
+        """Takes all hooks off."""
+        self._capture = None
+        self._stack.close()
+
+    @contextmanager
+    def capturing(self, capture: Capture, *, weight_gradients: bool) -> Iterator[Capture]:
+        """Lets the hooks feed `capture` for a while.
+
+        Args:
+            capture: What gathers.
+            weight_gradients: Whether the pass computes the batch's own gradients into `.grad`;
+                if not, `.grad` is what it was, and their computation is skipped, but for a pass
+                that is checked.
+
+        Raises:
+            WhenceError: If this thread is capturing already.
+            LayerError: If the forward pass fails on outputs that were given a batch dimension.
+        """
+        if getattr(_busy, "yes", False):
+            raise WhenceError(
+                "a batch must not be recorded, verified or queried inside another, got a second "
+                "one; call it before or after the batch"
+            )
+        with ExitStack() as stack:
+            stack.enter_context(_without_fast_path())
+            stack.enter_context(_without_compiled_code(self._model))
+            if not weight_gradients:
+                stack.enter_context(kept_gradients(self._model))
+            self._without = not weight_gradients and capture.check == "no"
+            self._capture = capture
+            _busy.yes = True
+            try:
+                yield capture
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                if capture.shared - self._harmless and not isinstance(error, WhenceError):
+                    raise _changed(sorted(capture.shared - self._harmless)) from error
+                raise
+            finally:
+                _busy.yes = False
+                self._capture = None
+                while self._running:
+                    self._let_go()
+
+    def _live(self) -> Capture | None:
+        return self._capture if torch.is_grad_enabled() and not self._quiet else None
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Learns the number of queries from the model's first tensor."""
+        capture = self._live()
+        if capture is None:
+            return
+        if capture.batch == 0:
+            for value in [*args, *kwargs.values()]:
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    capture.set_batch(value.shape[0])
+                    break
+        self._random_state = torch.get_rng_state()
+
+    def _after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Runs the model once more as it is, where outputs were given a batch dimension.
+
+        Raises:
+            LayerError: If the model then answers something else.
+        """
+        capture = self._live()
+        if capture is None or not capture.shared - self._harmless:
+            return
+        after = torch.get_rng_state()
+        with self.quiet(), preserved(self._model, weights=False), torch.no_grad():
+            if self._random_state is not None:
+                torch.set_rng_state(self._random_state)
+            plain = module(*args, **kwargs)
+        torch.set_rng_state(after)
+        found, expected = (
+            [leaf.detach() for leaf in tree_flatten(each)[0] if isinstance(leaf, Tensor)]
+            for each in (output, plain)
+        )
+        tolerance = 1e-2 if capture.rounded else 1e-4
+        for one, other in zip(found, expected, strict=False):
+            if one.shape != other.shape or not torch.allclose(
+                one.float(), other.float(), rtol=tolerance, atol=tolerance, equal_nan=True
+            ):
+                raise _changed(sorted(capture.shared - self._harmless))
+        self._harmless |= capture.shared
+
+    def _received(self, parameter: Parameter) -> Callable[[Tensor], None]:
+        def received(gradient: Tensor) -> None:
+            if self._capture is not None and not self._quiet:
+                covered = parameter.name in self._structure.parameters
+                expected = not (self._without and covered)
+                self._capture.receive(parameter, gradient, expected=expected)
+
+        return received
+
+    def _before(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
+        """Spares the layer its weight gradients, and watches inside attention.
+
+        The weights ask for no gradient while their own layer runs, and for one elsewhere: so a
+        use outside the layer, which no rule sees, still shows.
+        """
+
+        def before(module: nn.Module, args: Any) -> None:
+            capture = self._live()
+            if capture is None:
+                return
+            tensors: list[Tensor] = [
+                parameter.tensor
+                for parameter in layer.parameters.values()
+                if self._without and parameter.tensor.requires_grad
+            ]
+            projections = None
+            if layer.rule is ATTENTION:
+                if capture.batch == 0 and args and isinstance(args[0], Tensor):
+                    capture.set_batch(args[0].shape[0])
+                record = self._record_projection(capture, layer)
+                projections = Projections(
+                    layer.name,
+                    module,  # type: ignore[arg-type]
+                    layer.parameters,
+                    capture.batch,
+                    record,
+                )
+                projections.start()
+            self._running.append((layer, tensors, projections))
+            for tensor in tensors:
+                tensor.requires_grad_(False)
+
+        return before
+
+    def _release(self, layer: Layer) -> Callable[[nn.Module, Any, Any], None]:
+        """Undoes `_before`, also when the layer fails."""
+
+        def release(module: nn.Module, args: Any, output: Any) -> None:
+            if self._quiet:
+                return
+            if self._running and self._running[-1][0] is layer:
+                self._let_go()
+
+        return release
+
+    def _let_go(self) -> None:
+        _, tensors, projections = self._running.pop()
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        if projections is not None:
+            projections.stop()
+
+    def _after(self, layer: Layer) -> Callable[..., Tensor | None]:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            capture = self._live()
+            if capture is None:
+                return None
+            if not isinstance(output, Tensor):
+                raise LayerError(
+                    f"{layer.name or 'the model'} must return a tensor to be recorded, got "
+                    f"{type(output).__name__}; leave it out with layers=, or freeze it"
+                )
+            if capture.batch == 0:
+                capture.set_batch(output.shape[0])
+            if layer.rule is FUNCTIONAL:
+                inputs: tuple[Any, ...] = (
+                    Call.of(args, kwargs, output.device.type, capture.batch),
+                )
+                if output._is_view():
+                    output = output.clone()  # a view changed in place would lose its hook
+            else:
+                inputs = args if args else tuple(kwargs.values())
+            inputs, output = self._batched(capture, layer, inputs, output)
+            if layer.rule is FUNCTIONAL:
+                feed = self._functional(capture, layer, inputs[0])
+                return self._watch(capture, layer, (), output, feed)
+            inputs = tuple(_kept(each, output) for each in inputs)
+
+            def feed_rule(delta: Tensor) -> None:
+                layer.rule.add(LayerSink(capture, layer), layer.module, inputs, delta)
+
+            return self._watch(capture, layer, inputs, output, feed_rule)
+
+        return after
+
+    def _functional(self, capture: Capture, layer: Layer, call: Call) -> Callable[[Tensor], None]:
+        def feed(delta: Tensor) -> None:
+            with self.quiet():
+                add_functional(LayerSink(capture, layer), layer, call, delta)
+
+        return feed
+
+    def _record_projection(self, capture: Capture, layer: Layer) -> Callable[..., Tensor]:
+        def record(
+            values: Tensor,
+            output: Tensor,
+            weight: str | None,
+            row: int,
+            bias: str | None,
+            value: int,
+        ) -> Tensor:
+            values = _kept(values, output)
+
+            def feed(delta: Tensor) -> None:
+                sink = LayerSink(capture, layer)
+                # [terms, batch, features], perhaps flattened, to [batch, terms, features]
+                delta = delta.reshape(-1, capture.batch, delta.shape[-1]).transpose(0, 1)
+                if weight is not None:
+                    inputs = values.reshape(-1, capture.batch, values.shape[-1]).transpose(0, 1)
+                    columns = layer.parameters[weight].shape[1]
+                    sink.outer(weight, delta, inputs, start=row * columns)
+                if bias is not None:
+                    sink.flat(bias, delta.sum(1, dtype=torch.float32), start=value)
+
+            return self._watch(capture, layer, (values,), output, feed)
+
+        return record
+
+    def _watch(
+        self,
+        capture: Capture,
+        layer: Layer,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        feed: Callable[[Tensor], None],
+    ) -> Tensor:
+        """Hangs `feed` on the output's gradient; returns the output to go on with."""
+        if not output.requires_grad:
+            # Nothing before this layer takes a gradient: the graph of this pass begins here.
+            output = output + self._anchor.to(output.device, output.dtype)
+        tensors = [each for each in inputs if isinstance(each, Tensor)]
+        versions = [each._version for each in tensors]
+        capture.rounded |= output.dtype in (torch.float16, torch.bfloat16)
+
+        def backward(delta: Tensor) -> None:
+            if capture is not self._capture:
+                return
+            if [each._version for each in tensors] != versions:
+                raise LayerError(
+                    f"the input of {layer.name} must not be changed in place between forward and "
+                    "backward, got one that was"
+                )
+            with torch.no_grad():
+                feed(delta)
+
+        output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]
+        return output
+
+    def _batched(
+        self, capture: Capture, layer: Layer, inputs: tuple[Any, ...], output: Tensor
+    ) -> tuple[tuple[Any, ...], Tensor]:
+        """Inputs and output with the batch in dimension 0.
+
+        Only an embedding of positions is given a batch dimension that it does not have.
+
+        Raises:
+            LayerError: If dimension 0 is neither the batch nor positions shared by the batch.
+        """
+        batch = capture.batch
+        first = inputs[0] if inputs else None
+        if (
+            isinstance(layer.module, nn.Embedding)
+            and isinstance(first, Tensor)
+            and self._is_shared(capture, layer, first)
+        ):
+            capture.shared.add(layer.name)
+            if first.dim() > 1 and first.shape[0] == 1:
+                first, output = first[0], output[0]
+            wide = first.expand(batch, *first.shape)
+            return (wide, *inputs[1:]), output.expand(batch, *output.shape)
+        if output.dim() == 0 or output.shape[0] != batch:
+            if strange := capture.shared - self._harmless:
+                raise _changed(sorted(strange))
+            raise LayerError(
+                f"dimension 0 must be the batch of {batch} in every recorded layer, got output "
+                f"shape {list(output.shape)} from {layer.name or 'the model'} "
+                f"({type(layer.module).__name__}); one batch is one forward pass of all its ids "
+                "(other passes belong under torch.no_grad); leave a layer that is shared by the "
+                "batch out with layers=" + ", or pass queries=" * capture.guessed
+            )
+        return inputs, output
+
+    def _is_shared(self, capture: Capture, layer: Layer, indices: Tensor) -> bool:
+        """Whether an index is one of positions shared by the batch, like arange(T)."""
+        if any(fnmatchcase(layer.name, pattern) for pattern in capture.unbatched):
+            return True
+        row = indices[0] if indices.dim() == 2 and indices.shape[0] == 1 else indices
+        if row.dim() != 1 or (row is not indices and capture.batch == 1):
+            return False
+        counting = len(row) > 1 and bool((row.diff() == 1).all())
+        if row is indices and len(row) == capture.batch:
+            if counting and layer.name not in self._positions:
+                raise LayerError(
+                    f"the index of {layer.name} must be told apart as a batch or as positions, got "
+                    f"{capture.batch} rising numbers, as many as the batch; if they are positions, "
+                    f"pass unbatched=[{layer.name!r}], else use another batch size"
+                )
+            return counting
+        if counting:
+            self._positions.add(layer.name)
+        return counting
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keeps the hooks still while layers are run again."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+
+_busy = threading.local()
+"""Whether a thread is capturing; `yes`."""
+
+
+def _changed(layers: Sequence[str]) -> LayerError:
+    return LayerError(
+        f"positions must be added to a batch as they come from their layer, got a model that does "
+        f"something else with those of {', '.join(layers)}, which are given a batch dimension, "
+        "[T, width] to [batch, T, width], while they are recorded; look positions up as [1, T] or "
+        "[batch, T] (arange(T).expand(batch, T)), or leave the layer out with layers="
+    )
+
+
+def _kept(value: Any, output: Tensor) -> Any:
+    """An input to keep until the backward pass: detached, and as rounded as autocast used it."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if value.is_floating_point() and output.dtype in (torch.float16, torch.bfloat16):
+        value = value.to(output.dtype)
+    return value
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Keeps transformer layers from a fused inference path that runs no hooks."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _without_compiled_code(model: nn.Module) -> Iterator[None]:
+    """Runs what torch.compile made as plain Python: compiled code does not see later hooks.
+
+    Raises:
+        LayerError: If the model is compiled, and torch is too old to run it plainly.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        yield
+    elif hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        for name, module in model.named_modules():
+            compiled = type(module).__name__ == "OptimizedModule"
+            if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+                raise LayerError(
+                    f"torch must be 2.6 or newer to record a compiled model, got "
+                    f"{torch.__version__} and {name or 'the model'}"
+                )
+        yield
+
+
+@contextmanager
+def kept_gradients(model: nn.Module) -> Iterator[None]:
+    """Leaves `.grad` as it is, whatever is computed meanwhile."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """Nothing, if no layer mixes the examples of a batch.
+
+    Raises:
+        LayerError: If a BatchNorm is in training mode; says why that cannot be.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            mode = "training mode" if module.training else "no running statistics"
+            raise LayerError(
+                f"{name} ({type(module).__name__}) must be in evaluation mode, got {mode}: "
+                "its output mixes the examples of a batch, so no example has a gradient "
+                "of its own; call .eval() on it, or use GroupNorm or LayerNorm"
+            )
