@@ -3,7 +3,9 @@
 structure   which parameters there are, under which names, in which layers
 layers      one rule per layer type: input and output gradient to per-sample gradient
 attention   the projections inside MultiheadAttention
-capture     hooks that feed the rules during one forward and backward pass
+capture     what one forward and backward pass gathers, and whether it is whole
+functional  any other module, by torch.func
+hooks       what feeds the rules while a model runs
 recorder    `record`: batches, checkpoints, resume
 verify      recorded rows against exact gradients
 weights     digests of weights, and loading states for a while
