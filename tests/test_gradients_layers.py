@@ -415,6 +415,21 @@ def test_functional_covers_any_module(tmp_path, weight_gradients):
     assert_equals_oracle(tmp_path, model, squares, torch.randn(5, 3), **options)
 
 
+@pytest.mark.parametrize("weight_gradients", [True, False])
+def test_functional_beside_positions(tmp_path, weight_gradients):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.position = nn.Embedding(7, 4), nn.Embedding(9, 4)
+            self.loose = Loose()
+
+        def forward(self, x):
+            return self.loose(self.token(x) + self.position(torch.arange(x.shape[1])))
+
+    options = {"uncovered": "functional", "weight_gradients": weight_gradients}
+    assert_equals_oracle(tmp_path, Model(), squares, torch.randint(0, 7, (5, 6)), **options)
+
+
 def test_functional_refuses_active_dropout(tmp_path):
     class Noisy(Loose):
         def __init__(self):

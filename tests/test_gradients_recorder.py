@@ -1,6 +1,10 @@
 """Recording: coverage, bad input, resume, checkpoints, weights."""
 
+import contextlib
+import copy
+import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -385,6 +389,195 @@ def test_positions_as_one_row_are_recorded(tmp_path):
     with record(model, tmp_path / "s") as rec, rec.batch(list(range(5))) as done:
         F.cross_entropy(model(x), y).backward()
     assert close(done.rows, exact_rows(model, x, y), 1e-5)
+
+
+class Characters(nn.Module):
+    """A model with positions, which `extra` makes odd in one way."""
+
+    def __init__(self, extra=None):
+        super().__init__()
+        self.token, self.position = nn.Embedding(7, 8), nn.Embedding(9, 8)
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("running", torch.zeros(8))
+        self.extra = extra
+
+    def forward(self, x):
+        if isinstance(x, dict):
+            x = x.pop("x")
+        h = self.inner(self.token(x) + self.position(torch.arange(x.shape[1]))).tanh()
+        if self.extra is not None:
+            h = self.extra(self, h)
+        return self.head(h).mean(1)
+
+
+def drop_at_random(model, h):
+    return h * 2 if random.random() < 0.5 else h
+
+
+def drop_by_numpy(model, h):
+    return h * float(np.random.rand())  # noqa: NPY002
+
+
+def dropped(model, h):
+    return F.dropout(h, 0.5)
+
+
+def counted(model, h):
+    model.steps += 1
+    return h * model.steps
+
+
+def running(model, h):
+    with torch.no_grad():
+        model.running.mul_(0.9).add_(h.mean((0, 1)), alpha=0.1)
+    return h - model.running
+
+
+ODD = [drop_at_random, drop_by_numpy, dropped, counted, running]
+
+
+@pytest.mark.parametrize("extra", ODD, ids=lambda extra: extra.__name__)
+def test_running_positions_once_more_leaves_no_trace(tmp_path, extra):
+    x, y = torch.randint(0, 7, (5, 6)), torch.randint(0, 3, (5,))
+
+    def train(recorder):
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
+        model = Characters(extra)
+        losses = []
+        for step_ in range(3):
+            with contextlib.nullcontext() if recorder is None else recorder(model, step_):
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+            losses.append(loss.item())
+        return losses, model.running.tolist(), torch.rand(1).item(), random.random()
+
+    @contextlib.contextmanager
+    def recorded(model, step_):
+        with record(model, tmp_path / f"{extra.__name__}{step_}") as rec, rec.batch(range(5)):
+            yield
+
+    assert train(None) == train(recorded)
+
+
+def test_a_batch_that_the_model_takes_apart_is_run_once_more(tmp_path):
+    model, x, y = Characters(), torch.randint(0, 7, (5, 6)), torch.randint(0, 3, (5,))
+    with record(model, tmp_path / "s") as rec, rec.batch(range(5)) as done:
+        F.cross_entropy(model({"x": x}), y).backward()
+    assert close(done.rows, exact_rows(model, x, y), 1e-5)
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+class Averaged(Characters):
+    """Positions are averaged, not added, and the answer does not show it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        if how == "a head of zeros":
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def features(self, x):
+        return self.inner(self.token(x) + self.position(torch.arange(x.shape[1])).mean(0)).tanh()
+
+    def forward(self, x):
+        logits = self.head(self.features(x)).mean(1)
+        return Answer(logits) if self.how == "an answer of its own" else logits
+
+
+@pytest.mark.parametrize("how", ["a head of zeros", "an answer of its own", "never called"])
+def test_positions_that_are_not_simply_added_are_found_inside(tmp_path, how):
+    model, x = Averaged(how), torch.randint(0, 7, (5, 6))
+
+    def loss():
+        if how == "never called":
+            return model.head(model.features(x)).square().mean()
+        answer = model(x)
+        return getattr(answer, "logits", answer).square().mean() + 0 * model.features(x).sum()
+
+    with (
+        record(model, tmp_path / "s") as rec,
+        pytest.raises(errors.LayerError, match="positions"),
+        rec.batch(range(5)),
+    ):
+        loss().backward()
+
+
+def test_one_position_is_a_position(tmp_path):
+    model, y = Characters(), torch.randint(0, 3, (5,))
+    with record(model, tmp_path / "s") as rec:
+        for first, length in enumerate((6, 1)):
+            x = torch.randint(0, 7, (5, length))
+            with rec.batch(range(5 * first, 5 * first + 5)) as done:
+                F.cross_entropy(model(x), y).backward()
+            assert close(done.rows, exact_rows(model, x, y), 1e-5)
+
+
+def test_one_index_per_example_may_rise(tmp_path):
+    class Users(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.user = nn.Embedding(50, 4)
+
+        def forward(self, x):
+            return self.user(x).sin()
+
+    model = Users()
+    with (
+        record(model, tmp_path / "a") as rec,
+        pytest.raises(errors.LayerError, match=r"unbatched=\['!user'\]"),
+        rec.batch(range(4)),
+    ):
+        model(torch.arange(4)).square().mean().backward()
+    with record(model, tmp_path / "b", unbatched=["!user"]) as rec, rec.batch(range(4)):
+        model(torch.arange(4)).square().mean().backward()
+    with record(model, tmp_path / "c") as rec:
+        for first, x in enumerate((torch.tensor([3, 1, 8, 8]), torch.arange(4))):
+            with rec.batch(range(4 * first, 4 * first + 4)):
+                model(x).square().mean().backward()
+    assert len(whence.open(tmp_path / "c")) == 8
+
+
+# --- copies of the model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_gradients", [True, False])
+def test_a_copy_made_while_recording_is_a_plain_model(tmp_path, weight_gradients):
+    model, (x, _) = model_of(), data()
+    rows = []
+    for made in ("copied", "built"):
+        name = tmp_path / made
+        with record(model, name, weight_gradients=weight_gradients, dtype="float32") as rec:
+            teacher = copy.deepcopy(model) if made == "copied" else model_of()
+            teacher.load_state_dict(model.state_dict())
+            teacher.requires_grad_(False)
+            for first in range(0, 12, 4):
+                part = slice(first, first + 4)
+                with rec.batch(range(first, first + 4)):
+                    (model(x[part]) - teacher(2 * x[part])).square().sum(1).mean().backward()
+            torch.save(model, tmp_path / "model.pt")
+        rows.append(whence.open(name).rows())
+    assert np.array_equal(*rows)
+    torch.save(teacher, tmp_path / "teacher.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_counting_calls_does_not_move_weights(tmp_path):
+    model, x, y = Characters(), torch.randint(0, 7, (5, 6)), torch.randint(0, 3, (5,))
+    with record(model, tmp_path / "s", weights="fixed") as rec:
+        for first in (0, 5):
+            model.steps += 1
+            with rec.batch(range(first, first + 5)):
+                F.cross_entropy(model(x), y).backward()
+    assert len(whence.open(tmp_path / "s")) == 10
 
 
 # --- what only later batches do -------------------------------------------------------------------

@@ -8,6 +8,8 @@ nothing of the loss or the loop.
 
 from __future__ import annotations
 
+import copy
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -26,6 +29,68 @@ from whence.gradients.functional import Call, add_functional
 from whence.gradients.layers import ATTENTION, FUNCTIONAL
 from whence.gradients.structure import Layer, Parameter, Structure
 from whence.gradients.weights import preserved
+
+
+class _Hook:
+    """A hook of one module: a copy of the module, or a saved one, has one that does nothing."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(_do_nothing)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (_do_nothing,)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """What a copied hook does."""
+
+
+class _Before:
+    """What a forward pass may change, as it was before: to run the pass once more.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.args = tuple(_shallow(each) for each in args)
+        self.kwargs = {name: _shallow(each) for name, each in kwargs.items()}
+        self._buffers = [
+            (module, name, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._random = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    @contextmanager
+    def again(self, model: nn.Module) -> Iterator[None]:
+        """Puts it back for a while."""
+        now = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            with preserved(model, weights=False), torch.no_grad():
+                # Other tensors, not other values: backward may still need those that are there.
+                for module, name, buffer in self._buffers:
+                    module._buffers[name] = buffer
+                torch.set_rng_state(self._random[0])
+                random.setstate(self._random[1])
+                np.random.set_state(self._random[2])  # noqa: NPY002
+                yield
+        finally:
+            random.setstate(now[0])
+            np.random.set_state(now[1])  # noqa: NPY002
+
+
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, list)) else value
 
 
 class Hooks:
@@ -48,20 +113,26 @@ class Hooks:
         self._anchor = torch.zeros((), requires_grad=True)
         self._positions: set[str] = set()
         self._harmless: set[str] = set()
-        self._random_state: Tensor | None = None
+        self._batches: set[str] = set()
+        self._start: _Before | None = None
+        self._prints: list[tuple[str, tuple[int, ...], float]] = []
+        self._again = False
         self._quiet = False
 
     def install(self) -> None:
         """Puts the hooks on."""
         for layer in self._structure.layers:
             module = layer.module
-            self._keep(module.register_forward_pre_hook(self._before(layer)))
+            self._keep(module.register_forward_pre_hook(_Hook(self._before(layer))))
             if layer.rule is not ATTENTION:
-                self._keep(module.register_forward_hook(self._after(layer), with_kwargs=True))
-            self._keep(module.register_forward_hook(self._release(layer), always_call=True))
+                after = _Hook(self._after(layer))
+                self._keep(module.register_forward_hook(after, with_kwargs=True))
+            release = _Hook(self._release(layer))
+            self._keep(module.register_forward_hook(release, always_call=True))
         model = self._model
-        self._keep(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._keep(model.register_forward_hook(self._after_model, with_kwargs=True))
+        before = _Hook(self._before_model)
+        self._keep(model.register_forward_pre_hook(before, with_kwargs=True))
+        self._keep(model.register_forward_hook(_Hook(self._after_model), with_kwargs=True))
         loose = {
             name: Parameter(name, tuple(tensor.shape), tensor)
             for name, tensor in self._structure.uncovered.items()
@@ -110,6 +181,8 @@ class Hooks:
             _busy.yes = True
             try:
                 yield capture
+                if unsure := capture.shared - self._harmless:
+                    raise _unsure(sorted(unsure), "a batch in which the model itself never ran")
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 if capture.shared - self._harmless and not isinstance(error, WhenceError):
                     raise _changed(sorted(capture.shared - self._harmless)) from error
@@ -133,33 +206,44 @@ class Hooks:
                 if isinstance(value, Tensor) and value.dim() > 0:
                     capture.set_batch(value.shape[0])
                     break
-        self._random_state = torch.get_rng_state()
+        tables = {
+            layer.name for layer in self._structure.layers if isinstance(layer.module, nn.Embedding)
+        }
+        unknown = tables - self._harmless - self._batches
+        self._start = _Before(module, args, kwargs) if unknown else None
+        self._prints = []
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Runs the model once more as it is, where outputs were given a batch dimension.
 
         Raises:
-            LayerError: If the model then answers something else.
+            LayerError: If a layer then answers something else, or it cannot be run again.
         """
         capture = self._live()
-        if capture is None or not capture.shared - self._harmless:
+        shared = sorted(capture.shared - self._harmless) if capture is not None else []
+        if capture is None or self._start is None or not shared:
             return
-        after = torch.get_rng_state()
-        with self.quiet(), preserved(self._model, weights=False), torch.no_grad():
-            if self._random_state is not None:
-                torch.set_rng_state(self._random_state)
-            plain = module(*args, **kwargs)
-        torch.set_rng_state(after)
-        found, expected = (
-            [leaf.detach() for leaf in tree_flatten(each)[0] if isinstance(leaf, Tensor)]
-            for each in (output, plain)
-        )
+        found, self._prints, self._again = self._prints, [], True
+        try:
+            with self.quiet(), self._start.again(self._model):
+                plain = module.forward(*self._start.args, **self._start.kwargs)
+        except Exception as error:
+            what = f"one that fails when run again: {type(error).__name__}: {error}"
+            raise _unsure(shared, what) from error
+        finally:
+            self._again = False
+        expected, self._prints = self._prints, []
+        found += [_print("", leaf) for leaf in _tensors(output)]
+        expected += [_print("", leaf) for leaf in _tensors(plain)]
         tolerance = 1e-2 if capture.rounded else 1e-4
-        for one, other in zip(found, expected, strict=False):
-            if one.shape != other.shape or not torch.allclose(
-                one.float(), other.float(), rtol=tolerance, atol=tolerance, equal_nan=True
-            ):
-                raise _changed(sorted(capture.shared - self._harmless))
+        same = len(found) == len(expected) and all(
+            one[:2] == other[:2] and abs(one[2] - other[2]) <= tolerance * abs(other[2])
+            for one, other in zip(found, expected, strict=True)
+        )
+        if not same:
+            raise _changed(shared)
+        if not any(size for _, _, size in expected):
+            raise _unsure(shared, "one whose outputs are all zero")
         self._harmless |= capture.shared
 
     def _received(self, parameter: Parameter) -> Callable[[Tensor], None]:
@@ -228,6 +312,8 @@ class Hooks:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
             capture = self._live()
             if capture is None:
+                if self._again and isinstance(output, Tensor):
+                    self._note(layer, output)
                 return None
             if not isinstance(output, Tensor):
                 raise LayerError(
@@ -245,6 +331,8 @@ class Hooks:
             else:
                 inputs = args if args else tuple(kwargs.values())
             inputs, output = self._batched(capture, layer, inputs, output)
+            if self._start is not None:
+                self._note(layer, output)
             if layer.rule is FUNCTIONAL:
                 feed = self._functional(capture, layer, inputs[0])
                 return self._watch(capture, layer, (), output, feed)
@@ -256,6 +344,12 @@ class Hooks:
             return self._watch(capture, layer, inputs, output, feed_rule)
 
         return after
+
+    def _note(self, layer: Layer, output: Tensor) -> None:
+        """Keeps a print of an output, by which the model is compared with itself."""
+        capture = self._capture
+        if capture is not None and layer.name not in capture.shared:
+            self._prints.append(_print(layer.name, output.detach()))
 
     def _functional(self, capture: Capture, layer: Layer, call: Call) -> Callable[[Tensor], None]:
         def feed(delta: Tensor) -> None:
@@ -337,7 +431,8 @@ class Hooks:
             and isinstance(first, Tensor)
             and self._is_shared(capture, layer, first)
         ):
-            capture.shared.add(layer.name)
+            if not _matches(layer.name, capture.unbatched):
+                capture.shared.add(layer.name)
             if first.dim() > 1 and first.shape[0] == 1:
                 first, output = first[0], output[0]
             wide = first.expand(batch, *first.shape)
@@ -356,20 +451,25 @@ class Hooks:
 
     def _is_shared(self, capture: Capture, layer: Layer, indices: Tensor) -> bool:
         """Whether an index is one of positions shared by the batch, like arange(T)."""
-        if any(fnmatchcase(layer.name, pattern) for pattern in capture.unbatched):
+        said = [pattern[1:] for pattern in capture.unbatched if pattern.startswith("!")]
+        if _matches(layer.name, capture.unbatched):
             return True
         row = indices[0] if indices.dim() == 2 and indices.shape[0] == 1 else indices
-        if row.dim() != 1 or (row is not indices and capture.batch == 1):
+        if row.dim() != 1 or capture.batch == 1 or _matches(layer.name, said):
+            self._batches.add(layer.name)
             return False
-        counting = len(row) > 1 and bool((row.diff() == 1).all())
+        counting = bool((row.diff() == 1).all())
         if row is indices and len(row) == capture.batch:
-            if counting and layer.name not in self._positions:
+            if counting and layer.name not in self._positions | self._batches:
                 raise LayerError(
                     f"the index of {layer.name} must be told apart as a batch or as positions, got "
-                    f"{capture.batch} rising numbers, as many as the batch; if they are positions, "
-                    f"pass unbatched=[{layer.name!r}], else use another batch size"
+                    f"{capture.batch} rising numbers, as many as the batch; pass "
+                    f"unbatched=[{layer.name!r}] if they are positions that are added to the "
+                    f"batch, or unbatched=['!{layer.name}'] if they are one index per example"
                 )
-            return counting
+            if not counting:
+                self._batches.add(layer.name)
+            return counting and layer.name in self._positions
         if counting:
             self._positions.add(layer.name)
         return counting
@@ -384,6 +484,30 @@ class Hooks:
             self._quiet = before
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in what a model returned, as far as they can be seen."""
+    leaves = tree_flatten(output)[0]
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _print(name: str, output: Tensor) -> tuple[str, tuple[int, ...], float]:
+    """Name, shape and norm of an output."""
+    return name, tuple(output.shape), float(output.double().norm())
+
+
+def _unsure(layers: Sequence[str], what: str) -> LayerError:
+    names = ", ".join(layers)
+    return LayerError(
+        f"that the positions of {names} are simply added to the batch must be confirmed by "
+        f"running the model once more, got {what}; if they are, pass unbatched={list(layers)!r}, "
+        "and it is not run again"
+    )
+
+
 _busy = threading.local()
 """Whether a thread is capturing; `yes`."""
 
@@ -393,7 +517,9 @@ def _changed(layers: Sequence[str]) -> LayerError:
         f"positions must be added to a batch as they come from their layer, got a model that does "
         f"something else with those of {', '.join(layers)}, which are given a batch dimension, "
         "[T, width] to [batch, T, width], while they are recorded; look positions up as [1, T] or "
-        "[batch, T] (arange(T).expand(batch, T)), or leave the layer out with layers="
+        "[batch, T] (arange(T).expand(batch, T)), without dropout of their own, or leave the layer "
+        "out with layers=; if the model answers differently each time for another reason, and "
+        f"positions are simply added, pass unbatched={list(layers)!r}"
     )
 
 

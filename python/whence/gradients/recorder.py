@@ -567,8 +567,11 @@ def record(
         layers: Patterns of layer names to record, as in `fnmatch`; None for all.
         uncovered: What to do with a trainable parameter that receives a gradient without a rule:
             "error", "skip", or "functional" (torch.func per sample; slow).
-        unbatched: Patterns of embeddings that are called with positions rather than a batch;
-            needed only where the two cannot be told apart.
+        unbatched: Patterns of embeddings whose output is positions that are simply added to the
+            batch; with "!" in front, of embeddings called with one index per example. Needed
+            only where the two cannot be told apart, or where the model cannot be run a second
+            time: where an embedding looks like positions, the model is run once more, without
+            gradients, to see that giving them a batch dimension changes nothing.
         weights: "fixed": rows of a checkpoint belong to the same weights, and a change is an
             error. "moving": weights change while rows are recorded, as in one epoch of training;
             rows then belong to different points of the path, and a score is an approximation

@@ -20,9 +20,14 @@ State: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
 
 
 def digest(model: nn.Module) -> str:
-    """A digest of all parameters and saved buffers under their canonical names. O(weights)."""
+    """A digest of all parameters and saved buffers under their canonical names. O(weights).
+
+    Buffers that are one whole number are counters, and left out.
+    """
     total = hashlib.blake2b(digest_size=16)
     for name, tensor in _tensors(model):
+        if tensor.dim() == 0 and not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
         value = tensor.detach().to("cpu").contiguous()
         total.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)

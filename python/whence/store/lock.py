@@ -89,6 +89,11 @@ def _unlock(file: Any) -> None:
 def _holder(text: str) -> str:
     try:
         held = json.loads(text)
+        if held["process"] == os.getpid():
+            return (
+                f"a second one in this process {os.getpid()}, where an earlier recorder is still "
+                "open, or was made and never entered"
+            )
         return f"a second one while process {held['process']} on {held['host']} writes"
     except (ValueError, KeyError, TypeError):
         return "a second one while another process writes"
