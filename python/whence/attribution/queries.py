@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from whence import _arrays
 from whence.errors import (
-    ArgumentError,
     CheckpointError,
     DtypeError,
     LayerError,
@@ -21,7 +20,8 @@ from whence.errors import (
 )
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
-from whence.gradients.recorder import REDUCTIONS, count_tokens, patterns
+from whence.gradients.recorder import patterns
+from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_in_store
 from whence.gradients.weights import State, digest, load, preserved, put
 from whence.search import Hits, Store
@@ -130,10 +130,7 @@ def query_rows(
     reduction = _arrays.choice(
         "reduction", store.manifest.reduction if reduction is None else reduction, REDUCTIONS
     )
-    if reduction != "token_mean" and tokens is not None:
-        raise ArgumentError(
-            f"tokens must be None for reduction={reduction!r}, got {_arrays.describe(tokens)}"
-        )
+    refuse_tokens(reduction, tokens)
     loaded = _states(store, states)
     structure = structure_in_store(model, store.manifest.model, store.path)
     sketch = Sketch.from_spec(store.manifest.sketch, threads=torch.get_num_threads())
@@ -190,11 +187,7 @@ def _rows(
             )
         loss.backward()  # type: ignore[no-untyped-call]
     capture.verify()
-    if reduction == "token_mean":
-        factor = count_tokens(tokens, capture.batch)
-    else:
-        factor = float(capture.batch) if reduction == "mean" else 1.0
-    rows = capture.rows(factor)
+    rows = capture.rows(own_loss_factor(reduction, capture.batch, tokens))
     if capture.bad:
         raise not_finite([f"query {index}" for index in range(capture.batch)], capture.bad)
     return rows

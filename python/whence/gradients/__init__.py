@@ -7,6 +7,7 @@ capture     what one forward and backward pass gathers, and whether it is whole
 functional  any other module, by torch.func
 hooks       what feeds the rules while a model runs
 recorder    `record`: batches, checkpoints, resume
+reduction   how a loss combines its examples, and what undoes it
 verify      recorded rows against exact gradients
 weights     digests of weights, and loading states for a while
 """

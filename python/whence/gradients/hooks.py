@@ -111,6 +111,9 @@ class Hooks:
         self._without: bool = False
         self._running: list[tuple[Layer, list[Tensor], Projections | None]] = []
         self._anchor = torch.zeros((), requires_grad=True)
+        self._tables = {
+            layer.name for layer in structure.layers if isinstance(layer.module, nn.Embedding)
+        }
         self._positions: set[str] = set()
         self._harmless: set[str] = set()
         self._batches: set[str] = set()
@@ -189,7 +192,8 @@ class Hooks:
                 raise
             finally:
                 _busy.yes = False
-                self._capture = None
+                self._capture = self._start = None
+                self._prints = []
                 while self._running:
                     self._let_go()
 
@@ -206,10 +210,7 @@ class Hooks:
                 if isinstance(value, Tensor) and value.dim() > 0:
                     capture.set_batch(value.shape[0])
                     break
-        tables = {
-            layer.name for layer in self._structure.layers if isinstance(layer.module, nn.Embedding)
-        }
-        unknown = tables - self._harmless - self._batches
+        unknown = self._tables - self._harmless - self._batches
         self._start = _Before(module, args, kwargs) if unknown else None
         self._prints = []
 

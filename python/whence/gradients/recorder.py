@@ -29,14 +29,12 @@ from whence.errors import (
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.hooks import Hooks, kept_gradients, refuse_batch_statistics
 from whence.gradients.layers import FUNCTIONAL
+from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_of
 from whence.gradients.verify import Verified, verify
 from whence.gradients.weights import digest, versions
 from whence.sketch import Sketch
 from whence.store import Checkpoint, Manifest, Writer
-
-REDUCTIONS = ("mean", "sum", "token_mean")
-"""How a loss combines its examples."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +327,9 @@ class Recorder:
                 if value is not None
             }
         )
-        factor = self._factor(len(array), tokens) / _arrays.number("scale", scale, positive=True)
+        refuse_tokens(self._reduction, tokens)
+        factor = own_loss_factor(self._reduction, len(array), tokens)
+        factor /= _arrays.number("scale", scale, positive=True)
         refuse_batch_statistics(self._model)
         self._refuse_changes()
         self._note_weights()
@@ -397,17 +397,6 @@ class Recorder:
         self._writer.append(
             batch.stored, batch.rows, {name: column[good] for name, column in columns.items()}
         )
-
-    def _factor(self, count: int, tokens: Any) -> float:
-        """What a row is multiplied with to be the gradient of the example's own loss."""
-        if self._reduction != "token_mean":
-            if tokens is not None:
-                raise ArgumentError(
-                    f"tokens must be None for reduction={self._reduction!r}, "
-                    f"got {_arrays.describe(tokens)}"
-                )
-            return float(count) if self._reduction == "mean" else 1.0
-        return count_tokens(tokens, count)
 
     def _check_idle(self, call: str) -> None:
         if self._busy:
@@ -487,25 +476,6 @@ class Recorder:
             "others; load those, start a new checkpoint with rec.checkpoint(name), or pass "
             "weights='moving' to record along a moving model"
         )
-
-
-def count_tokens(tokens: Any, count: int) -> float:
-    """The number of counted tokens in a batch.
-
-    Raises:
-        ArgumentError: If they are missing, or none is counted.
-    """
-    if tokens is None:
-        raise ArgumentError(
-            "tokens must be the counted tokens of each example for reduction='token_mean', got None"
-        )
-    counts = _arrays.column("tokens", tokens, count)
-    if counts.dtype.kind not in "if":
-        raise DtypeError(f"tokens must be numbers, got {_arrays.kind_of_array(counts)}")
-    _arrays.finite("tokens", counts)
-    if (counts < 0).any() or counts.sum() <= 0:
-        raise ArgumentError(f"tokens must be counts, at least one above 0, got {counts.tolist()}")
-    return float(counts.sum())
 
 
 def patterns(name: str, value: Any) -> list[str]:

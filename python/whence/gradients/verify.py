@@ -17,6 +17,7 @@ from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.gradients.capture import Capture
 from whence.gradients.hooks import Hooks
+from whence.gradients.reduction import own_loss_factor
 from whence.gradients.structure import Structure
 from whence.gradients.weights import preserved
 from whence.sketch import Accumulator, Sketch
@@ -85,13 +86,12 @@ def verify(
         both, rounded = _recorded(structure, hooks, sketch, closure, pair, 2, unbatched)
         alone, _ = _recorded(structure, hooks, sketch, closure, _slice(batch, 0, 1), 1, unbatched)
     tolerance = ROUNDED if rounded or any(own) else EXACT
-    factor = {"mean": 2.0, "sum": 1.0, "token_mean": float(counts.sum())}[reduction]
-    rows = both * factor
+    given = counts if reduction == "token_mean" else None
+    rows = both * own_loss_factor(reduction, 2, given)
     exact_rows = np.stack(exact) * (counts[:, None] if reduction == "token_mean" else 1.0)
     gradient = _difference(rows, exact_rows)
-    first = both[0] * factor
-    single = alone[0] * {"mean": 1.0, "sum": 1.0, "token_mean": counts[0]}[reduction]
-    in_batch = _difference(first[None], single[None])
+    single = alone * own_loss_factor(reduction, 1, None if given is None else given[:1])
+    in_batch = _difference(rows[:1], single)
     if gradient > tolerance:
         norms = np.linalg.norm(rows, axis=1) / np.maximum(np.linalg.norm(exact_rows, axis=1), 1e-30)
         parallel = _difference(rows / np.maximum(norms[:, None], 1e-30), exact_rows) <= tolerance

@@ -169,10 +169,12 @@ impl Sketch {
         let threads = threads.min(1 + (work >> 22));
         let states = share(batch, threads, asker, Scratch::default, |scratch, sample, watch| {
             let mut total = totals.take(sample)?;
+            left.pack::<TILE_ROWS>(sample, &mut scratch.left);
+            right.pack::<TILE_COLUMNS>(sample, &mut scratch.right);
             let finite = if aligned {
-                self.add_tiles(block, sample, &shared, &mut total, scratch, watch)?
+                self.add_tiles(block, &shared, &mut total, scratch, watch)?
             } else {
-                self.add_strips(block, sample, &mut total, scratch, watch)?
+                self.add_strips(block, &mut total, scratch, watch)?
             };
             if !finite {
                 scratch.bad.push(sample);
@@ -193,11 +195,10 @@ impl Sketch {
         }
     }
 
-    /// Adds one sample's gradient tile by tile; `false` if a sum was NaN or infinite.
+    /// Adds the gradient of the packed sample tile by tile; `false` if a sum was NaN or infinite.
     fn add_tiles(
         &self,
         block: Block<'_>,
-        sample: usize,
         shared: &[Slot],
         total: &mut [f64],
         scratch: &mut Scratch,
@@ -205,8 +206,6 @@ impl Sketch {
     ) -> Result<bool, Error> {
         let [_, terms, rows] = block.left.shape;
         let columns = block.right.shape[2];
-        block.left.pack::<TILE_ROWS>(sample, &mut scratch.left);
-        block.right.pack::<TILE_COLUMNS>(sample, &mut scratch.right);
         let mut adder = Adder::new(self, block.parameter, total, &mut scratch.block);
         let mut used = 0;
         for (panel, right) in scratch.right.chunks_exact(terms * TILE_COLUMNS).enumerate() {
@@ -239,19 +238,16 @@ impl Sketch {
         Ok(adder.finish())
     }
 
-    /// Adds one sample's gradient strip by strip; `false` if a sum was NaN or infinite.
+    /// Adds the gradient of the packed sample strip by strip; `false` if a sum was NaN or infinite.
     fn add_strips(
         &self,
         block: Block<'_>,
-        sample: usize,
         total: &mut [f64],
         scratch: &mut Scratch,
         watch: &Watch<'_>,
     ) -> Result<bool, Error> {
         let [_, terms, rows] = block.left.shape;
         let columns = block.right.shape[2];
-        block.left.pack::<TILE_ROWS>(sample, &mut scratch.left);
-        block.right.pack::<TILE_COLUMNS>(sample, &mut scratch.right);
         let height = (STRIP / columns).clamp(TILE_ROWS, rows.next_multiple_of(TILE_ROWS));
         let height = height / TILE_ROWS * TILE_ROWS;
         scratch.strip.resize(height * columns, 0.0);
