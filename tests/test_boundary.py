@@ -27,7 +27,7 @@ def f4(*shape):
     return np.ones(shape, np.float32)
 
 
-SKETCH = _core.Sketch(32, 0)
+SKETCH = _core.Sketch("chunked_sjlt", 32, 0)
 
 FLAT = [
     ("w", [10], 0, f4(2, 11), totals(), 1),
@@ -46,6 +46,9 @@ FLAT = [
     ("w", [10], 0, None, totals(), 1),
     (None, [10], 0, f4(2, 10), totals(), 1),
     ("w", [10], 0, f4(2, 10), totals(), -1),
+    ("w", [10], 0, f4(2, 10), totals(), 1, 1),
+    ("w", [10], 0, f4(2, 10), totals(), 1, 2**64 - 8),
+    ("w", [10], 0, f4(2, 10), totals(), 1, -1),
 ]
 
 
@@ -70,6 +73,9 @@ OUTER = [
     ("w", [5, 6], 2**64 - 1, f4(2, 3, 5), f4(2, 3, 6), totals(), 1),
     ("w", [5, 6], 0, f4(2, 3, 5), f4(2, 3, 6), totals(1), 1),
     ("w", [5, 6], 0, f4(2, 15), f4(2, 3, 6), totals(), 1),
+    ("w", [5, 6], 0, f4(2, 3, 5), f4(2, 3, 6), totals(), 1, 1),
+    ("w", [5, 6], 0, f4(2, 3, 5), f4(2, 3, 6), totals(), 1, 0, f4(5, 5)),
+    ("w", [5, 6], 0, f4(2, 3, 5), f4(2, 3, 6), totals(), 1, 0, f4(5, 12)[:, ::2]),
 ]
 
 
@@ -113,10 +119,18 @@ def test_add_lookup_refuses(arguments):
         SKETCH.add_lookup(*arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments", [("jl", 8, 0), ("sjlt", 8, 0, 3), ("sjlt", 9, 0, 2), ("sjlt", 8, 0, 0), (None, 8, 0)]
+)
+def test_a_sketch_of_no_possible_kind_is_refused(arguments):
+    with pytest.raises(ORDINARY):
+        _core.Sketch(*arguments)
+
+
 @pytest.mark.parametrize("dim", [0, -1, BIG, 2**70, 1.5, None])
 def test_a_sketch_of_no_possible_width_is_refused(dim):
     with pytest.raises(ORDINARY):
-        _core.Sketch(dim, 0)
+        _core.Sketch("chunked_sjlt", dim, 0)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +210,7 @@ def test_ctrl_c_ends_a_long_call():
     script = """
         import numpy as np
         from whence._core import Sketch
-        sketch, totals, factor = Sketch(64, 0), np.zeros((1, 64)), np.ones((1, 8000, 1024), "f4")
+        sketch, totals, factor = Sketch("chunked_sjlt", 64, 0), np.zeros((1, 64)), np.ones((1, 8000, 1024), "f4")
         print("ready", flush=True)
         try:  # one sample of eight thousand million products, one at a time
             sketch.add_outer("w", [1024, 1024], 0, factor, factor, totals, 1)

@@ -14,7 +14,7 @@ from whence.sketch import canonical_name
 
 def defined(gradients, dim, seed):
     """The map, coordinate by coordinate, from its slots."""
-    core = CoreSketch(dim, seed)
+    core = CoreSketch("chunked_sjlt", dim, seed)
     rows = np.zeros((len(next(iter(gradients.values()))), dim))
     for name, values in gradients.items():
         offsets, signs = core.slots(name, list(values.shape[1:]))
@@ -144,12 +144,12 @@ def test_published_test_vectors():
         return state
 
     for name, shape, seed, dim in (("", (40,), 0, 100), ("é.weight", (3, 50), 2**64 - 1, 4096)):
-        offsets, signs = CoreSketch(dim, seed).slots(name, list(shape))
+        offsets, signs = CoreSketch("chunked_sjlt", dim, seed).slots(name, list(shape))
         for chunk in range(len(offsets)):
             bits = mix((key(seed, name, shape) + (chunk + 1) * golden) & mask)
             assert offsets[chunk] == (bits >> 32) * dim >> 32
             assert signs[chunk] == bits & 0xFFFF
-    offsets, signs = CoreSketch(4096, 0).slots("fc.weight", [2, 24])
+    offsets, signs = CoreSketch("chunked_sjlt", 4096, 0).slots("fc.weight", [2, 24])
     assert (whence.HASH_VERSION, offsets.tolist(), signs.tolist()) == (
         0,
         VECTOR_OFFSETS,

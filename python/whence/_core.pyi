@@ -19,9 +19,9 @@ def encode(rows: NDArray[np.float32], half: bool) -> tuple[NDArray[Any], NDArray
 
 @final
 class Sketch:
-    """The chunked sparse Johnson-Lindenstrauss map; adds to running float64 totals."""
+    """A random map; adds to `dim` columns, from `first` on, of running float64 totals."""
 
-    def __new__(cls, dim: int, seed: int) -> Sketch: ...
+    def __new__(cls, kind: str, dim: int, seed: int, nonzeros: int = 1) -> Sketch: ...
     @property
     def dim(self) -> int: ...
     def add_flat(
@@ -32,6 +32,7 @@ class Sketch:
         values: NDArray[Any],
         totals: NDArray[np.float64],
         threads: int,
+        first: int = 0,
         *,
         bfloat16: bool = False,
     ) -> list[int]: ...
@@ -44,6 +45,8 @@ class Sketch:
         right: NDArray[np.float32],
         totals: NDArray[np.float64],
         threads: int,
+        first: int = 0,
+        sum: NDArray[np.float32] | None = None,
     ) -> list[int]: ...
     def add_lookup(
         self,
@@ -54,6 +57,7 @@ class Sketch:
         ignored: int | None,
         totals: NDArray[np.float64],
         threads: int,
+        first: int = 0,
     ) -> list[int]: ...
     def slots(
         self, name: str, shape: list[int]

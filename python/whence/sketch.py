@@ -87,7 +87,7 @@ class Sketch:
         self._dim = _arrays.integer("dim", dim, 1, _core.MAX_DIM)
         self._seed = _arrays.integer("seed", seed, 0, 2**64 - 1)
         self._threads = _arrays.threads(threads)
-        self._core = _core.Sketch(self._dim, self._seed)
+        self._core = _core.Sketch(self._kind, self._dim, self._seed)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], *, threads: int | None = None) -> Sketch:
@@ -251,7 +251,8 @@ class Accumulator:
             The rows in which a sum was NaN or infinite.
         """
         bfloat16 = values.dtype == np.uint16
-        values = np.ascontiguousarray(values)
+        if values.shape[1] > 1 and values.strides[1] != values.itemsize:
+            values = np.ascontiguousarray(values)
         return self._core.add_flat(
             name, list(shape), start, values, self.totals, self._threads, bfloat16=bfloat16
         )
@@ -279,7 +280,9 @@ class Accumulator:
             The rows in which a sum was NaN or infinite.
         """
         totals = self.totals[first : first + len(left)]
-        bad = self._core.add_outer(name, list(shape), start, left, right, totals, self._threads)
+        bad = self._core.add_outer(
+            name, list(shape), start, left, right, totals, self._threads
+        )
         return [first + row for row in bad]
 
     def add_lookup(

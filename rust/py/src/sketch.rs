@@ -3,13 +3,13 @@
 use half::{bf16, f16};
 use numpy::ndarray::{ArrayView3, Axis};
 use numpy::{
-    IntoPyArray, PyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray2,
+    Element, IntoPyArray, PyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray2,
     PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::kernels::InstructionSet;
-use whence_core::sketch::{self, Sequences, Value};
+use whence_core::sketch::{self, Kind, Matrix, Sequences, Totals, Value};
 
 use crate::boundary::{compute, exception, not_contiguous};
 
@@ -21,8 +21,11 @@ type Slots<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<u16>>);
 #[pymethods]
 impl Sketch {
     #[new]
-    fn new(py: Python<'_>, dim: usize, seed: u64) -> PyResult<Self> {
-        sketch::Sketch::new(dim, seed).map(Self).map_err(|error| exception(py, &error))
+    #[pyo3(signature = (kind, dim, seed, nonzeros=1))]
+    fn new(py: Python<'_>, kind: &str, dim: usize, seed: u64, nonzeros: usize) -> PyResult<Self> {
+        let sketch =
+            Kind::named(kind, nonzeros).and_then(|kind| sketch::Sketch::new(kind, dim, seed));
+        sketch.map(Self).map_err(|error| exception(py, &error))
     }
 
     #[getter]
@@ -30,7 +33,7 @@ impl Sketch {
         self.0.dim()
     }
 
-    #[pyo3(signature = (name, shape, start, values, totals, threads, *, bfloat16=false))]
+    #[pyo3(signature = (name, shape, start, values, totals, threads, first=0, *, bfloat16=false))]
     fn add_flat(
         &self,
         py: Python<'_>,
@@ -40,26 +43,26 @@ impl Sketch {
         values: &Bound<'_, PyAny>,
         mut totals: PyReadwriteArray2<'_, f64>,
         threads: usize,
+        first: usize,
         bfloat16: bool,
     ) -> PyResult<Vec<usize>> {
         let parameter = self.parameter(py, name, &shape)?;
-        let batch = totals.shape()[0];
-        let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
+        let totals = columns(py, &mut totals, first)?;
         if bfloat16 {
             let bits: PyReadonlyArray2<'_, u16> = values.extract()?;
-            let bits = bits.as_slice().map_err(|_| not_contiguous(py, "values"))?;
-            let values: &[bf16] = half::slice::HalfBitsSliceExt::reinterpret_cast(bits);
-            self.flat(py, parameter, start, values, batch, totals, threads)
+            let rows = rows_of(py, &bits)?;
+            let rows: Vec<&[bf16]> =
+                rows.into_iter().map(half::slice::HalfBitsSliceExt::reinterpret_cast).collect();
+            self.flat(py, parameter, start, &rows, totals, threads)
         } else if let Ok(values) = values.extract::<PyReadonlyArray2<'_, f32>>() {
-            let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
-            self.flat(py, parameter, start, values, batch, totals, threads)
+            self.flat(py, parameter, start, &rows_of(py, &values)?, totals, threads)
         } else {
             let values: PyReadonlyArray2<'_, f16> = values.extract()?;
-            let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
-            self.flat(py, parameter, start, values, batch, totals, threads)
+            self.flat(py, parameter, start, &rows_of(py, &values)?, totals, threads)
         }
     }
 
+    #[pyo3(signature = (name, shape, start, left, right, totals, threads, first=0, sum=None))]
     fn add_outer(
         &self,
         py: Python<'_>,
@@ -70,24 +73,32 @@ impl Sketch {
         right: PyReadonlyArray3<'_, f32>,
         mut totals: PyReadwriteArray2<'_, f64>,
         threads: usize,
+        first: usize,
+        sum: Option<PyReadwriteArray2<'_, f32>>,
     ) -> PyResult<Vec<usize>> {
         let parameter = self.parameter(py, name, &shape)?;
-        let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
+        let totals = columns(py, &mut totals, first)?;
         let (left, right) = (left.as_array(), right.as_array());
         if left.shape()[..2] != right.shape()[..2] {
             let must = format!("[{}, {}, columns]", left.shape()[0], left.shape()[1]);
             let got = format!("{:?}", right.shape());
             return Err(exception(py, &Error::shape("right", must, got)));
         }
+        let mut sum = sum;
+        let sum = match &mut sum {
+            Some(sum) => Some(sum.as_slice_mut().map_err(|_| not_contiguous(py, "sum"))?),
+            None => None,
+        };
         compute(py, |asker| {
             with_sequences("left", left, |left| {
                 with_sequences("right", right, |right| {
-                    self.0.add_outer(parameter, start, left, right, totals, threads, asker)
+                    self.0.add_outer(parameter, start, left, right, totals, sum, threads, asker)
                 })
             })
         })
     }
 
+    #[pyo3(signature = (name, shape, indices, values, ignored, totals, threads, first=0))]
     fn add_lookup(
         &self,
         py: Python<'_>,
@@ -98,6 +109,7 @@ impl Sketch {
         ignored: Option<i64>,
         mut totals: PyReadwriteArray2<'_, f64>,
         threads: usize,
+        first: usize,
     ) -> PyResult<Vec<usize>> {
         let parameter = self.parameter(py, name, &shape)?;
         let (batch, width) = (indices.shape()[0], values.shape()[2]);
@@ -106,7 +118,7 @@ impl Sketch {
             let got = format!("{:?}", values.shape());
             return Err(exception(py, &Error::shape("values", must, got)));
         }
-        let totals = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
+        let totals = columns(py, &mut totals, first)?;
         let indices = indices.as_slice().map_err(|_| not_contiguous(py, "indices"))?;
         let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
         compute(py, |asker| {
@@ -120,7 +132,7 @@ impl Sketch {
         let parameter = self.parameter(py, name, &shape)?;
         let slots = compute(py, |_| Ok(self.0.slots(parameter)))?;
         let (offsets, signs): (Vec<u32>, Vec<u16>) =
-            slots.iter().map(|slot| (slot.offset, slot.signs)).unzip();
+            slots.iter().map(|slot| (slot.offset(), slot.signs())).unzip();
         Ok((offsets.into_pyarray(py), signs.into_pyarray(py)))
     }
 }
@@ -135,15 +147,35 @@ impl Sketch {
         py: Python<'_>,
         parameter: sketch::Parameter,
         start: u64,
-        values: &[T],
-        batch: usize,
-        totals: &mut [f64],
+        rows: &[&[T]],
+        totals: Totals<'_>,
         threads: usize,
     ) -> PyResult<Vec<usize>> {
         compute(py, |asker| {
-            self.0.add_flat(parameter, start, values, batch, totals, threads, asker)
+            self.0.add_flat(parameter, start, Matrix::new(rows)?, totals, threads, asker)
         })
     }
+}
+
+/// The columns from `first` on of an array of totals.
+fn columns<'a>(
+    py: Python<'_>,
+    totals: &'a mut PyReadwriteArray2<'_, f64>,
+    first: usize,
+) -> PyResult<Totals<'a>> {
+    let width = totals.shape()[1];
+    let values = totals.as_slice_mut().map_err(|_| not_contiguous(py, "totals"))?;
+    Ok(Totals::new(values, width, first))
+}
+
+/// The rows of an array, each of which must lie in one piece.
+fn rows_of<'a, T: Element>(
+    py: Python<'_>,
+    values: &'a PyReadonlyArray2<'_, T>,
+) -> PyResult<Vec<&'a [T]>> {
+    let view = values.as_array();
+    let rows = (0..view.nrows()).map(|row| view.clone().index_axis_move(Axis(0), row).to_slice());
+    rows.collect::<Option<_>>().ok_or_else(|| not_contiguous(py, "values"))
 }
 
 /// Calls `work` with the array as it lies, or with a copy of it if it lies backwards or with gaps.

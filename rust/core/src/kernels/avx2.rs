@@ -2,16 +2,17 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m256, _mm_loadu_si128, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cvtph_ps,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
-    _mm256_setzero_ps, _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_xor_ps,
+    __m128i, __m256, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_ps, _mm256_and_si256,
+    _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_slli_epi32,
+    _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_xor_ps,
 };
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{
-    DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile, for_each_dot_tile, scalar,
-    sum_lanes,
+    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile,
+    for_each_dot_tile, scalar, sum_lanes,
 };
 
 const WIDTH: usize = 8;
@@ -35,35 +36,102 @@ fn eights<const N: usize>(values: &[f32; N]) -> &[[f32; WIDTH]] {
     values.as_chunks().0
 }
 
+/// Eight values of 16 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_16_bits<T: bytemuck::Pod>(values: &[T; WIDTH]) -> __m128i {
+    let bits: &[u16; WIDTH] = bytemuck::cast_ref(values);
+    // SAFETY: the reference covers eight values of 16 bits, as many as are loaded.
+    unsafe { _mm_loadu_si128(bits.as_ptr().cast()) }
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
     let (wide, rest) = halves.as_chunks::<WIDTH>();
     let (wide_out, rest_out) = out.as_chunks_mut::<WIDTH>();
     for (halves, out) in wide.iter().zip(wide_out) {
-        // SAFETY: the reference covers eight values of 16 bits, as many as are loaded.
-        let halves = unsafe { _mm_loadu_si128(halves.as_ptr().cast()) };
-        store(out, _mm256_cvtph_ps(halves));
+        store(out, _mm256_cvtph_ps(load_16_bits(halves)));
     }
     scalar::widen(rest, rest_out);
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
+#[target_feature(enable = "avx2")]
+pub(super) fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]) {
+    scalar::slots(key, dim, first, slots);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn columns(key: u64, part: usize, nonzeros: usize, first: u64, columns: &mut [Column]) {
+    scalar::columns(key, part, nonzeros, first, columns);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn add_columns<const L: usize>(
+    columns: &[Column],
+    nonzeros: usize,
+    values: &[[f32; L]],
+    block: &mut [[f32; L]],
+) {
+    scalar::add_columns(columns, nonzeros, values, block);
+}
+
+/// Adds a chunk, with its signs, at its offset.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_chunk(slot: Slot, chunk: [__m256; 2], block: &mut [f32]) {
     // Shifting the sign bits left by 31 - lane brings lane's bit to the top.
     let shifts = [
         _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24),
         _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16),
     ];
     let top = _mm256_set1_epi32(i32::MIN);
+    let target = &mut block[slot.offset() as usize..][..LANES];
+    let signs = _mm256_set1_epi32(i32::from(slot.signs()));
+    let halves = target.as_chunks_mut::<WIDTH>().0.iter_mut().zip(chunk);
+    for ((sum, values), shift) in halves.zip(shifts) {
+        let flip = _mm256_and_si256(_mm256_sllv_epi32(signs, shift), top);
+        let signed = _mm256_xor_ps(values, _mm256_castsi256_ps(flip));
+        store(sum, _mm256_add_ps(load(sum), signed));
+    }
+}
+
+/// Asks for the values [`AHEAD`] bytes on.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fetch_ahead<T>(values: &[T; LANES]) {
+    // A hint: the address need not be one of ours.
+    _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(AHEAD));
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
     for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        let target = &mut block[slot.offset as usize..][..LANES];
-        let signs = _mm256_set1_epi32(i32::from(slot.signs));
-        let halves = target.as_chunks_mut::<WIDTH>().0.iter_mut().zip(eights(chunk));
-        for ((sum, values), shift) in halves.zip(shifts) {
-            let flip = _mm256_and_si256(_mm256_sllv_epi32(signs, shift), top);
-            let signed = _mm256_xor_ps(load(values), _mm256_castsi256_ps(flip));
-            store(sum, _mm256_add_ps(load(sum), signed));
-        }
+        fetch_ahead(chunk);
+        let halves = eights(chunk);
+        add_chunk(*slot, [load(&halves[0]), load(&halves[1])], block);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scatter_f16(slots: &[Slot], values: &[f16], block: &mut [f32]) {
+    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
+        fetch_ahead(chunk);
+        let halves = chunk.as_chunks::<WIDTH>().0;
+        let wide = [0, 1].map(|half| _mm256_cvtph_ps(load_16_bits(&halves[half])));
+        add_chunk(*slot, wide, block);
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn scatter_bf16(slots: &[Slot], values: &[bf16], block: &mut [f32]) {
+    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
+        fetch_ahead(chunk);
+        let halves = chunk.as_chunks::<WIDTH>().0;
+        let wide = [0, 1].map(|half| {
+            let bits = _mm256_cvtepu16_epi32(load_16_bits(&halves[half]));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        });
+        add_chunk(*slot, wide, block);
     }
 }
 
@@ -93,6 +161,32 @@ pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
                 let values = values.as_chunks_mut::<WIDTH>().0;
                 store(&mut values[pair], sums[0]);
                 store(&mut values[pair + 1], sums[1]);
+            }
+        }
+    }
+}
+
+/// A tile takes 32 registers and there are 16: it leaves them, and stays in the first cache.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn outer_scatter(
+    left: &[f32],
+    right: &[f32],
+    slots: &[Slot],
+    block: &mut [f32],
+    sum: Option<(&mut [f32], usize)>,
+) {
+    let mut tile: Tile = [[0.0; TILE_COLUMNS]; TILE_ROWS];
+    outer_tile(left, right, &mut tile);
+    for (slot, chunk) in slots.iter().zip(tile.as_flattened().as_chunks::<LANES>().0) {
+        let halves = eights(chunk);
+        add_chunk(*slot, [load(&halves[0]), load(&halves[1])], block);
+    }
+    if let Some((sum, stride)) = sum {
+        let rows = tile.iter().take(slots.len() * LANES / TILE_COLUMNS).enumerate();
+        for (row, values) in rows {
+            let into = sum[row * stride..][..TILE_COLUMNS].as_chunks_mut::<WIDTH>().0;
+            for (into, values) in into.iter_mut().zip(eights(values)) {
+                store(into, _mm256_add_ps(load(into), load(values)));
             }
         }
     }

@@ -1,17 +1,18 @@
-//! AVX-512 F forms. A chunk of 16 is one register.
+//! AVX-512 F and DQ forms. A chunk of 16 is one register.
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m512, _mm256_loadu_si256, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_xor_epi32, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m256i, __m512, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_xor_epi32, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{
-    DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile, for_each_dot_tile, scalar,
-    sum_lanes,
+    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_CHUNKS, TILE_COLUMNS, TILE_ROWS, Tile,
+    for_each_dot_tile, scalar, sum_lanes,
 };
 
 #[inline]
@@ -28,37 +29,94 @@ fn store(values: &mut [f32; LANES], register: __m512) {
     unsafe { _mm512_storeu_ps(values.as_mut_ptr(), register) }
 }
 
+/// Sixteen values of 16 bits.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_16_bits<T: bytemuck::Pod>(values: &[T; LANES]) -> __m256i {
+    let bits: &[u16; LANES] = bytemuck::cast_ref(values);
+    // SAFETY: the reference covers sixteen values of 16 bits, as many as are loaded.
+    unsafe { _mm256_loadu_si256(bits.as_ptr().cast()) }
+}
+
 #[target_feature(enable = "avx512f")]
 pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
     let (wide, rest) = halves.as_chunks::<LANES>();
     let (wide_out, rest_out) = out.as_chunks_mut::<LANES>();
     for (halves, out) in wide.iter().zip(wide_out) {
-        // SAFETY: the reference covers sixteen values of 16 bits, as many as are loaded.
-        let halves = unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) };
-        store(out, _mm512_cvtph_ps(halves));
+        store(out, _mm512_cvtph_ps(load_16_bits(halves)));
     }
     scalar::widen(rest, rest_out);
 }
 
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]) {
+    scalar::slots(key, dim, first, slots);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn columns(key: u64, part: usize, nonzeros: usize, first: u64, columns: &mut [Column]) {
+    scalar::columns(key, part, nonzeros, first, columns);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn add_columns<const L: usize>(
+    columns: &[Column],
+    nonzeros: usize,
+    values: &[[f32; L]],
+    block: &mut [[f32; L]],
+) {
+    scalar::add_columns(columns, nonzeros, values, block);
+}
+
+/// Adds a chunk, with its signs, at its offset.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_chunk(slot: Slot, chunk: __m512, block: &mut [f32]) {
+    let bits = _mm512_castps_si512(chunk);
+    let top = _mm512_set1_epi32(i32::MIN);
+    let signed = _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, slot.signs(), bits, top));
+    let target = &mut block[slot.offset() as usize..][..LANES].as_chunks_mut::<LANES>().0[0];
+    store(target, _mm512_add_ps(load(target), signed));
+}
+
+/// Asks for the values [`AHEAD`] bytes on.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_ahead<T>(values: &[T; LANES]) {
+    // A hint: the address need not be one of ours.
+    _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(AHEAD));
+}
+
 #[target_feature(enable = "avx512f")]
 pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
-    let top = _mm512_set1_epi32(i32::MIN);
     for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        let bits = _mm512_castps_si512(load(chunk));
-        let signed = _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, slot.signs, bits, top));
-        let target = &mut block[slot.offset as usize..][..LANES].as_chunks_mut::<LANES>().0[0];
-        store(target, _mm512_add_ps(load(target), signed));
+        fetch_ahead(chunk);
+        add_chunk(*slot, load(chunk), block);
     }
 }
 
 #[target_feature(enable = "avx512f")]
-pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
-    let mut sums = [[_mm512_setzero_ps(); TILE_COLUMNS / LANES]; TILE_ROWS];
-    for (sums, values) in sums.iter_mut().zip(tile.iter()) {
-        for (sum, values) in sums.iter_mut().zip(values.as_chunks::<LANES>().0) {
-            *sum = load(values);
-        }
+pub(super) fn scatter_f16(slots: &[Slot], values: &[f16], block: &mut [f32]) {
+    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
+        fetch_ahead(chunk);
+        add_chunk(*slot, _mm512_cvtph_ps(load_16_bits(chunk)), block);
     }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn scatter_bf16(slots: &[Slot], values: &[bf16], block: &mut [f32]) {
+    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
+        fetch_ahead(chunk);
+        let bits = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_16_bits(chunk)));
+        add_chunk(*slot, _mm512_castsi512_ps(bits), block);
+    }
+}
+
+type Sums = [[__m512; TILE_CHUNKS]; TILE_ROWS];
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_terms(left: &[f32], right: &[f32], sums: &mut Sums) {
     let terms = left.as_chunks::<TILE_ROWS>().0.iter().zip(right.as_chunks::<TILE_COLUMNS>().0);
     for (left, right) in terms {
         let right = right.as_chunks::<LANES>().0;
@@ -69,9 +127,44 @@ pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
             sums[1] = _mm512_fmadd_ps(factor, values[1], sums[1]);
         }
     }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
+    let mut sums: Sums = [[_mm512_setzero_ps(); TILE_CHUNKS]; TILE_ROWS];
+    for (sums, values) in sums.iter_mut().zip(tile.iter()) {
+        for (sum, values) in sums.iter_mut().zip(values.as_chunks::<LANES>().0) {
+            *sum = load(values);
+        }
+    }
+    add_terms(left, right, &mut sums);
     for (sums, values) in sums.iter().zip(tile) {
         for (sum, values) in sums.iter().zip(values.as_chunks_mut::<LANES>().0) {
             store(values, *sum);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn outer_scatter(
+    left: &[f32],
+    right: &[f32],
+    slots: &[Slot],
+    block: &mut [f32],
+    sum: Option<(&mut [f32], usize)>,
+) {
+    let mut sums: Sums = [[_mm512_setzero_ps(); TILE_CHUNKS]; TILE_ROWS];
+    add_terms(left, right, &mut sums);
+    for (slots, sums) in slots.as_chunks::<TILE_CHUNKS>().0.iter().zip(&sums) {
+        add_chunk(slots[0], sums[0], block);
+        add_chunk(slots[1], sums[1], block);
+    }
+    if let Some((sum, stride)) = sum {
+        for (row, values) in sums.iter().take(slots.len() / TILE_CHUNKS).enumerate() {
+            let into = sum[row * stride..][..TILE_COLUMNS].as_chunks_mut::<LANES>().0;
+            for (into, values) in into.iter_mut().zip(values) {
+                store(into, _mm512_add_ps(load(into), *values));
+            }
         }
     }
 }

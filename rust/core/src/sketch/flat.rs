@@ -2,10 +2,10 @@
 
 use half::{bf16, f16};
 
-use super::{Adder, Parameter, RowsMut, SLOTS, Sketch, join};
+use super::slab::{self, Slab};
+use super::{Kind, Parameter, Sketch, Totals, chunked};
 use crate::error::Error;
-use crate::kernels::{InstructionSet, LANES, Slot};
-use crate::parallel::share;
+use crate::kernels::{InstructionSet, Slot};
 use crate::stop::Asker;
 
 /// A type that gradients come in.
@@ -16,6 +16,8 @@ pub trait Value: Copy + Sync {
     fn widen(self) -> f32;
     /// [`InstructionSet::scatter`] of values of this type.
     fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]);
+    /// The values themselves, if they are f32.
+    fn as_f32(values: &[Self]) -> Option<&[f32]>;
 }
 
 impl Value for f32 {
@@ -26,22 +28,8 @@ impl Value for f32 {
     fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
         set.scatter(slots, values, block);
     }
-}
-
-/// Widens a few chunks at a time into a buffer that stays in the first cache.
-fn scatter_widened<T: Value>(
-    set: InstructionSet,
-    slots: &[Slot],
-    values: &[T],
-    block: &mut [f32],
-    widen: impl Fn(&[T], &mut [f32]),
-) {
-    const CHUNKS: usize = 32;
-    let mut buffer = [0.0; CHUNKS * LANES];
-    for (slots, values) in slots.chunks(CHUNKS).zip(values.chunks(CHUNKS * LANES)) {
-        let wide = &mut buffer[..values.len()];
-        widen(values, wide);
-        set.scatter(slots, wide, block);
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
     }
 }
 
@@ -51,7 +39,10 @@ impl Value for f16 {
         self.to_f32()
     }
     fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        scatter_widened(set, slots, values, block, |from, to| set.widen(from, to));
+        set.scatter_f16(slots, values, block);
+    }
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
     }
 }
 
@@ -61,68 +52,108 @@ impl Value for bf16 {
         self.to_f32()
     }
     fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        scatter_widened(
-            set,
-            slots,
-            values,
-            block,
-            half::slice::HalfFloatSliceExt::convert_to_f32_slice,
-        );
+        set.scatter_bf16(slots, values, block);
+    }
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+}
+
+/// A borrowed `[rows, width]` array whose rows lie anywhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a, T> {
+    rows: &'a [&'a [T]],
+    from: usize,
+    width: usize,
+}
+
+impl<'a, T> Matrix<'a, T> {
+    /// The array of these rows.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they are not of one width.
+    pub fn new(rows: &'a [&'a [T]]) -> Result<Self, Error> {
+        let width = rows.first().map_or(0, |row| row.len());
+        match rows.iter().find(|row| row.len() != width) {
+            Some(row) => Err(Error::shape("values", format!("rows of {width}"), row.len())),
+            None => Ok(Self { rows, from: 0, width }),
+        }
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    pub(super) fn row(&self, row: usize) -> &'a [T] {
+        &self.rows[row][self.from..][..self.width]
+    }
+
+    /// `count` rows from `first` on.
+    pub(super) fn some(self, first: usize, count: usize) -> Self {
+        Self { rows: &self.rows[first..first + count], ..self }
+    }
+
+    /// `width` columns from `first` on.
+    pub(super) fn columns(self, first: usize, width: usize) -> Self {
+        Self { from: self.from + first, width, ..self }
     }
 }
 
 impl Sketch {
     /// Adds `values`, `[batch, width]`, at the coordinates `start..start + width` of `parameter`
-    /// to `totals`, `[batch, dim]`. Returns the rows in which a sum was NaN or infinite.
+    /// to `totals`. Returns the rows in which a sum was NaN or infinite.
     ///
-    /// Takes O(batch · width) time and O(threads · dim) memory.
+    /// Takes O(batch · width) time for the sparse kinds and O(threads · dim) memory.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `totals` is not `[batch, dim]`, `values` does not divide into `batch`
-    /// rows, or the coordinates go past the parameter's end; [`Error::Stopped`].
+    /// [`Error::Shape`] if `totals` has another batch, or the coordinates go past the parameter's
+    /// end; [`Error::Stopped`].
     pub fn add_flat<T: Value>(
         &self,
         parameter: Parameter,
         start: u64,
-        values: &[T],
-        batch: usize,
-        totals: &mut [f64],
+        values: Matrix<'_, T>,
+        totals: Totals<'_>,
         threads: usize,
         asker: &Asker<'_>,
     ) -> Result<Vec<usize>, Error> {
-        self.check_totals(totals, batch)?;
-        let width = values.len().checked_div(batch).unwrap_or(0);
-        if width * batch != values.len() {
-            return Err(Error::shape("values", format!("{batch} rows"), values.len()));
-        }
-        if start.checked_add(width as u64).is_none_or(|end| end > parameter.len) {
+        let rows = totals.share(self, values.rows.len())?;
+        if start.checked_add(values.width as u64).is_none_or(|end| end > parameter.len) {
             return Err(Error::shape(
                 "values",
                 format!("at most {} wide from coordinate {start}", parameter.len),
-                width,
+                values.width,
             ));
         }
-        if width == 0 {
+        if values.width == 0 || values.rows.is_empty() {
             return Ok(Vec::new());
         }
-        let totals = RowsMut::new(totals, self.dim);
-        // Threads cost more than the work below about a million values each.
-        let threads = threads.min(1 + values.len() / (1 << 20));
-        let states = share(
-            batch,
-            threads,
-            asker,
-            || (Vec::new(), Box::new([Slot::default(); SLOTS]), Vec::new()),
-            |(block, slots, bad), row, watch| {
-                let mut total = totals.take(row)?;
-                let mut adder = Adder::new(self, parameter, &mut total, block);
-                adder.add(start, &values[row * width..][..width], slots, watch)?;
-                if !adder.finish() {
-                    bad.push(row);
+        if self.kind == Kind::ChunkedSjlt {
+            return chunked::add_flat(self, parameter, start, values, &rows, threads, asker);
+        }
+        let narrow: Vec<&[f32]> = values.rows.iter().filter_map(|row| T::as_f32(row)).collect();
+        if narrow.len() == values.rows.len() {
+            let slab =
+                Slab { start, values: Matrix { rows: &narrow, from: 0, width: values.width } };
+            return slab.add(self, parameter, &rows, threads, asker);
+        }
+        /// Samples widened at a time: 16 MiB.
+        const GROUP: usize = 64;
+        let mut bad = Vec::new();
+        let mut wide = Vec::new();
+        for (first, rows) in (0..).step_by(GROUP).zip(rows.chunks(GROUP)) {
+            for (from, width) in slab::pieces(start, values.width) {
+                wide.clear();
+                for row in first..first + rows.len() {
+                    wide.extend(values.row(row)[from..][..width].iter().map(|value| value.widen()));
                 }
-                Ok(())
-            },
-        )?;
-        Ok(join(states.into_iter().map(|state| state.2)))
+                let start = start + from as u64;
+                let views: Vec<&[f32]> = wide.chunks_exact(width).collect();
+                let slab = Slab { start, values: Matrix::new(&views)? };
+                let here = slab.add(self, parameter, rows, threads, asker)?;
+                bad.push(here.into_iter().map(|row| first + row).collect());
+            }
+        }
+        Ok(super::join(bad))
     }
 }

@@ -1,8 +1,10 @@
 //! Embeddings: gradients that touch few rows of a table.
 
-use super::{Adder, Parameter, RowsMut, SLOTS, Sketch, join};
+use super::chunked::Adder;
+use super::flat::Matrix;
+use super::slab::Slab;
+use super::{Kind, Parameter, Sketch, Totals, join, take};
 use crate::error::Error;
-use crate::kernels::Slot;
 use crate::parallel::share;
 use crate::stop::Asker;
 
@@ -25,11 +27,11 @@ impl Sketch {
         width: usize,
         ignored: Option<i64>,
         batch: usize,
-        totals: &mut [f64],
+        totals: Totals<'_>,
         threads: usize,
         asker: &Asker<'_>,
     ) -> Result<Vec<usize>, Error> {
-        self.check_totals(totals, batch)?;
+        let totals = totals.share(self, batch)?;
         let terms = indices.len().checked_div(batch).unwrap_or(0);
         if terms * batch != indices.len() {
             return Err(Error::shape("indices", format!("{batch} rows"), indices.len()));
@@ -50,20 +52,25 @@ impl Sketch {
         {
             return Err(Error::argument("indices", format!("from 0 to below {rows}"), index));
         }
-        let totals = RowsMut::new(totals, self.dim);
         let threads = threads.min(1 + values.len() / (1 << 20));
         let states = share(
             batch,
             threads,
             asker,
-            || (Vec::new(), Box::new([Slot::default(); SLOTS]), Vec::new()),
+            || (Vec::new(), Vec::new(), Vec::new()),
             |(block, slots, bad), sample, watch| {
                 let indices = &indices[sample * terms..][..terms];
                 let values = &values[sample * terms * width..][..terms * width];
                 let mut order: Vec<usize> = (0..terms).collect();
                 order.sort_by_key(|&term| indices[term]); // stable: equal rows stay in order
-                let mut total = totals.take(sample)?;
-                let mut adder = Adder::new(self, parameter, &mut total, block);
+                let row = &totals[sample..=sample];
+                let mut guard;
+                let mut adder = None;
+                if self.kind == Kind::ChunkedSjlt {
+                    guard = take(&row[0])?;
+                    adder = Some(Adder::new(self, parameter, &mut guard, block));
+                }
+                let mut finite = true;
                 let mut sum = vec![0.0; width];
                 for same in order.chunk_by(|&a, &b| indices[a] == indices[b]) {
                     let index = indices[same[0]];
@@ -76,9 +83,17 @@ impl Sketch {
                             *sum += value;
                         }
                     }
-                    adder.add(index.unsigned_abs() * width as u64, &sum, slots, watch)?;
+                    let start = index.unsigned_abs() * width as u64;
+                    if let Some(adder) = &mut adder {
+                        adder.add(start, &sum, slots, watch)?;
+                    } else {
+                        let view = [&sum[..]];
+                        let slab = Slab { start, values: Matrix::new(&view)? };
+                        finite &= slab.add_here(self, parameter, row, watch)?.is_empty();
+                    }
                 }
-                if !adder.finish() {
+                finite &= adder.is_none_or(Adder::finish);
+                if !finite {
                     bad.push(sample);
                 }
                 Ok(())

@@ -10,10 +10,30 @@ fn defined(sketch: &Sketch, parameter: Parameter, gradient: &[f64]) -> Vec<f64> 
     for (index, value) in gradient.iter().enumerate() {
         let slot = sketch.slot(parameter, (index / LANES) as u64);
         let lane = index % LANES;
-        let sign = if slot.signs >> lane & 1 == 1 { -1.0 } else { 1.0 };
-        row[(slot.offset as usize + lane) % sketch.dim()] += sign * value;
+        let sign = if slot.signs() >> lane & 1 == 1 { -1.0 } else { 1.0 };
+        row[(slot.offset() as usize + lane) % sketch.dim()] += sign * value;
     }
     row
+}
+
+fn chunked(dim: usize, seed: u64) -> Sketch {
+    Sketch::new(Kind::ChunkedSjlt, dim, seed).unwrap()
+}
+
+/// `add_flat` of an array that lies row after row, into totals that are just as wide.
+fn flat(
+    sketch: &Sketch,
+    parameter: Parameter,
+    start: u64,
+    values: &[f32],
+    totals: &mut [f64],
+    threads: usize,
+) -> Vec<usize> {
+    let rows: Vec<&[f32]> = values.chunks(values.len() * sketch.dim() / totals.len()).collect();
+    let rows = if values.is_empty() { vec![&[][..]; totals.len() / sketch.dim()] } else { rows };
+    let totals = Totals::new(totals, sketch.dim(), 0);
+    let asker = Asker::new(&never);
+    sketch.add_flat(parameter, start, Matrix::new(&rows).unwrap(), totals, threads, &asker).unwrap()
 }
 
 fn random(seed: u64, len: usize) -> Vec<f32> {
@@ -34,12 +54,11 @@ proptest! {
     fn flat_follows_the_definition(
         dim in 1usize..80, len in 0usize..400, batch in 1usize..4, seed in any::<u64>(),
     ) {
-        let sketch = Sketch::new(dim, seed).unwrap();
+        let sketch = chunked(dim, seed);
         let parameter = sketch.parameter("w", &[len as u64]).unwrap();
         let values = random(seed, batch * len);
         let mut totals = vec![0.0; batch * dim];
-        let asker = Asker::new(&never);
-        sketch.add_flat(parameter, 0, &values, batch, &mut totals, 1, &asker).unwrap();
+        flat(&sketch, parameter, 0, &values, &mut totals, 1);
         for row in 0..batch {
             let wide: Vec<f64> = values[row * len..][..len].iter().map(|&x| f64::from(x)).collect();
             close(&totals[row * dim..][..dim], &defined(&sketch, parameter, &wide), 10.0);
@@ -70,13 +89,13 @@ proptest! {
         let asker = Asker::new(&never);
         let mut first: Option<Vec<f64>> = None;
         for set in InstructionSet::available() {
-            let sketch = Sketch::new(dim, seed).unwrap().with_instruction_set(set);
+            let sketch = chunked(dim, seed).with_instruction_set(set);
             let parameter = sketch.parameter("w", &[start + (rows * columns) as u64]).unwrap();
             let mut expected = vec![0.0; batch * dim];
-            sketch.add_flat(parameter, start, &matrices, batch, &mut expected, 1, &asker).unwrap();
+            flat(&sketch, parameter, start, &matrices, &mut expected, 1);
             for threads in [1, 3] {
                 let mut found = vec![0.0; batch * dim];
-                sketch.add_outer(parameter, start, left, right, &mut found, threads, &asker).unwrap();
+                sketch.add_outer(parameter, start, left, right, Totals::new(&mut found, dim, 0), None, threads, &asker).unwrap();
                 if odd == 0 {
                     prop_assert_eq!(&found, &expected);
                 }
@@ -86,7 +105,7 @@ proptest! {
             }
         }
         // ... and for any batch split: slots shared by samples, or of a sample's own.
-        let sketch = Sketch::new(dim, seed).unwrap();
+        let sketch = chunked(dim, seed);
         let parameter = sketch.parameter("w", &[start + (rows * columns) as u64]).unwrap();
         for b in 0..batch {
             let one = |all: Sequences<'_>| -> Vec<f32> {
@@ -100,7 +119,7 @@ proptest! {
             let l = Sequences::new("left", &l, [1, terms, rows], [0, rows, 1]).unwrap();
             let r = Sequences::new("right", &r, [1, terms, columns], [0, columns, 1]).unwrap();
             let mut found = vec![0.0; dim];
-            sketch.add_outer(parameter, start, l, r, &mut found, 1, &asker).unwrap();
+            sketch.add_outer(parameter, start, l, r, Totals::new(&mut found, dim, 0), None, 1, &asker).unwrap();
             prop_assert_eq!(&found[..], &first.as_ref().unwrap()[b * dim..][..dim]);
         }
     }
@@ -120,12 +139,12 @@ proptest! {
                 tables[(term / terms * 7 + usize::try_from(index).unwrap()) * width + w] += values[term * width + w];
             }
         }
-        let sketch = Sketch::new(32, seed).unwrap();
+        let sketch = chunked(32, seed);
         let parameter = sketch.parameter("w", &[7, width as u64]).unwrap();
         let asker = Asker::new(&never);
         let (mut expected, mut found) = (vec![0.0; batch * 32], vec![0.0; batch * 32]);
-        sketch.add_flat(parameter, 0, &tables, batch, &mut expected, 1, &asker).unwrap();
-        sketch.add_lookup(parameter, indices, &values, width, Some(3), batch, &mut found, 2, &asker)
+        flat(&sketch, parameter, 0, &tables, &mut expected, 1);
+        sketch.add_lookup(parameter, indices, &values, width, Some(3), batch, Totals::new(&mut found, 32, 0), 2, &asker)
             .unwrap();
         prop_assert_eq!(found, expected);
     }
@@ -135,18 +154,17 @@ proptest! {
 fn super_blocks_give_the_same_bits_for_any_split_and_thread_count() {
     let len = (2 << 20) + 5003;
     let values = random(3, 2 * len);
-    let asker = Asker::new(&never);
     let mut all = Vec::new();
     for set in InstructionSet::available() {
-        let sketch = Sketch::new(96, 9).unwrap().with_instruction_set(set);
+        let sketch = chunked(96, 9).with_instruction_set(set);
         let parameter = sketch.parameter("w", &[len as u64]).unwrap();
         for threads in [1, 2, 8] {
             let mut totals = vec![0.0; 2 * 96];
-            sketch.add_flat(parameter, 0, &values, 2, &mut totals, threads, &asker).unwrap();
+            flat(&sketch, parameter, 0, &values, &mut totals, threads);
             all.push(totals);
         }
         let mut totals = vec![0.0; 96];
-        sketch.add_flat(parameter, 0, &values[..len], 1, &mut totals, 1, &asker).unwrap();
+        flat(&sketch, parameter, 0, &values[..len], &mut totals, 1);
         assert_eq!(totals, all[0][..96]);
         let wide: Vec<f64> = values[..len].iter().map(|&x| f64::from(x)).collect();
         close(&totals, &defined(&sketch, parameter, &wide), 1e3);
@@ -156,15 +174,14 @@ fn super_blocks_give_the_same_bits_for_any_split_and_thread_count() {
 
 #[test]
 fn not_finite_rows_are_named() {
-    let sketch = Sketch::new(16, 0).unwrap();
-    let asker = Asker::new(&never);
+    let sketch = chunked(16, 0);
     for len in [8u64, 64] {
         let parameter = sketch.parameter("w", &[len]).unwrap();
         let mut values = vec![1.0f32; 3 * len as usize];
         values[len as usize + 2] = f32::NAN;
         values[2 * len as usize] = f32::INFINITY;
         let mut totals = vec![0.0; 48];
-        let bad = sketch.add_flat(parameter, 0, &values, 3, &mut totals, 1, &asker).unwrap();
+        let bad = flat(&sketch, parameter, 0, &values, &mut totals, 1);
         assert_eq!(bad, [1, 2]);
     }
 }
@@ -174,7 +191,6 @@ fn inner_products_are_unbiased_with_the_stated_variance() {
     // 64 coordinates in 4 chunks of 16; pairs within a chunk contribute no variance.
     let (x, y) = (random(1, 64), random(2, 64));
     let (dim, draws) = (24, 20_000);
-    let asker = Asker::new(&never);
     let exact: f64 = x.iter().zip(&y).map(|(x, y)| f64::from(x * y)).sum();
     let mut variance = 0.0;
     for i in 0..64 {
@@ -186,11 +202,11 @@ fn inner_products_are_unbiased_with_the_stated_variance() {
     }
     let (mut sum, mut squares) = (0.0, 0.0);
     for seed in 0..draws {
-        let sketch = Sketch::new(dim, seed).unwrap();
+        let sketch = chunked(dim, seed);
         let parameter = sketch.parameter("w", &[64]).unwrap();
         let mut rows = vec![0.0; 2 * dim];
         let both = [x.clone(), y.clone()].concat();
-        sketch.add_flat(parameter, 0, &both, 2, &mut rows, 1, &asker).unwrap();
+        flat(&sketch, parameter, 0, &both, &mut rows, 1);
         let product: f64 = (0..dim).map(|i| rows[i] * rows[dim + i]).sum();
         sum += product - exact;
         squares += (product - exact).powi(2);
@@ -204,7 +220,7 @@ fn inner_products_are_unbiased_with_the_stated_variance() {
 
 #[test]
 fn a_hostile_dim_or_shape_is_refused() {
-    assert!(Sketch::new(0, 0).is_err());
-    assert!(Sketch::new(1 << 62, 0).is_err());
-    assert!(Sketch::new(8, 0).unwrap().parameter("w", &[1 << 40, 1 << 40]).is_err());
+    assert!(Sketch::new(Kind::ChunkedSjlt, 0, 0).is_err());
+    assert!(Sketch::new(Kind::ChunkedSjlt, 1 << 62, 0).is_err());
+    assert!(chunked(8, 0).parameter("w", &[1 << 40, 1 << 40]).is_err());
 }

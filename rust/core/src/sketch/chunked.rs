@@ -1,0 +1,341 @@
+//! The chunked sparse Johnson-Lindenstrauss map, the default kind.
+//!
+//! The coordinates of a parameter, in row-major order, form chunks of 16. Chunk `c` has one offset
+//! `h(c)`, uniform over the `dim` buckets, and 16 signs; coordinate `16 c + i` is added to bucket
+//! `(h(c) + i) mod dim` with sign `i`. Inner products of such rows are unbiased estimates of those
+//! of the gradients, with variance
+//! `(1/dim) sum over i, j in different chunks of (x_i^2 y_j^2 + x_i y_i x_j y_j)`,
+//! which is at most `(|x|^2 |y|^2 + (x.y)^2) / dim`.
+//!
+//! Sums: a parameter is cut into super-blocks of 2^18 coordinates (or of 64 rows' worth, if that
+//! is more); each is summed in f32 from zero, chunk by chunk, then added to the row's f64 total.
+//! Super-blocks with fewer than `dim` coordinates are added to the total directly.
+
+use super::flat::{Matrix, Value};
+use super::{Parameter, Row, Sketch, flush, join, take};
+use crate::error::Error;
+use crate::kernels::{LANES, Slot};
+use crate::parallel::share;
+use crate::stop::{Asker, Watch};
+
+/// The fewest coordinates summed in f32 before they are added to the f64 total.
+const SUPER_BLOCK: u64 = 1 << 18;
+/// Chunks whose slots are computed at a time: 32 KiB of slots for 256 KiB of values.
+const SLOTS: usize = 4096;
+/// Samples that are added side by side, so that they share the slots.
+const GROUP: usize = 8;
+const WIDTH: u64 = LANES as u64;
+
+/// Coordinates summed in f32 before they are added to the f64 total: a power of two.
+fn super_block(dim: usize) -> u64 {
+    SUPER_BLOCK.max((64 * dim as u64).next_power_of_two())
+}
+
+/// Some coordinates of a parameter that go in together: whole chunks of one super-block, or a part
+/// of one chunk.
+struct Piece<'a> {
+    /// The first chunk.
+    chunk: u64,
+    /// The lane of the first coordinate in its chunk.
+    lane: usize,
+    /// The first value, counted from the start of the walk, and the end.
+    from: usize,
+    to: usize,
+    slots: &'a [Slot],
+}
+
+impl Sketch {
+    /// Calls `work` for pieces that make up the `width` coordinates from `start` on, in order.
+    fn walk(
+        &self,
+        parameter: Parameter,
+        start: u64,
+        width: usize,
+        slots: &mut Vec<Slot>,
+        watch: &Watch<'_>,
+        mut work: impl FnMut(&Piece<'_>),
+    ) -> Result<(), Error> {
+        slots.resize(SLOTS, Slot::default());
+        let block = super_block(self.dim);
+        let mut from = 0;
+        while from < width {
+            watch.check()?;
+            let at = start + from as u64;
+            let (chunk, lane) = (at / WIDTH, (at % WIDTH) as usize);
+            let left = width - from;
+            let count = if lane > 0 || left < LANES {
+                1
+            } else {
+                (left / LANES).min(SLOTS).min(((block - at % block) / WIDTH) as usize)
+            };
+            let to = from + left.min(count * LANES - lane);
+            self.set.slots(parameter.key, self.dim, chunk, &mut slots[..count]);
+            work(&Piece { chunk, lane, from, to, slots: &slots[..count] });
+            from = to;
+        }
+        Ok(())
+    }
+}
+
+/// Adds values of one parameter to one row.
+pub(super) struct Adder<'a> {
+    sketch: &'a Sketch,
+    parameter: Parameter,
+    total: &'a mut [f64],
+    /// The sums of the current super-block: `dim` buckets and the overhang of the last chunk.
+    block: &'a mut Vec<f32>,
+    super_block: u64,
+    /// Values added by `add_tile` since the last flush.
+    since_flush: u64,
+    used: bool,
+    finite: bool,
+}
+
+impl<'a> Adder<'a> {
+    /// `block` is scratch: empty, or as an earlier adder of the same sketch left it.
+    pub(super) fn new(
+        sketch: &'a Sketch,
+        parameter: Parameter,
+        total: &'a mut [f64],
+        block: &'a mut Vec<f32>,
+    ) -> Self {
+        if block.is_empty() {
+            block.resize(sketch.dim + LANES, 0.0);
+        }
+        Self {
+            sketch,
+            parameter,
+            total,
+            block,
+            super_block: 0,
+            since_flush: 0,
+            used: false,
+            finite: true,
+        }
+    }
+
+    /// Adds `values` at the coordinates from `start` on. Calls must come in order of `start`.
+    pub(super) fn add<T: Value>(
+        &mut self,
+        start: u64,
+        values: &[T],
+        slots: &mut Vec<Slot>,
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
+        let (sketch, parameter) = (self.sketch, self.parameter);
+        sketch.walk(parameter, start, values.len(), slots, watch, |piece| {
+            self.add_piece(piece, &values[piece.from..piece.to]);
+        })
+    }
+
+    fn add_piece<T: Value>(&mut self, piece: &Piece<'_>, values: &[T]) {
+        let block = super_block(self.sketch.dim);
+        let super_block = piece.chunk * WIDTH / block;
+        if super_block != self.super_block {
+            self.flush();
+            self.super_block = super_block;
+        }
+        let mut padded = [T::ZERO; LANES];
+        let whole = if values.len() == piece.slots.len() * LANES {
+            values
+        } else {
+            // The other lanes are zeros, which change nothing.
+            padded[piece.lane..piece.lane + values.len()].copy_from_slice(values);
+            &padded
+        };
+        if (self.parameter.len - super_block * block).min(block) < self.sketch.dim as u64 {
+            self.add_directly(piece.slots, whole);
+        } else {
+            self.used = true;
+            T::scatter(self.sketch.set, piece.slots, whole, self.block);
+        }
+    }
+
+    /// Whether the parameter is so small that its values are added to the total directly.
+    pub(super) fn is_direct(&self) -> bool {
+        self.parameter.len < self.sketch.dim as u64
+    }
+
+    /// The f32 sums, for chunks of `values` values that need not follow each other; they are
+    /// flushed now and then.
+    pub(super) fn sums(&mut self, values: usize) -> &mut [f32] {
+        if self.since_flush >= super_block(self.sketch.dim) {
+            self.flush();
+        }
+        self.used = true;
+        self.since_flush += values as u64;
+        self.block
+    }
+
+    /// Adds whole chunks that need not follow each other.
+    pub(super) fn add_anywhere(&mut self, slots: &[Slot], values: &[f32]) {
+        if self.is_direct() {
+            self.add_directly(slots, values);
+        } else {
+            let set = self.sketch.set;
+            set.scatter(slots, values, self.sums(values.len()));
+        }
+    }
+
+    fn add_directly<T: Value>(&mut self, slots: &[Slot], values: &[T]) {
+        let dim = self.sketch.dim;
+        for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {
+            for (lane, &value) in chunk.iter().enumerate() {
+                let value = value.widen();
+                self.finite &= value.is_finite();
+                let signed = if slot.signs() >> lane & 1 == 1 { -value } else { value };
+                self.total[(slot.offset() as usize + lane) % dim] += f64::from(signed);
+            }
+        }
+    }
+
+    /// Adds the sums of the current super-block to the total.
+    fn flush(&mut self) {
+        if !self.used {
+            return;
+        }
+        let dim = self.sketch.dim;
+        for lane in 0..LANES {
+            let overhang = std::mem::take(&mut self.block[dim + lane]);
+            self.block[lane % dim] += overhang;
+        }
+        self.finite &= flush(&mut self.block[..dim], self.total);
+        self.used = false;
+        self.since_flush = 0;
+    }
+
+    /// Ends the row; `false` if a sum was NaN or infinite.
+    pub(super) fn finish(mut self) -> bool {
+        self.flush();
+        self.finite
+    }
+}
+
+/// What a worker keeps between jobs.
+#[derive(Default)]
+struct Scratch {
+    blocks: Vec<Vec<f32>>,
+    slots: Vec<Slot>,
+    bad: Vec<usize>,
+}
+
+/// Adds the coordinates from `start` on of all samples; returns the rows that are not finite.
+pub(super) fn add_flat<T: Value>(
+    sketch: &Sketch,
+    parameter: Parameter,
+    start: u64,
+    matrix: Matrix<'_, T>,
+    rows: &[Row<'_>],
+    threads: usize,
+    asker: &Asker<'_>,
+) -> Result<Vec<usize>, Error> {
+    let batch = rows.len();
+    // Threads cost more than the work below about half a million values each.
+    let threads = threads.min(1 + batch.saturating_mul(matrix.width()) / (1 << 19));
+    if threads > batch {
+        return add_long(sketch, parameter, start, matrix, rows, threads, asker);
+    }
+    let group = batch.div_ceil(threads).min(GROUP);
+    let states =
+        share(batch.div_ceil(group), threads, asker, Scratch::default, |mine, job, watch| {
+            let first = job * group;
+            let here = first..batch.min(first + group);
+            let mut totals = rows[here.clone()].iter().map(take).collect::<Result<Vec<_>, _>>()?;
+            mine.blocks.resize(group, Vec::new());
+            let pairs = totals.iter_mut().zip(&mut mine.blocks);
+            let mut adders: Vec<_> =
+                pairs.map(|(total, block)| Adder::new(sketch, parameter, total, block)).collect();
+            sketch.walk(parameter, start, matrix.width(), &mut mine.slots, watch, |piece| {
+                for (adder, row) in adders.iter_mut().zip(here.clone()) {
+                    adder.add_piece(piece, &matrix.row(row)[piece.from..piece.to]);
+                }
+            })?;
+            for (adder, row) in adders.into_iter().zip(here) {
+                if !adder.finish() {
+                    mine.bad.push(row);
+                }
+            }
+            Ok(())
+        })?;
+    Ok(join(states.into_iter().map(|state| state.bad)))
+}
+
+/// Adds few rows with more threads than rows: their super-blocks are summed side by side, and
+/// added in order.
+fn add_long<T: Value>(
+    sketch: &Sketch,
+    parameter: Parameter,
+    start: u64,
+    matrix: Matrix<'_, T>,
+    rows: &[Row<'_>],
+    threads: usize,
+    asker: &Asker<'_>,
+) -> Result<Vec<usize>, Error> {
+    /// Super-blocks a thread sums before all are added.
+    const WAVE: u64 = 8;
+    let block = super_block(sketch.dim);
+    let end = start + matrix.width() as u64;
+    let mut bad = Vec::new();
+    for row in 0..rows.len() {
+        let values = matrix.row(row);
+        let mut finite = true;
+        let (mut first, mut last) = (start / block, end.div_ceil(block));
+        // A short super-block at the parameter's end is added to the total value by value.
+        let short = parameter.len - (last - 1) * block < sketch.dim as u64;
+        last -= u64::from(short);
+        while first < last {
+            let count = (last - first).min(WAVE * threads as u64);
+            let states = share(
+                count as usize,
+                threads,
+                asker,
+                || (Vec::new(), Vec::new(), Vec::new()),
+                |(slots, scratch, done), job, watch| {
+                    let from = ((first + job as u64) * block).max(start);
+                    let to = ((first + job as u64 + 1) * block).min(end);
+                    let mut sum = vec![0.0; sketch.dim];
+                    let mut adder = Adder::new(sketch, parameter, &mut sum, scratch);
+                    adder.super_block = first + job as u64;
+                    let values = &values[(from - start) as usize..(to - start) as usize];
+                    adder.add(from, values, slots, watch)?;
+                    let finite = adder.finish();
+                    done.push((job, sum, finite));
+                    Ok(())
+                },
+            )?;
+            let mut sums: Vec<_> = states.into_iter().flat_map(|state| state.2).collect();
+            sums.sort_unstable_by_key(|sum| sum.0);
+            let mut total = take(&rows[row])?;
+            for (_, sum, each) in sums {
+                finite &= each;
+                for (total, sum) in total.iter_mut().zip(sum) {
+                    *total += sum;
+                }
+            }
+            first += count;
+        }
+        if short {
+            let from = (last * block).max(start);
+            let values = &values[(from - start) as usize..];
+            let states = share(
+                1,
+                1,
+                asker,
+                || true,
+                |finite, _, watch| {
+                    let mut scratch = Vec::new();
+                    let mut total = take(&rows[row])?;
+                    let mut adder = Adder::new(sketch, parameter, &mut total, &mut scratch);
+                    adder.add(from, values, &mut Vec::new(), watch)?;
+                    *finite = adder.finish();
+                    Ok(())
+                },
+            )?;
+            finite &= states.into_iter().all(|each| each);
+        }
+        if !finite {
+            bad.push(row);
+        }
+    }
+    Ok(bad)
+}
