@@ -12,6 +12,7 @@ ROOT = Path(whence.__file__).parent
 ORDER = [
     {"_core", "errors", "_arrays"},
     {"sketch"},
+    {"factored", "sklearn"},
     {"store"},
     {"search"},
     {"gradients"},

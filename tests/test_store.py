@@ -226,7 +226,7 @@ def rewrite(path, change):
         (lambda body: body["shards"][0].update(checkpoint=7), "checkpoint"),
         (lambda body: body["shards"][0]["files"].clear(), "manifest"),
         (lambda body: body.update(dtype="complex"), "dtype"),
-        (lambda body: body["sketch"].update(dim=2**62), "dim must be from 1"),
+        (lambda body: body["sketch"].update(dim=2**62), "rows must be from 1"),
         (lambda body: body.pop("sketch"), "sketch"),
         (lambda body: body.update(ids="bytes"), "ids"),
     ],

@@ -82,6 +82,7 @@ class Rows:
         k: int,
         excluded: list[list[int]],
         threads: int,
+        segments: list[tuple[int, int]] = ...,
     ) -> tuple[
         tuple[NDArray[np.uint64], NDArray[np.float32]],
         tuple[NDArray[np.uint64], NDArray[np.float32]],

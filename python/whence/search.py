@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from whence import _arrays
 from whence._arrays import Ids
-from whence.errors import ArgumentError, CheckpointError, ShapeError, WhenceError
+from whence.errors import (
+    ArgumentError,
+    CheckpointError,
+    MismatchError,
+    ShapeError,
+    WhenceError,
+)
+from whence.factored import Factored
 from whence.store import Reader
 
 if TYPE_CHECKING:
@@ -187,10 +194,13 @@ class Store(Reader):
 
     def __repr__(self) -> str:
         sketch = self.manifest.sketch
+        what = "factored"
+        if not self.manifest.is_factored:
+            what = f"{sketch['kind']} dim {sketch['dim']} seed {sketch['seed']}"
         return (
             f"<whence store {str(self.path)!r}: {len(self)} examples, "
-            f"{len(self.checkpoints)} checkpoints {self.checkpoints}, {sketch['kind']} "
-            f"dim {sketch['dim']} seed {sketch['seed']}, {self.manifest.dtype}>"
+            f"{len(self.checkpoints)} checkpoints {self.checkpoints}, {what}, "
+            f"{self.manifest.dtype}>"
         )
 
     def search(
@@ -232,10 +242,38 @@ class Store(Reader):
             IdError: If an id lacks a checkpoint, or an excluded id is not in the store.
             StoreError: If the store is empty or damaged.
         """
+        if self.manifest.is_factored:
+            raise MismatchError(
+                "queries must be asked by whence.query of a store with layout='factored', whose "
+                f"rows are factors and no vectors, got an array for {self.path}"
+            )
+        return self.find(
+            self._query_rows(queries),
+            k,
+            where=where,
+            exclude=exclude,
+            missing=missing,
+            threads=threads,
+        )
+
+    def find(
+        self,
+        rows: NDArray[np.float32],
+        k: int = 10,
+        *,
+        where: Any = None,
+        exclude: Sequence[Sequence[Any]] | None = None,
+        missing: str = "error",
+        threads: int | None = None,
+    ) -> Hits:
+        """As `search`, for [checkpoints, queries, width] rows that `whence.query` made.
+
+        Raises:
+            WhenceError: As `search`.
+        """
         k = _arrays.integer("k", k, 1)
         threads = _arrays.threads(threads)
         _arrays.choice("missing", missing, ("error", "drop"))
-        rows = self._query_rows(queries)
         if not len(self):
             raise ArgumentError(f"the store must have rows to search, got none in {self.path}")
         keep = self.eligible(where)  # a fresh array, ours to change
@@ -250,9 +288,20 @@ class Store(Reader):
                 f"none for query {int(eligible.argmin())}"
             )
         rates, unit = self._weights()
-        rows = np.ascontiguousarray(rows * rates[:, None, None])
+        places: list[tuple[int, int]] = []
+        if self.manifest.is_factored:
+            factored = Factored.from_spec(self.manifest.sketch)
+            places = factored.places
+            rows = factored.weighted(rows, np.broadcast_to(rates[:, None], rows.shape[:2]))
+        else:
+            rows = rows * rates[:, None, None]
         sides = self.core.ends(
-            np.ascontiguousarray(numbers[:, examples], np.uint64), rows, width, excluded, threads
+            np.ascontiguousarray(numbers[:, examples], np.uint64),
+            np.ascontiguousarray(rows),
+            width,
+            excluded,
+            threads,
+            places,
         )
         helpful, harmful = (
             Side(self.ids[positions], scores, positions)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,8 +21,11 @@ from whence.errors import (
     ShapeError,
 )
 
-KINDS = ("chunked_sjlt",)
+KINDS = ("chunked_sjlt", "sjlt")
 """The kinds of sketch there are."""
+
+LAYOUTS = ("global", "per_layer")
+"""Whether layers are summed into one row, or have a part of it each."""
 
 HASH_VERSION = _core.HASH_VERSION
 """Version of the definition of randomness; rows of different versions do not compare."""
@@ -45,13 +50,21 @@ def canonical_name(name: str) -> str:
 
 
 class Sketch:
-    """A random linear map from gradients to rows of `dim` float32 values.
+    """A random linear map from gradients to rows of float32 values.
 
-    The kind `chunked_sjlt` is the sparse Johnson-Lindenstrauss transform with one nonzero a
-    column (Kane and Nelson, "Sparser Johnson-Lindenstrauss transforms", JACM 2014; also known as
-    CountSketch), hashed by chunks: 16 neighbouring coordinates of a parameter share an offset and
-    have a sign each. The inner product of two rows estimates that of the gradients x and y
-    without bias and with variance at most `(|x|²|y|² + (x·y)²) / dim`.
+    The inner product of two rows estimates that of the gradients x and y without bias. The kinds
+    differ in what a column of the map is, in cost, and in variance:
+
+    `chunked_sjlt`
+        The sparse Johnson-Lindenstrauss transform with one nonzero a column (Kane and Nelson,
+        "Sparser Johnson-Lindenstrauss transforms", JACM 2014; also known as CountSketch), hashed
+        by chunks: 16 neighbouring coordinates of a parameter share an offset and have a sign
+        each. Variance `(1/dim) Σ (x_i² y_j² + x_i y_i x_j y_j)` over i, j in different chunks,
+        which is at most `(|x|²|y|² + (x·y)²) / dim`. O(1) a coordinate, at the speed of memory.
+    `sjlt`
+        Every coordinate has an offset of its own in each of `nonzeros` equal parts of the row,
+        and values ±1/√nonzeros. The variance is the same sum over all i ≠ j; with more nonzeros
+        the tails are lighter, where few coordinates carry a gradient. O(nonzeros) a coordinate.
 
     What a coordinate is mapped to depends only on the seed, its parameter's canonical name and
     shape, and its place in the parameter: other layers can come and go. From the same arrays the
@@ -59,14 +72,22 @@ class Sketch:
     machine.
 
     Args:
-        kind: "chunked_sjlt".
-        dim: Width of a row, 1 to 1,048,576. The standard deviation of a cosine is about
-            `sqrt(1 / dim)`: 0.016 at 4096.
+        kind: One of `KINDS`.
+        dim: Width of a row, 1 to 1,048,576; with layout="per_layer" that of a layer's part. The
+            standard deviation of a cosine is about `sqrt(1 / dim)`: 0.016 at 4096.
         seed: 0 to 2**64 - 1.
+        nonzeros: For kind="sjlt": 1 (the default), 2, 4 or 8 nonzeros a column.
+        kinds: Patterns (`fnmatch`) of canonical parameter names, each with the kind that its
+            parameters have instead of `kind`; the first that fits counts.
+        normalize: Whether rows are divided by their norm, so that inner products estimate
+            cosines; a row of zeros stays one.
+        layout: "global": layers are summed, which at equal length keeps inner products best.
+            "per_layer": each layer has `dim` columns of its own, in the order of the layers'
+            sorted names.
         threads: How many threads a call uses; None means all processors.
 
     Raises:
-        ArgumentError: If an argument is out of range.
+        ArgumentError: If an argument is out of range, or two do not go together.
 
     Examples:
         >>> import numpy as np, whence
@@ -81,29 +102,48 @@ class Sketch:
         *,
         dim: int = 4096,
         seed: int = 0,
+        nonzeros: int | None = None,
+        kinds: Mapping[str, str] | None = None,
+        normalize: bool = False,
+        layout: str = "global",
         threads: int | None = None,
     ) -> None:
         self._kind = _arrays.choice("kind", kind, KINDS)
         self._dim = _arrays.integer("dim", dim, 1, _core.MAX_DIM)
         self._seed = _arrays.integer("seed", seed, 0, 2**64 - 1)
+        self._kinds = _kinds(kinds)
+        used = {self._kind, *self._kinds.values()}
+        if nonzeros is not None and "sjlt" not in used:
+            raise ArgumentError(f"nonzeros must be None for kind={kind!r}, got {nonzeros!r}")
+        self._nonzeros = 1 if nonzeros is None else _arrays.integer("nonzeros", nonzeros, 1, 8)
+        if not isinstance(normalize, bool):
+            raise DtypeError(f"normalize must be a bool, got {_arrays.describe(normalize)}")
+        self._normalize = normalize
+        self._layout = _arrays.choice("layout", layout, LAYOUTS)
         self._threads = _arrays.threads(threads)
-        self._core = _core.Sketch(self._kind, self._dim, self._seed)
+        self._cores = {
+            each: _core.Sketch(each, self._dim, self._seed, self._nonzeros) for each in sorted(used)
+        }
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any], *, threads: int | None = None) -> Sketch:
+    def from_spec(cls, spec: Mapping[str, Any], *, threads: int | None = None) -> Sketch:
         """The map that a store says its rows were made with.
 
         Raises:
             MismatchError: If this version of whence does not have that map.
         """
-        found = cls(spec["kind"], dim=spec["dim"], seed=spec["seed"], threads=threads)
-        for name, value in found.spec.items():
-            if spec.get(name) != value:
-                raise MismatchError(
-                    f"{name} of the store's sketch must be {value!r}, as in this version of "
-                    f"whence, got {spec.get(name)!r}"
-                )
-        return found
+        if spec.get("hash_version") != HASH_VERSION:
+            raise MismatchError(
+                f"hash_version of the store's sketch must be {HASH_VERSION!r}, as in this version "
+                f"of whence, got {spec.get('hash_version')!r}"
+            )
+        given = {name: value for name, value in spec.items() if name != "hash_version"}
+        try:
+            return cls(**given, threads=threads)
+        except (TypeError, ArgumentError) as error:
+            raise MismatchError(
+                f"the store's sketch must be one of this version of whence, got {given}: {error}"
+            ) from None
 
     @property
     def kind(self) -> str:
@@ -112,7 +152,7 @@ class Sketch:
 
     @property
     def dim(self) -> int:
-        """The width of a row."""
+        """The width of a row, or of a layer's part of it."""
         return self._dim
 
     @property
@@ -121,17 +161,75 @@ class Sketch:
         return self._seed
 
     @property
+    def layout(self) -> str:
+        """One of `LAYOUTS`."""
+        return self._layout
+
+    @property
+    def normalize(self) -> bool:
+        """Whether rows are divided by their norm."""
+        return self._normalize
+
+    @property
     def spec(self) -> dict[str, Any]:
-        """All that defines the map: kind, dim, seed, hash_version."""
-        return {
+        """All that defines the map: the arguments that are not the default, and hash_version."""
+        spec: dict[str, Any] = {
             "kind": self._kind,
             "dim": self._dim,
             "seed": self._seed,
             "hash_version": HASH_VERSION,
         }
+        if self._nonzeros != 1:
+            spec["nonzeros"] = self._nonzeros
+        if self._kinds:
+            spec["kinds"] = dict(self._kinds)
+        if self._normalize:
+            spec["normalize"] = True
+        if self._layout != "global":
+            spec["layout"] = self._layout
+        return spec
 
     def __repr__(self) -> str:
-        return f"Sketch({self._kind!r}, dim={self._dim}, seed={self._seed})"
+        shown = {name: value for name, value in self.spec.items() if name != "hash_version"}
+        kind = shown.pop("kind")
+        return f"Sketch({kind!r}, {', '.join(f'{n}={v!r}' for n, v in shown.items())})"
+
+    def kind_of(self, name: str) -> str:
+        """The kind of the parameter of this canonical name."""
+        for pattern, kind in self._kinds.items():
+            if name == pattern or fnmatchcase(name, pattern):
+                return kind
+        return self._kind
+
+    def layers(self, names: Iterable[str]) -> list[str]:
+        """The layers that have a part of the row each, in order; [""] if all are summed.
+
+        Args:
+            names: The canonical names of all parameters.
+        """
+        if self._layout == "global":
+            return [""]
+        return sorted({layer_of(name) for name in names})
+
+    def resolved(self, names: Iterable[str]) -> Sketch:
+        """The same map for these parameters, with `kinds` by their names instead of patterns."""
+        kinds = {name: self.kind_of(name) for name in sorted(names)}
+        kinds = {name: kind for name, kind in kinds.items() if kind != self._kind}
+        spec = {**self.spec, "kinds": kinds}
+        del spec["hash_version"]
+        if "sjlt" not in {self._kind, *kinds.values()}:
+            spec.pop("nonzeros", None)
+        return Sketch(**spec, threads=self._threads)
+
+    def with_threads(self, threads: int | None) -> Sketch:
+        """The same map, computed by as many threads."""
+        found = copy.copy(self)
+        found._threads = _arrays.threads(threads)
+        return found
+
+    def accumulator(self, batch: int, names: Iterable[str]) -> Accumulator:
+        """Running totals of a batch, for a model with parameters of these names."""
+        return Accumulator(self, batch, self.layers(names))
 
     def expected_error(self, cosine: float = 0.0) -> float:
         """The standard deviation of an inner product, relative to the product of the norms.
@@ -140,15 +238,26 @@ class Sketch:
             cosine: The cosine of the two gradients, from -1 to 1.
 
         Returns:
-            `sqrt((1 + cosine²) / dim)`.
+            `sqrt((1 + cosine²) / dim)`, and for normalized rows `(1 - cosine²) / sqrt(dim)` (Li
+            and Li, "OPORP: One permutation + one random projection", arXiv 2302.03505).
 
         Raises:
-            ArgumentError: If cosine is not from -1 to 1.
+            ArgumentError: If cosine is not from -1 to 1, or `kinds` mixes several.
         """
         cosine = _arrays.number("cosine", cosine)
         if not -1 <= cosine <= 1:
             raise ArgumentError(f"cosine must be from -1 to 1, got {cosine}")
+        if self._normalize:
+            return (1 - cosine**2) / math.sqrt(self._dim)
         return math.sqrt((1 + cosine**2) / self._dim)
+
+    def _finish(self, totals: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Totals as rows: divided by their norm if the map says so, rounded to float32."""
+        if self._normalize:
+            norms = np.linalg.norm(totals, axis=1, keepdims=True)
+            totals = np.divide(totals, norms, out=np.zeros_like(totals), where=norms > 0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return totals.astype(np.float32)
 
     def __call__(self, gradients: Any, layout: Layout | None = None) -> NDArray[np.float32]:
         """Rows of `gradients`.
@@ -162,8 +271,9 @@ class Sketch:
             layout: For a flat array: (name, shape) of each parameter in the order they lie in.
 
         Returns:
-            [batch, dim] float32, O(batch · parameters) time. Parameters are summed in the order
-            of their sorted canonical names, so a dict and a flat array give the same bits.
+            [batch, dim] float32, or [batch, layers · dim] with layout="per_layer". Parameters are
+            summed in the order of their sorted canonical names, so a dict and a flat array give
+            the same bits. O(batch · parameters) time for the sparse kinds.
 
         Raises:
             DtypeError: If an array is of another type.
@@ -174,7 +284,7 @@ class Sketch:
         """
         parts = self._parts(gradients, layout)
         batch = parts[0][2].shape[0]
-        accumulator = Accumulator(self, batch)
+        accumulator = Accumulator(self, batch, self.layers(name for name, _, _ in parts))
         for name, shape, values in parts:
             bad = accumulator.add(name, shape, values)
             if bad:
@@ -229,18 +339,50 @@ class Sketch:
         return [(name, *parts[name]) for name in sorted(parts)]
 
 
+def layer_of(name: str) -> str:
+    """The layer of a parameter: its name without the last part.
+
+    >>> layer_of("blocks.0.attention.weight")
+    'blocks.0.attention'
+    """
+    return name.rpartition(".")[0]
+
+
+def _kinds(kinds: Any) -> dict[str, str]:
+    """Pattern -> kind.
+
+    Raises:
+        DtypeError: If it is not a mapping of strings.
+        ArgumentError: If a kind is not one of `KINDS`.
+    """
+    if kinds is None:
+        return {}
+    if not isinstance(kinds, Mapping) or not all(isinstance(each, str) for each in kinds):
+        raise DtypeError(
+            f"kinds must be a dict of name pattern to kind, got {_arrays.describe(kinds)}"
+        )
+    return {name: _arrays.choice(f"kinds[{name!r}]", kinds[name], KINDS) for name in kinds}
+
+
 class Accumulator:
     """Running float64 totals of the rows of one batch, to which parts of gradients are added.
 
     Args:
         sketch: The map.
         batch: How many rows.
+        layers: The layers that have a part of the row each, as `Sketch.layers` returns them.
     """
 
-    def __init__(self, sketch: Sketch, batch: int) -> None:
-        self.totals = np.zeros((batch, sketch.dim), np.float64)
-        self._core = sketch._core
+    def __init__(self, sketch: Sketch, batch: int, layers: Sequence[str] = ("",)) -> None:
+        self.totals = np.zeros((batch, len(layers) * sketch.dim), np.float64)
+        self._sketch = sketch
         self._threads = sketch._threads
+        self._first = {layer: index * sketch.dim for index, layer in enumerate(layers)}
+
+    def _place(self, name: str) -> tuple[_core.Sketch, int]:
+        """The map of a parameter, and the first column of its layer."""
+        layer = "" if self._sketch.layout == "global" else layer_of(name)
+        return self._sketch._cores[self._sketch.kind_of(name)], self._first[layer]
 
     def add(
         self, name: str, shape: Sequence[int], values: NDArray[Any], start: int = 0
@@ -253,8 +395,9 @@ class Accumulator:
         bfloat16 = values.dtype == np.uint16
         if values.shape[1] > 1 and values.strides[1] != values.itemsize:
             values = np.ascontiguousarray(values)
-        return self._core.add_flat(
-            name, list(shape), start, values, self.totals, self._threads, bfloat16=bfloat16
+        core, column = self._place(name)
+        return core.add_flat(
+            name, list(shape), start, values, self.totals, self._threads, column, bfloat16=bfloat16
         )
 
     def add_outer(
@@ -265,6 +408,7 @@ class Accumulator:
         right: NDArray[np.float32],
         start: int = 0,
         first: int = 0,
+        total: NDArray[np.float32] | None = None,
     ) -> list[int]:
         """Adds, for each sample, the matrix Σ_t left[t] right[t]ᵀ at the coordinates from `start`.
 
@@ -275,13 +419,15 @@ class Accumulator:
             right: [batch, terms, columns], any strides.
             start: First coordinate of the matrix in the parameter.
             first: The row of the first sample.
+            total: [rows, columns], to which the sum of all samples' matrices is added.
 
         Returns:
             The rows in which a sum was NaN or infinite.
         """
         totals = self.totals[first : first + len(left)]
-        bad = self._core.add_outer(
-            name, list(shape), start, left, right, totals, self._threads
+        core, column = self._place(name)
+        bad = core.add_outer(
+            name, list(shape), start, left, right, totals, self._threads, column, total
         )
         return [first + row for row in bad]
 
@@ -305,7 +451,8 @@ class Accumulator:
         Returns:
             The rows in which a sum was NaN or infinite.
         """
-        return self._core.add_lookup(
+        core, column = self._place(name)
+        return core.add_lookup(
             name,
             list(shape),
             np.ascontiguousarray(indices),
@@ -313,16 +460,20 @@ class Accumulator:
             ignored,
             self.totals,
             self._threads,
+            column,
         )
 
+    def finish(self, totals: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Totals as rows, as the map says."""
+        return self._sketch._finish(totals)
+
     def rows(self) -> NDArray[np.float32]:
-        """The rows so far, rounded to float32.
+        """The rows so far, as float32.
 
         Raises:
             NotFiniteError: If one exceeds float32.
         """
-        with np.errstate(over="ignore"):
-            rows = self.totals.astype(np.float32)
+        rows = self.finish(self.totals)
         _arrays.finite("the sketch", rows)
         return rows
 

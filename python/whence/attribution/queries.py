@@ -20,12 +20,12 @@ from whence.errors import (
 )
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
+from whence.gradients.maps import map_of_store
 from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_in_store
 from whence.gradients.weights import State, digest, load, preserved, put
 from whence.search import Hits, Store
-from whence.sketch import Sketch
 
 
 def query(
@@ -94,7 +94,7 @@ def query(
         queries=queries,
         unbatched=unbatched,
     )
-    return store.search(rows, k, where=where, exclude=exclude, missing=missing, threads=threads)
+    return store.find(rows, k, where=where, exclude=exclude, missing=missing, threads=threads)
 
 
 def query_rows(
@@ -109,6 +109,8 @@ def query_rows(
     unbatched: Sequence[str] = (),
 ) -> NDArray[np.float32]:
     """[checkpoints, queries, dim] the sketched gradients of the queries; arguments as in `query`.
+
+    For a store with layout="factored", whose `find` takes them, rows of factors.
 
     Raises:
         WhenceError: As `query`.
@@ -133,7 +135,7 @@ def query_rows(
     refuse_tokens(reduction, tokens)
     loaded = _states(store, states)
     structure = structure_in_store(model, store.manifest.model, store.path)
-    sketch = Sketch.from_spec(store.manifest.sketch, threads=torch.get_num_threads())
+    rows = map_of_store(store.manifest.sketch, threads=torch.get_num_threads())
     hooks = Hooks(model, structure, strict=False)
     found = []
     random_state = torch.get_rng_state()
@@ -153,7 +155,7 @@ def query_rows(
                 found.append(
                     _rows(
                         hooks,
-                        Capture(structure, sketch, queries, patterns("unbatched", unbatched)),
+                        Capture(structure, rows, queries, patterns("unbatched", unbatched)),
                         closure,
                         reduction,
                         tokens,
@@ -187,10 +189,10 @@ def _rows(
             )
         loss.backward()  # type: ignore[no-untyped-call]
     capture.verify()
-    rows = capture.rows(own_loss_factor(reduction, capture.batch, tokens))
+    rows, norms = capture.rows(own_loss_factor(reduction, capture.batch, tokens))
     if capture.bad:
         raise not_finite([f"query {index}" for index in range(capture.batch)], capture.bad)
-    return rows
+    return rows if norms is None else capture.weighted(rows, norms)
 
 
 def _states(store: Store, states: Mapping[str, State] | None) -> Mapping[str, State] | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence.errors import CoverageError, LayerError, NotFiniteError
+from whence.factored import Factored, FactoredAccumulator
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
 from whence.sketch import Accumulator, Sketch
 
@@ -20,6 +21,9 @@ their norms, when all was computed in float32."""
 ROUNDED_TOLERANCE = 5e-2
 """The same under autocast, where the batch's own sum is rounded to 8 or 11 bits."""
 
+CHECKED = 512
+"""Width of the sketches by which factored rows are compared with the batch."""
+
 VISIBLE_SHARE = 0.03
 """The share of all parameters' norms that one parameter's is taken to have at least."""
 
@@ -29,7 +33,7 @@ class Capture:
 
     Args:
         structure: What is recorded.
-        sketch: The map.
+        rows: The map to rows.
         batch: Number of samples, if known; else that of the model's first tensor.
         unbatched: Patterns of embeddings whose output is shared by the batch.
         check: Whether to compare the samples' sums with the batch's own gradients: "no", "total"
@@ -39,7 +43,7 @@ class Capture:
     def __init__(
         self,
         structure: Structure,
-        sketch: Sketch,
+        rows: Sketch | Factored,
         batch: int | None,
         unbatched: Sequence[str] = (),
         *,
@@ -55,29 +59,34 @@ class Capture:
         self.shared: set[str] = set()
         self.failure: BaseException | None = None
         self.check = check
-        self._sketch = sketch
+        self._map = rows
+        # What samples and batch are compared by; factors of a batch cannot be.
+        self._checking = rows if isinstance(rows, Sketch) else Sketch(dim=CHECKED, threads=1)
         self._received: set[str] = set()
         self._outside: set[str] = set()
         self._samples: dict[str, Accumulator] = {}
         self._whole: dict[str, Accumulator] = {}
-        self._accumulator: Accumulator | None = None
+        self._accumulator: Accumulator | FactoredAccumulator | None = None
         if batch is not None:
             self.set_batch(batch)
 
     def set_batch(self, batch: int) -> None:
         """Fixes the number of samples."""
         self.batch = batch
-        self._accumulator = Accumulator(self._sketch, batch)
+        self._accumulator = self._map.accumulator(batch, self.structure.parameters)
 
     @property
-    def accumulator(self) -> Accumulator:
+    def accumulator(self) -> Accumulator | FactoredAccumulator:
         """The rows so far."""
         if self._accumulator is None:
             raise LayerError("the model must be called with a batch, got no layer that ran")
         return self._accumulator
 
     def add(
-        self, layer: str, parameter: Parameter, feed: Callable[[Accumulator], list[int]]
+        self,
+        layer: str,
+        parameter: Parameter,
+        feed: Callable[[Accumulator | FactoredAccumulator], list[int]],
     ) -> None:
         """Lets `feed` add to the rows, and keeps the books on it."""
         self.fired.add(parameter.name)
@@ -85,7 +94,7 @@ class Capture:
             self.bad.setdefault(row, layer or "the model")
         if self.check == "each":
             if parameter.name not in self._samples:
-                self._samples[parameter.name] = Accumulator(self._sketch, self.batch)
+                self._samples[parameter.name] = self._checked(parameter.name, self.batch)
             feed(self._samples[parameter.name])
 
     def guard(self, hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -118,7 +127,9 @@ class Capture:
             self._outside.add(parameter.name)
         elif self.check != "no" and parameter.name in self.structure.parameters:
             name = parameter.name if self.check == "each" else ""
-            whole = self._whole.setdefault(name, Accumulator(self._sketch, 1))
+            if name not in self._whole:
+                self._whole[name] = self._checked(name or None, 1)
+            whole = self._whole[name]
             gradient = gradient.detach()
             if gradient.is_sparse:
                 gradient = gradient.coalesce()
@@ -151,14 +162,43 @@ class Capture:
         if not self.bad:
             self._compare()
 
-    def rows(self, factor: float) -> NDArray[np.float32]:
-        """[batch, dim] the rows times `factor`; those that float32 does not hold go to `bad`."""
-        totals = self.accumulator.totals * factor
-        norms = np.linalg.norm(totals, axis=1)
+    def rows(self, factor: float) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """The rows times `factor`; those that float32 does not hold go to `bad`.
+
+        Returns:
+            [batch, width] rows, and [batch] the scales of rows that are factors, else None.
+        """
+        if isinstance(self.accumulator, FactoredAccumulator):
+            with np.errstate(over="ignore", invalid="ignore"):
+                rows, norms = self.accumulator.rows(factor)
+        else:
+            totals = self.accumulator.totals * factor
+            norms = np.linalg.norm(totals, axis=1)
         for row in np.flatnonzero(~(norms <= np.finfo(np.float32).max)):
             self.bad.setdefault(int(row), "the sum of all layers")
-        with np.errstate(over="ignore", invalid="ignore"):
-            return totals.astype(np.float32)
+        if isinstance(self.accumulator, FactoredAccumulator):
+            with np.errstate(over="ignore", invalid="ignore"):
+                return rows, norms.astype(np.float32)
+        return self.accumulator.finish(totals), None
+
+    def weighted(
+        self, rows: NDArray[np.float32], norms: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Factored rows whose products are multiplied with their norms."""
+        return self._map.weighted(rows, norms) if isinstance(self._map, Factored) else rows
+
+    def sketched(self, sketch: Sketch) -> NDArray[np.float64]:
+        """[batch, dim] the totals, as `sketch` has them: factored rows are sketched first."""
+        if isinstance(self.accumulator, Accumulator):
+            return self.accumulator.totals
+        rows, norms = self.accumulator.rows()
+        shapes = {name: each.shape for name, each in self.structure.parameters.items()}
+        return self.accumulator.map.sketched(rows, shapes, sketch) * norms[:, None]
+
+    def _checked(self, name: str | None, batch: int) -> Accumulator:
+        """Totals of one parameter, or of all if it is None, for a comparison."""
+        names = self.structure.parameters if name is None else [name]
+        return self._checking.accumulator(batch, names)
 
     def _compare(self) -> None:
         """Checks that the samples add up to the batch.
@@ -167,7 +207,9 @@ class Capture:
             CoverageError: If not: a parameter is used where its layer's rule cannot see.
         """
         tolerance = ROUNDED_TOLERANCE if self.rounded else EXACT_TOLERANCE
-        samples = self._samples if self.check == "each" else {"": self.accumulator}
+        samples = self._samples
+        if self.check == "total" and isinstance(self.accumulator, Accumulator):
+            samples = {"": self.accumulator}
         norms = {name: np.linalg.norm(each.totals, axis=1).sum() for name, each in samples.items()}
         # Some gradients are zero but for rounding (the bias of attention's keys, to which softmax
         # is blind): a difference also counts only if it is visible beside the whole gradient.
@@ -234,7 +276,11 @@ class LayerSink:
             lambda into: into.add_lookup(parameter.name, parameter.shape, places, array, ignored),
         )
 
-    def _feed(self, parameter: Parameter, feed: Callable[[Accumulator], list[int]]) -> None:
+    def _feed(
+        self,
+        parameter: Parameter,
+        feed: Callable[[Accumulator | FactoredAccumulator], list[int]],
+    ) -> None:
         self._capture.add(self._layer.name, parameter, feed)
 
 

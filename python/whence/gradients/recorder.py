@@ -26,9 +26,11 @@ from whence.errors import (
     WeightsError,
     WhenceError,
 )
+from whence.factored import Factored
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.hooks import Hooks, kept_gradients, refuse_batch_statistics
 from whence.gradients.layers import FUNCTIONAL
+from whence.gradients.maps import map_of
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_of
 from whence.gradients.verify import Verified, verify
@@ -88,9 +90,10 @@ class Recorder:
         model: nn.Module,
         path: str | os.PathLike[str],
         *,
-        dim: int,
-        seed: int,
-        sketch: str,
+        dim: int | None,
+        seed: int | None,
+        sketch: str | Sketch | None,
+        layout: str | None,
         dtype: str,
         reduction: str,
         layers: str | Sequence[str] | None,
@@ -106,7 +109,6 @@ class Recorder:
             raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
         if threads is None:
             threads = torch.get_num_threads()
-        self._sketch = Sketch(sketch, dim=dim, seed=seed, threads=threads)
         self._reduction = _arrays.choice("reduction", reduction, REDUCTIONS)
         self._nonfinite = _arrays.choice("nonfinite", nonfinite, ("error", "skip"))
         self._on_duplicate = _arrays.choice("on_duplicate", on_duplicate, ("error", "skip"))
@@ -131,7 +133,8 @@ class Recorder:
         self._open = False
         self._entered = False
         self._versions: int | None = None
-        wanted = Manifest(self._sketch.spec, dtype, reduction, self._structure.describe())
+        self._map, spec = map_of(self._structure, sketch, dim, seed, layout, threads)
+        wanted = Manifest(spec, dtype, reduction, self._structure.describe())
         self._writer = Writer(_arrays.path("path", path), wanted)
 
     @property
@@ -261,7 +264,7 @@ class Recorder:
             self._model,
             self._structure,
             self._hooks,
-            self._sketch,
+            self._map,
             self._reduction,
             closure,
             batch,
@@ -344,13 +347,13 @@ class Recorder:
             )
         batch = Batch(array)
         if not keep.any():
-            batch.rows = np.empty((0, self._sketch.dim), np.float32)
+            batch.rows = np.empty((0, self._writer.manifest.dim), np.float32)
             batch.stored = array[:0]
             with nullcontext() if self._weight_gradients else kept_gradients(self._model):
                 yield batch
             return
         capture = Capture(
-            self._structure, self._sketch, len(array), self._unbatched, check=self._check()
+            self._structure, self._map, len(array), self._unbatched, check=self._check()
         )
         self._busy = True
         try:
@@ -370,6 +373,8 @@ class Recorder:
         functional = any(layer.rule is FUNCTIONAL for layer in self._structure.layers)
         if functional or number & (number - 1) == 0:  # batches 1, 2, 4, 8 and so on
             return "each"
+        if isinstance(self._map, Factored):  # whose sum over the batch is a gradient of its own
+            return "no"
         return "total" if self._weight_gradients else "no"
 
     def _finish(
@@ -382,7 +387,7 @@ class Recorder:
     ) -> None:
         """Turns what was captured into stored rows."""
         capture.verify()
-        rows = capture.rows(factor)
+        rows, scales = capture.rows(factor)
         bad = [row for row in sorted(capture.bad) if keep[row]]
         if bad and self._nonfinite == "error":
             names = [f"id {id_!r}" for id_ in batch.ids.tolist()]
@@ -395,7 +400,10 @@ class Recorder:
         self._batches += not capture.bad  # a batch with NaN could not be compared
         batch.stored, batch.rows = batch.ids[good], rows[good]
         self._writer.append(
-            batch.stored, batch.rows, {name: column[good] for name, column in columns.items()}
+            batch.stored,
+            batch.rows,
+            {name: column[good] for name, column in columns.items()},
+            None if scales is None else scales[good],
         )
 
     def _check_idle(self, call: str) -> None:
@@ -502,9 +510,10 @@ def record(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    dim: int = 4096,
-    seed: int = 0,
-    sketch: str = "chunked_sjlt",
+    dim: int | None = None,
+    seed: int | None = None,
+    sketch: str | Sketch | None = None,
+    layout: str | None = None,
     dtype: str = "float16",
     reduction: str = "mean",
     layers: str | Sequence[str] | None = None,
@@ -527,9 +536,14 @@ def record(
             RMSNorm, GroupNorm, BatchNorm in evaluation mode, MultiheadAttention with batch_first,
             Hugging Face's Conv1D, and what `register_layer` teaches.
         path: The store's folder; made if it is not there.
-        dim: Width of a row.
-        seed: Seed of the sketch.
-        sketch: Kind of the sketch.
+        dim: Width of a row; None means 4096.
+        seed: Seed of the sketch; None means 0.
+        sketch: Kind of the sketch, None for "chunked_sjlt"; or a `Sketch` with all its settings,
+            then without dim, seed and layout.
+        layout: "global", the default: layers are summed into one row. "per_layer": each layer has
+            `dim` columns of its own. "factored": for models of Linear and norm layers that see one
+            position an example (multilayer perceptrons), the factors of each gradient are kept
+            exactly, inputs + outputs values a layer, and nothing is sketched.
         dtype: "float16" or "float32", the type of stored unit rows. float16 adds an error of
             about 2^-12 of the row's norm.
         reduction: How your loss combines the examples of a batch: "mean", "sum", or "token_mean"
@@ -576,6 +590,7 @@ def record(
         dim=dim,
         seed=seed,
         sketch=sketch,
+        layout=layout,
         dtype=dtype,
         reduction=reduction,
         layers=layers,

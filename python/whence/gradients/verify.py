@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
-from whence.gradients.capture import Capture
+from whence.factored import Factored
+from whence.gradients.capture import CHECKED, Capture
 from whence.gradients.hooks import Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.structure import Structure
 from whence.gradients.weights import preserved
-from whence.sketch import Accumulator, Sketch
+from whence.sketch import Sketch
 
 EXACT = 1e-4
 """Largest relative difference that float32 rounding explains."""
@@ -52,7 +53,7 @@ def verify(
     model: nn.Module,
     structure: Structure,
     hooks: Hooks,
-    sketch: Sketch,
+    target: Sketch | Factored,
     reduction: str,
     closure: Callable[..., Tensor],
     batch: Sequence[Any],
@@ -64,6 +65,8 @@ def verify(
         raise DtypeError(
             f"closure must be a function of the batch, got {_arrays.describe(closure)}"
         )
+    # Factored rows are compared as sketches of the gradients that they stand for.
+    sketch = target if isinstance(target, Sketch) else Sketch(dim=CHECKED, threads=1)
     counts = np.ones(2)
     if reduction == "token_mean":
         if tokens is None:
@@ -83,8 +86,10 @@ def verify(
             strict=True,
         )
     with _evaluating(model):
-        both, rounded = _recorded(structure, hooks, sketch, closure, pair, 2, unbatched)
-        alone, _ = _recorded(structure, hooks, sketch, closure, _slice(batch, 0, 1), 1, unbatched)
+        both, rounded = _recorded(structure, hooks, (target, sketch), closure, pair, 2, unbatched)
+        alone, _ = _recorded(
+            structure, hooks, (target, sketch), closure, _slice(batch, 0, 1), 1, unbatched
+        )
     tolerance = ROUNDED if rounded or any(own) else EXACT
     given = counts if reduction == "token_mean" else None
     rows = both * own_loss_factor(reduction, 2, given)
@@ -128,7 +133,7 @@ def _exact(
         gradients = torch.autograd.grad(
             loss, [parameter.tensor for parameter in parameters], allow_unused=True
         )
-    accumulator = Accumulator(sketch, 1)
+    accumulator = sketch.accumulator(1, structure.parameters)
     rounded = loss.dtype in (torch.float16, torch.bfloat16)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
@@ -142,18 +147,19 @@ def _exact(
 def _recorded(
     structure: Structure,
     hooks: Hooks,
-    sketch: Sketch,
+    maps: tuple[Sketch | Factored, Sketch],
     closure: Callable[..., Tensor],
     batch: Sequence[Any],
     count: int,
     unbatched: Sequence[str],
 ) -> tuple[NDArray[np.float64], bool]:
     """What the hooks make of a batch, and whether a layer computed in 16 bits."""
-    capture = Capture(structure, sketch, count, unbatched, check="each")
+    target, sketch = maps
+    capture = Capture(structure, target, count, unbatched, check="each")
     with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
         _loss(closure, batch).backward()  # type: ignore[no-untyped-call]
     capture.verify()
-    return capture.accumulator.totals, capture.rounded
+    return capture.sketched(sketch), capture.rounded
 
 
 def _loss(closure: Callable[..., Tensor], batch: Sequence[Any]) -> Tensor:

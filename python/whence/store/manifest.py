@@ -65,7 +65,9 @@ class Manifest:
     """All that a store says about itself.
 
     Attributes:
-        sketch: kind, dim, seed and hash_version of the map.
+        sketch: The map of the rows: kind, dim, seed, hash_version and what else is not the
+            default; for a map with a part of the row for each layer also their names; or
+            layout="factored" and the segments of a row.
         dtype: "float16" or "float32", the type of stored unit rows.
         reduction: How the recorded loss combined its examples.
         model: digest and parameters of the recorded model.
@@ -89,7 +91,14 @@ class Manifest:
     @property
     def dim(self) -> int:
         """The width of a row."""
-        return int(self.sketch["dim"])
+        if self.is_factored:
+            return sum(segment["left"] + segment["right"] for segment in self.sketch["segments"])
+        return int(self.sketch["dim"]) * len(self.sketch.get("layers", [""]))
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether rows hold factors of gradients instead of sketches."""
+        return self.sketch.get("layout") == "factored"
 
     def save(self, folder: Path, number: int) -> None:
         """Commits: the manifest appears whole, or not at all."""
@@ -181,8 +190,8 @@ class Manifest:
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
-        if not isinstance(self.sketch["dim"], int) or not 1 <= self.dim <= _core.MAX_DIM:
-            raise ValueError(f"dim must be from 1 to {_core.MAX_DIM}, got {self.sketch['dim']}")
+        if not 1 <= self.dim <= _core.MAX_DIM:
+            raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():

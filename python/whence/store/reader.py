@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from whence import _arrays, _core
 from whence._arrays import Ids, describe
-from whence.errors import ArgumentError, CheckpointError, DtypeError, IdError, StoreError
+from whence.errors import (
+    ArgumentError,
+    CheckpointError,
+    DtypeError,
+    IdError,
+    MismatchError,
+    StoreError,
+)
 from whence.store.files import data_offset, read_array, read_strings, store_errors
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, Shard
 
@@ -140,7 +147,13 @@ class Reader:
             IdError: If an id is not in the store, or lacks the checkpoint.
             CheckpointError: If the checkpoint is not in the store, or not named and not the only
                 one.
+            MismatchError: If the store holds factors.
         """
+        if self.manifest.is_factored:
+            raise MismatchError(
+                "rows must be read from a store of sketches, got one with layout='factored', "
+                f"whose rows are factors: {self.path}"
+            )
         numbers = self.row_numbers(missing="keep")[self.checkpoint_index(checkpoint)]
         if ids is not None:
             numbers = numbers[self.positions("ids", ids)]

@@ -178,17 +178,27 @@ class Writer:
             found[name] = columns[name].astype(np.float64) if kind != there else columns[name]
         return found
 
-    def append(self, ids: Ids, rows: NDArray[np.float32], columns: dict[str, NDArray[Any]]) -> None:
+    def append(
+        self,
+        ids: Ids,
+        rows: NDArray[np.float32],
+        columns: dict[str, NDArray[Any]],
+        scales: NDArray[np.float32] | None = None,
+    ) -> None:
         """Takes rows of the current checkpoint; commits now and then.
 
         Args:
             ids: [rows] new ids.
             rows: [rows, dim] finite values of finite norm.
             columns: [rows] each, as `check_columns` returned them.
+            scales: [rows] what the rows are to be multiplied with, if they are scaled already.
         """
         if not len(ids):
             return
-        stored, scales = _core.encode(rows, self.manifest.dtype == "float16")
+        if scales is None:
+            stored, scales = _core.encode(rows, self.manifest.dtype == "float16")
+        else:
+            stored = rows.astype(self.manifest.dtype)
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
         if self.manifest.columns is None:
@@ -341,11 +351,10 @@ def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
     Raises:
         MismatchError: If it is not; says in what.
     """
-    for name, there in found.sketch.items():
-        if wanted.sketch.get(name) != there:
-            raise MismatchError(
-                f"{name} must be {there!r} as in the store {path}, got {wanted.sketch.get(name)!r}"
-            )
+    for name in [*found.sketch, *wanted.sketch]:
+        there, here = (each.sketch.get(name, "the default") for each in (found, wanted))
+        if here != there:
+            raise MismatchError(f"{name} must be {there!r} as in the store {path}, got {here!r}")
     if wanted.dtype not in DTYPES or found.dtype != wanted.dtype:
         raise MismatchError(
             f"dtype must be {found.dtype!r} as in the store {path}, got {wanted.dtype!r}"

@@ -151,6 +151,56 @@ pub struct Request<'a> {
     pub k: usize,
     /// For each query the examples it must not return, in rising order; empty for none at all.
     pub excluded: &'a [Vec<u64>],
+    /// The parts of factored rows, in order: the lengths of a left and a right factor, or 0 and the
+    /// length of a part that is no product. Empty for rows whose score is their inner product.
+    pub segments: &'a [(usize, usize)],
+}
+
+/// Inner products of rows with queries, or of factored rows part by part.
+struct Products<'a> {
+    set: InstructionSet,
+    dim: usize,
+    segments: &'a [(usize, usize)],
+    /// Columns of the rows, of the queries, and their products.
+    columns: [Vec<f32>; 2],
+    factors: [Vec<f32>; 2],
+}
+
+impl<'a> Products<'a> {
+    fn new(set: InstructionSet, dim: usize, segments: &'a [(usize, usize)]) -> Self {
+        Self { set, dim, segments, columns: Default::default(), factors: Default::default() }
+    }
+
+    /// `out[r * queries + q]`: the product of every row with every query. The sum over segments of
+    /// (left . left') (right . right'), where there are segments.
+    fn of(&mut self, rows: &[f32], queries: &[f32], out: &mut [f32]) {
+        if self.segments.is_empty() {
+            self.set.dots(rows, queries, self.dim, out);
+            return;
+        }
+        let mut at = 0;
+        for &(left, right) in self.segments {
+            let mut sides = [at..at + left, at + left..at + left + right];
+            at += left + right;
+            for (side, factor) in sides.iter_mut().zip(&mut self.factors) {
+                factor.clear();
+                factor.resize(out.len(), 1.0);
+                if side.is_empty() {
+                    continue;
+                }
+                for (columns, all) in self.columns.iter_mut().zip([rows, queries]) {
+                    columns.clear();
+                    for row in all.chunks_exact(self.dim) {
+                        columns.extend_from_slice(&row[side.clone()]);
+                    }
+                }
+                self.set.dots(&self.columns[0], &self.columns[1], side.len(), factor);
+            }
+            for (out, (left, right)) in out.iter_mut().zip(self.factors[0].iter().zip(&self.factors[1])) {
+                *out += left * right;
+            }
+        }
+    }
 }
 
 /// The `k` examples with the largest and the `k` with the smallest scores, for each query.
@@ -181,7 +231,7 @@ pub fn ends(
         examples.div_ceil(step),
         threads,
         asker,
-        || State { sieves: vec![Sieve::default(); count], ..State::default() },
+        || State::new(count, Products::new(set, dim, request.segments)),
         |state, job, watch| {
             let first = job * step;
             let here = step.min(examples - first);
@@ -190,7 +240,7 @@ pub fn ends(
             state.scores.resize(here * count, 0.0);
             for checkpoint in 0..checkpoints {
                 let numbers = &request.rows[checkpoint * examples + first..][..here];
-                let State { values, scales, cursor, scores, products, .. } = state;
+                let State { values, scales, cursor, scores, products, of, .. } = state;
                 rows.read(numbers, values, scales, cursor)?;
                 let queries = &request.queries[checkpoint * count * dim..][..count * dim];
                 for (index, queries) in queries.chunks(group * dim).enumerate() {
@@ -198,7 +248,7 @@ pub fn ends(
                     let width = queries.len() / dim;
                     products.clear();
                     products.resize(here * width, 0.0);
-                    set.dots(values, queries, dim, products);
+                    of.of(values, queries, products);
                     for ((scores, products), scale) in
                         scores.chunks_mut(count).zip(products.chunks(width)).zip(scales.iter())
                     {
@@ -269,6 +319,13 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
             request.excluded.len(),
         ));
     }
+    let widths = request.segments.iter().try_fold(0usize, |sum, &(left, right)| {
+        sum.checked_add(left)?.checked_add(right)
+    });
+    if !request.segments.is_empty() && widths != Some(rows.dim) {
+        let must = format!("parts of {} columns together", rows.dim);
+        return Err(Error::shape("segments", must, format!("{:?}", request.segments)));
+    }
     if let Some(at) = request.queries.iter().position(|value| !value.is_finite()) {
         return Err(Error::NotFinite {
             argument: "queries",
@@ -280,14 +337,28 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
 }
 
 /// What a worker keeps between blocks.
-#[derive(Default)]
-struct State {
+struct State<'a> {
+    of: Products<'a>,
     values: Vec<f32>,
     scales: Vec<f32>,
     cursor: Cursor,
     products: Vec<f32>,
     scores: Vec<f32>,
     sieves: Vec<Sieve>,
+}
+
+impl<'a> State<'a> {
+    fn new(queries: usize, of: Products<'a>) -> Self {
+        Self {
+            of,
+            values: Vec::new(),
+            scales: Vec::new(),
+            cursor: Cursor::default(),
+            products: Vec::new(),
+            scores: Vec::new(),
+            sieves: vec![Sieve::default(); queries],
+        }
+    }
 }
 
 /// Larger score first, then lower example.
@@ -416,7 +487,7 @@ mod tests {
                 (0..count as u64).map(|q| (q % 4..examples as u64).step_by(5).collect()).collect();
             let rows = Rows::new(files, scales.clone(), dim).unwrap();
             let request =
-                Request { rows: &order, examples, queries: &queries, count, k, excluded: &excluded };
+                Request { rows: &order, examples, queries: &queries, count, k, excluded: &excluded, segments: &[] };
             let found = ends(&rows, &request, threads, &Asker::new(&never)).unwrap();
             prop_assert_eq!(found.len(), count);
             for (query, found) in found.into_iter().enumerate() {
@@ -442,6 +513,40 @@ mod tests {
     }
 
     #[test]
+    fn factored_rows_are_multiplied_part_by_part() {
+        // (2 x 3) outer product, 2 plain values, (1 x 1) outer product: whole numbers, exact.
+        let segments = [(2, 3), (0, 2), (1, 1)];
+        let number = |seed: usize| ((seed * 7 + 3) % 11) as f32 - 5.0;
+        let values: Vec<f32> = (0..20 * 9).map(number).collect();
+        let queries: Vec<f32> = (0..2 * 9).map(|i| number(i * i + 1)).collect();
+        let (file, _written) = file(&values, 9);
+        let rows = Rows::new(vec![file], vec![2.0; 20], 9).unwrap();
+        let order: Vec<u64> = (0..20).collect();
+        let mut request = Request {
+            rows: &order,
+            examples: 20,
+            queries: &queries,
+            count: 2,
+            k: 20,
+            excluded: &[],
+            segments: &segments,
+        };
+        let found = ends(&rows, &request, 2, &Asker::new(&never)).unwrap();
+        for (found, query) in found.iter().zip(queries.chunks(9)) {
+            for hit in &found.largest {
+                let row = &values[hit.example as usize * 9..][..9];
+                let dot = |from: usize, to: usize| -> f32 {
+                    row[from..to].iter().zip(&query[from..to]).map(|(x, y)| x * y).sum()
+                };
+                let score = dot(0, 2) * dot(2, 5) + dot(5, 7) + dot(7, 8) * dot(8, 9);
+                assert_eq!(hit.score, 2.0 * score + 0.0);
+            }
+        }
+        request.segments = &[(2, 3), (0, usize::MAX)];
+        assert!(ends(&rows, &request, 1, &Asker::new(&never)).is_err());
+    }
+
+    #[test]
     fn overflow_and_nan_are_errors() {
         let (file, _written) = file(&[1.0, 1.0], 1);
         let rows = Rows::new(vec![file], vec![f32::MAX, 1.0], 1).unwrap();
@@ -453,6 +558,7 @@ mod tests {
                 count: 1,
                 k: 1,
                 excluded: &[],
+                segments: &[],
             };
             let found = ends(&rows, &request, 1, &Asker::new(&never));
             assert!(matches!(found, Err(Error::NotFinite { .. })));

@@ -51,6 +51,7 @@ impl Rows {
         values.into_pyarray(py).reshape([numbers.len(), self.dim])
     }
 
+    #[pyo3(signature = (rows, queries, k, excluded, threads, segments=vec![]))]
     fn ends<'py>(
         &self,
         py: Python<'py>,
@@ -59,6 +60,7 @@ impl Rows {
         k: usize,
         excluded: Vec<Vec<u64>>,
         threads: usize,
+        segments: Vec<(usize, usize)>,
     ) -> PyResult<(Side<'py>, Side<'py>)> {
         let (examples, count) = (rows.shape()[1], queries.shape()[1]);
         if queries.shape()[2] != self.dim || queries.shape()[0] != rows.shape()[0] {
@@ -68,7 +70,8 @@ impl Rows {
         }
         let rows = rows.as_slice().map_err(|_| not_contiguous(py, "rows"))?;
         let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
-        let request = Request { rows, examples, queries, count, k, excluded: &excluded };
+        let (excluded, segments) = (&excluded, &segments);
+        let request = Request { rows, examples, queries, count, k, excluded, segments };
         let found = compute(py, |asker| search::ends(&self.rows, &request, threads, asker))?;
         Ok((side(py, &found, |ends| &ends.largest)?, side(py, &found, |ends| &ends.smallest)?))
     }

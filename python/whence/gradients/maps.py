@@ -1,0 +1,127 @@
+"""The map from the gradients of a model to rows: chosen once, then read from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from whence import _arrays
+from whence.errors import ArgumentError, DtypeError, LayerError, MismatchError
+from whence.factored import LAYOUT, Factored, Segment
+from whence.gradients.structure import Structure
+from whence.sketch import LAYOUTS, Sketch
+
+FACTORS = ("linear", "conv1d_transposed")
+"""Rules of layers whose gradient is one outer product a position."""
+
+_WHOLE = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
+"""Rules of layers whose parameters are so small that they are kept as they are."""
+
+
+def map_of(
+    structure: Structure,
+    sketch: str | Sketch | None,
+    dim: int | None,
+    seed: int | None,
+    layout: str | None,
+    threads: int,
+) -> tuple[Sketch | Factored, dict[str, Any]]:
+    """The map that `record` was asked for, and what a manifest says of it.
+
+    Raises:
+        ArgumentError: If arguments do not go together.
+        LayerError: If a layer has no factors, for layout="factored".
+        MismatchError: If rows would be wider than the core allows.
+    """
+    if layout is not None:
+        _arrays.choice("layout", layout, (*LAYOUTS, LAYOUT))
+    if layout == LAYOUT:
+        for name, value in (("sketch", sketch), ("dim", dim), ("seed", seed)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{name} must be None for layout='factored', which keeps factors as they are, "
+                    f"got {value!r}"
+                )
+        factored = Factored(_segments(structure))
+        return factored, factored.spec
+    if isinstance(sketch, Sketch):
+        for name, value in (("dim", dim), ("seed", seed), ("layout", layout)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{name} must be None where sketch is a Sketch, which has its own, "
+                    f"got {value!r}"
+                )
+    elif sketch is None or isinstance(sketch, str):
+        sketch = Sketch(
+            "chunked_sjlt" if sketch is None else sketch,
+            dim=4096 if dim is None else dim,
+            seed=0 if seed is None else seed,
+            layout="global" if layout is None else layout,
+        )
+    else:
+        raise DtypeError(
+            f"sketch must be the name of a kind or a Sketch, got {_arrays.describe(sketch)}"
+        )
+    sketch = sketch.resolved(structure.parameters).with_threads(threads)
+    spec = sketch.spec
+    if sketch.layout == "per_layer":
+        spec["layers"] = sketch.layers(structure.parameters)
+    return sketch, spec
+
+
+def map_of_store(spec: Mapping[str, Any], threads: int) -> Sketch | Factored:
+    """The map that a store says its rows were made with.
+
+    Raises:
+        MismatchError: If this version of whence does not have that map.
+    """
+    if spec.get("layout") == LAYOUT:
+        return Factored.from_spec(spec)
+    return Sketch.from_spec(
+        {name: value for name, value in spec.items() if name != "layers"}, threads=threads
+    )
+
+
+def _segments(structure: Structure) -> list[Segment]:
+    """The parts of a factored row, in the order of the parameters.
+
+    Raises:
+        LayerError: If a layer is neither linear nor a norm, or a weight is in two places.
+        MismatchError: If biases and weights are tied in a way that has no factors.
+    """
+    found: dict[str, Segment] = {}
+    for layer in structure.layers:
+        kind = layer.rule.kind
+        if kind not in FACTORS and kind not in _WHOLE and not kind.startswith("registered:"):
+            raise LayerError(
+                "layout='factored' must be used with Linear and norm layers, got "
+                f"{layer.name or 'the model'} ({type(layer.module).__name__}); choose layers=, or "
+                "use layout='global'"
+            )
+        weight = layer.parameters.get("weight") if kind in FACTORS else None
+        bias = layer.parameters.get("bias") if weight is not None else None
+        for parameter in layer.parameters.values():
+            if parameter.name in found or (weight and parameter is bias):
+                if parameter.name in found:
+                    raise MismatchError(
+                        "layout='factored' must be used without tied parameters, got "
+                        f"{parameter.name} in two layers; use layout='global'"
+                    )
+                continue
+            if parameter is not weight:
+                found[parameter.name] = Segment(parameter.name, 0, parameter.tensor.numel())
+                continue
+            left, right = parameter.shape
+            transposed = kind == "conv1d_transposed"
+            one = int(bias is not None)
+            found[parameter.name] = Segment(
+                parameter.name,
+                left + one * transposed,
+                right + one * (not transposed),
+                None if bias is None else bias.name,
+                transposed,
+            )
+    biases = [segment.bias for segment in found.values() if segment.bias is not None]
+    if len(set(biases)) < len(biases) or set(biases) & set(found):
+        raise MismatchError("layout='factored' must be used without tied parameters, got biases")
+    return [found[name] for name in sorted(found)]
