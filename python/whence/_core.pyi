@@ -4,7 +4,17 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HASH_VERSION", "MAX_DIM", "Rows", "Sketch", "encode", "instruction_set"]
+__all__ = [
+    "HASH_VERSION",
+    "MAX_DIM",
+    "Rows",
+    "Sketch",
+    "crc32",
+    "encode",
+    "encode_factors",
+    "instruction_set",
+    "norm_gradients",
+]
 
 HASH_VERSION: Final[int]
 """Version of the definition of randomness; rows of different versions do not compare."""
@@ -16,6 +26,24 @@ def instruction_set() -> str:
 
 def encode(rows: NDArray[np.float32], half: bool) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Unit rows, float16 if `half` else float32, and the scale of each row."""
+
+def encode_factors(
+    parts: list[tuple[NDArray[np.float32] | None, NDArray[np.float32], tuple[bool, bool]]],
+    half: bool,
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Rows of factors of unit gradients, and the gradients' norms."""
+
+def norm_gradients(
+    values: NDArray[np.float32],
+    delta: NDArray[np.float32],
+    epsilon: float,
+    centred: bool,
+    threads: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """[batch, width] gradients of the weight and of the bias of a norm over the last dimension."""
+
+def crc32(bytes: NDArray[np.uint8], before: int) -> int:
+    """The CRC-32 of bytes that follow others; before is 0 for the first."""
 
 @final
 class Sketch:
@@ -47,6 +75,7 @@ class Sketch:
         threads: int,
         first: int = 0,
         sum: NDArray[np.float32] | None = None,
+        bias: tuple[str, list[int], int] | None = None,
     ) -> list[int]: ...
     def add_lookup(
         self,

@@ -158,7 +158,7 @@ class FactoredAccumulator:
         """Takes [batch, values] of one parameter.
 
         Returns:
-            The rows in which a value is NaN or infinite.
+            Nothing yet: the norms say which rows are not finite.
         """
         return self._take(name, math.prod(shape), start, (values,))
 
@@ -171,6 +171,7 @@ class FactoredAccumulator:
         start: int = 0,
         first: int = 0,
         total: NDArray[np.float32] | None = None,
+        bias: tuple[str, list[int], int] | None = None,
     ) -> list[int]:
         """Takes the factors [batch, 1, rows] and [batch, 1, columns] of one parameter.
 
@@ -182,9 +183,10 @@ class FactoredAccumulator:
             start: First coordinate of the matrix in the parameter; 0.
             first: The row of the first sample; 0.
             total: [rows, columns], to which the sum of all samples' matrices is added.
+            bias: A parameter whose gradient is the left factor, which is kept anyway.
 
         Returns:
-            The rows in which a value is NaN or infinite.
+            Nothing yet: the norms say which rows are not finite.
 
         Raises:
             LayerError: If there are several positions.
@@ -217,54 +219,43 @@ class FactoredAccumulator:
                 f"a second use of {name}; use layout='global'"
             )
         self._given[name] = values
-        bad = np.zeros(self._batch, np.bool_)
-        for each in values:
-            bad |= ~np.isfinite(each).all(axis=1)
-        return np.flatnonzero(bad).tolist()
+        return []
 
-    def rows(self, factor: float = 1.0) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    def rows(
+        self, factor: float = 1.0, dtype: str = "float32"
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
         """The rows times `factor`, of unit gradients, and the norms of the gradients.
+
+        Args:
+            factor: What the gradients are multiplied with.
+            dtype: "float16" or "float32".
 
         Returns:
             [batch, width] rows r such that the inner product of two gradients is the sum over
-            segments of the products of their factors, times both norms; and [batch] norms.
+            segments of the products of their factors, times both norms; and [batch] norms, NaN or
+            infinite where a value is.
         """
-        parts: list[tuple[Any, ...]] = []
-        norms = np.zeros(self._batch)
-        for segment in self.map.segments:
-            part = self._part(segment)
-            sizes = [np.linalg.norm(each.astype(np.float64), axis=1) for each in part]
-            size = np.prod(sizes, axis=0)
-            norms += size**2
-            parts.append((part, sizes, size))
-        norms = np.sqrt(norms)
-        unit = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-        rows = np.empty((self._batch, self.map.width), np.float32)
-        at = 0
-        for part, sizes, size in parts:
-            for each, length in zip(part, sizes, strict=True):
-                # Both factors get the same norm: the root of their product's share of the whole.
-                wanted = np.sqrt(size * unit) if len(part) == 2 else size * unit
-                scale = np.divide(wanted, length, out=np.zeros_like(length), where=length > 0)
-                rows[:, at : at + each.shape[1]] = each * scale[:, None]
-                at += each.shape[1]
-        return rows, norms * abs(factor)
+        parts = [self._part(segment) for segment in self.map.segments]
+        rows, norms = _core.encode_factors(parts, dtype == "float16")
+        return rows, norms.astype(np.float64) * abs(factor)
 
-    def _part(self, segment: Segment) -> tuple[NDArray[np.float32], ...]:
-        """The factors of a segment, or the values of a parameter that is kept as it is."""
+    def _part(
+        self, segment: Segment
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32], tuple[bool, bool]]:
+        """The factors of a segment, and which of them a one follows; zeros where none came."""
         given = self._given.get(segment.parameter)
-        bias = None if segment.bias is None else self._given.get(segment.bias)
         if not segment.left:
             zeros = np.zeros((self._batch, segment.right), np.float32)
-            return (given[0].reshape(self._batch, -1) if given is not None else zeros,)
+            right = zeros if given is None else given[0].reshape(self._batch, -1)
+            return None, right, (False, False)
+        ones = (
+            segment.bias is not None and segment.transposed,
+            segment.bias is not None and not segment.transposed,
+        )
         if given is None:
-            left = np.zeros((self._batch, segment.left), np.float32)
-            return left, np.zeros((self._batch, segment.right), np.float32)
-        left, right = given
-        if segment.bias is not None:
-            one = np.full((self._batch, 1), bias is not None, np.float32)
-            if segment.transposed:
-                left = np.concatenate([left, one], axis=1)
-            else:
-                right = np.concatenate([right, one], axis=1)
-        return left, right
+            return (
+                np.zeros((self._batch, segment.left - ones[0]), np.float32),
+                np.zeros((self._batch, segment.right - ones[1]), np.float32),
+                ones,
+            )
+        return given[0], given[1], ones

@@ -409,6 +409,7 @@ class Accumulator:
         start: int = 0,
         first: int = 0,
         total: NDArray[np.float32] | None = None,
+        bias: tuple[str, list[int], int] | None = None,
     ) -> list[int]:
         """Adds, for each sample, the matrix Σ_t left[t] right[t]ᵀ at the coordinates from `start`.
 
@@ -420,6 +421,8 @@ class Accumulator:
             start: First coordinate of the matrix in the parameter.
             first: The row of the first sample.
             total: [rows, columns], to which the sum of all samples' matrices is added.
+            bias: Name, shape and first coordinate of a parameter of the same kind and layer, to
+                which Σ_t left[t] is added.
 
         Returns:
             The rows in which a sum was NaN or infinite.
@@ -427,7 +430,7 @@ class Accumulator:
         totals = self.totals[first : first + len(left)]
         core, column = self._place(name)
         bad = core.add_outer(
-            name, list(shape), start, left, right, totals, self._threads, column, total
+            name, list(shape), start, left, right, totals, self._threads, column, total, bias
         )
         return [first + row for row in bad]
 

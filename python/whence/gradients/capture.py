@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from whence.errors import CoverageError, LayerError, NotFiniteError
 from whence.factored import Factored, FactoredAccumulator
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
 from whence.sketch import Accumulator, Sketch
+
+Guarded = TypeVar("Guarded")
 
 EXACT_TOLERANCE = 1e-3
 """Largest difference between a batch's gradient and its samples' sum, as a share of the sum of
@@ -87,9 +90,10 @@ class Capture:
         layer: str,
         parameter: Parameter,
         feed: Callable[[Accumulator | FactoredAccumulator], list[int]],
+        *others: Parameter,
     ) -> None:
-        """Lets `feed` add to the rows, and keeps the books on it."""
-        self.fired.add(parameter.name)
+        """Lets `feed` add to the rows, and keeps the books on it and on `others` it adds too."""
+        self.fired.update(each.name for each in (parameter, *others))
         for row in feed(self.accumulator):
             self.bad.setdefault(row, layer or "the model")
         if self.check == "each":
@@ -97,17 +101,17 @@ class Capture:
                 self._samples[parameter.name] = self._checked(parameter.name, self.batch)
             feed(self._samples[parameter.name])
 
-    def guard(self, hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def guard(self, hook: Callable[..., Guarded]) -> Callable[..., Guarded]:
         """`hook`, whose failure is remembered: rows that it left partial are never stored."""
 
-        def guarded(delta: Tensor) -> None:
+        def guarded(delta: Tensor, *rest: Any) -> Guarded:
             try:
                 if torch.is_grad_enabled():
                     raise LayerError(
                         "backward must be without create_graph=True inside a batch, got gradients "
                         "of gradients, which are not recorded"
                     )
-                hook(delta)
+                return hook(delta, *rest)
             except BaseException as error:
                 self.failure = error
                 raise
@@ -162,24 +166,32 @@ class Capture:
         if not self.bad:
             self._compare()
 
-    def rows(self, factor: float) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    def rows(
+        self, factor: float, dtype: str = "float32"
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """The rows times `factor`; those that float32 does not hold go to `bad`.
+
+        Args:
+            factor: What turns a row into the gradient of its own loss.
+            dtype: Type of the rows, if they are factors.
 
         Returns:
             [batch, width] rows, and [batch] the scales of rows that are factors, else None.
         """
-        if isinstance(self.accumulator, FactoredAccumulator):
-            with np.errstate(over="ignore", invalid="ignore"):
-                rows, norms = self.accumulator.rows(factor)
-        else:
-            totals = self.accumulator.totals * factor
-            norms = np.linalg.norm(totals, axis=1)
+        scales = None
+        with np.errstate(over="ignore", invalid="ignore"):
+            if isinstance(self.accumulator, FactoredAccumulator):
+                rows, norms = self.accumulator.rows(factor, dtype)
+                scales = norms.astype(np.float32)
+            else:
+                totals = self.accumulator.totals
+                if factor != 1.0:
+                    totals *= factor
+                norms = np.sqrt(np.einsum("ij,ij->i", totals, totals))
+                rows = self.accumulator.finish(totals)
         for row in np.flatnonzero(~(norms <= np.finfo(np.float32).max)):
             self.bad.setdefault(int(row), "the sum of all layers")
-        if isinstance(self.accumulator, FactoredAccumulator):
-            with np.errstate(over="ignore", invalid="ignore"):
-                return rows, norms.astype(np.float32)
-        return self.accumulator.finish(totals), None
+        return rows, scales
 
     def weighted(
         self, rows: NDArray[np.float32], norms: NDArray[np.float32]
@@ -194,6 +206,14 @@ class Capture:
         rows, norms = self.accumulator.rows()
         shapes = {name: each.shape for name, each in self.structure.parameters.items()}
         return self.accumulator.map.sketched(rows, shapes, sketch) * norms[:, None]
+
+    def is_fused(self, weight: str, bias: str) -> bool:
+        """Whether a bias may be summed where its weight is: if both have one map, in one part."""
+        if self.check == "each":  # which compares them one by one
+            return False
+        return not isinstance(self._map, Sketch) or (
+            self._map.kind_of(weight) == self._map.kind_of(bias)
+        )
 
     def _checked(self, name: str | None, batch: int) -> Accumulator:
         """Totals of one parameter, or of all if it is None, for a comparison."""
@@ -255,16 +275,59 @@ class LayerSink:
         array = to_array(values).reshape(self.batch, -1)
         self._feed(parameter, lambda into: into.add(parameter.name, parameter.shape, array, start))
 
-    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, first: int = 0) -> None:
+    def outer(
+        self,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        start: int = 0,
+        first: int = 0,
+        *,
+        total: NDArray[np.float32] | None = None,
+    ) -> None:
         """Takes Σ_t left[t] right[t]ᵀ of the samples from `first` on."""
         parameter = self._layer.parameters[name]
         arrays = to_array(left), to_array(right)
         self._feed(
             parameter,
             lambda into: into.add_outer(
-                parameter.name, parameter.shape, *arrays, start=start, first=first
+                parameter.name, parameter.shape, *arrays, start=start, first=first, total=total
             ),
         )
+
+    def linear(
+        self,
+        left: Tensor,
+        right: Tensor,
+        weight: str,
+        bias: str,
+        start: int = 0,
+        row: int = 0,
+        *,
+        total: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Takes Σ_t left[t] right[t]ᵀ of a weight, and Σ_t left[t] of a bias, as far as wanted.
+
+        The sum of all samples' matrices is added to `total`.
+        """
+        parameters = self._layer.parameters
+        if weight in parameters and bias in parameters and self._capture.is_fused(weight, bias):
+            one, other = parameters[weight], parameters[bias]
+            arrays = to_array(left), to_array(right)
+            beside = (other.name, list(other.shape), row)
+            self._capture.add(
+                self._layer.name,
+                one,
+                lambda into: into.add_outer(
+                    one.name, one.shape, *arrays, start, total=total, bias=beside
+                ),
+                other,
+            )
+            return
+        if weight in parameters:
+            self.outer(weight, left, right, start, total=total)
+        if bias in parameters:
+            self.flat(bias, left.sum(1, dtype=torch.float32), row)
 
     def lookup(self, name: str, indices: Tensor, values: Tensor, ignored: int | None) -> None:
         """Takes values[t] for row indices[t]."""

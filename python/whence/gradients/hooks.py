@@ -30,6 +30,9 @@ from whence.gradients.layers import ATTENTION, FUNCTIONAL
 from whence.gradients.structure import Layer, Parameter, Structure
 from whence.gradients.weights import preserved
 
+FEW_TERMS = 8
+"""Positions a sample below which a batch's weight gradient is not summed from its samples'."""
+
 
 class _Hook:
     """A hook of one module: a copy of the module, or a saved one, has one that does nothing."""
@@ -49,6 +52,23 @@ class _Hook:
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
     """What a copied hook does."""
+
+
+class _FromSamples(torch.autograd.Function):
+    """The output of a layer, whose weight gradient comes with the samples' gradients.
+
+    The layer itself runs with weights that take no gradient; here they join the graph again, so
+    that autograd, its hooks and optimizers see the gradient as if the layer had computed it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weight: Tensor, bias: Any, gradients: Any) -> Tensor:
+        ctx.gradients = gradients
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> Any:
+        return (delta, *ctx.gradients(delta, *ctx.needs_input_grad[1:3]), None)
 
 
 class _Before:
@@ -267,10 +287,11 @@ class Hooks:
             capture = self._live()
             if capture is None:
                 return
+            spared = self._without or self._joins(capture, layer, args)
             tensors: list[Tensor] = [
                 parameter.tensor
                 for parameter in layer.parameters.values()
-                if self._without and parameter.tensor.requires_grad
+                if spared and parameter.tensor.requires_grad
             ]
             projections = None
             if layer.rule is ATTENTION:
@@ -297,7 +318,7 @@ class Hooks:
         def release(module: nn.Module, args: Any, output: Any) -> None:
             if self._quiet:
                 return
-            if self._running and self._running[-1][0] is layer:
+            if self._running and self._running[-1][0] is layer:  # else `_join` has done it
                 self._let_go()
 
         return release
@@ -338,6 +359,9 @@ class Hooks:
                 feed = self._functional(capture, layer, inputs[0])
                 return self._watch(capture, layer, (), output, feed)
             inputs = tuple(_kept(each, output) for each in inputs)
+            running = [tensors for each, tensors, _ in self._running[-1:] if each is layer]
+            if not self._without and running and running[0]:
+                return self._join(capture, layer, inputs[0], output)
 
             def feed_rule(delta: Tensor) -> None:
                 layer.rule.add(LayerSink(capture, layer), layer.module, inputs, delta)
@@ -345,6 +369,56 @@ class Hooks:
             return self._watch(capture, layer, inputs, output, feed_rule)
 
         return after
+
+    def _joins(self, capture: Capture, layer: Layer, inputs: Any) -> bool:
+        """Whether the batch's own weight gradient is taken from the samples' gradients.
+
+        Not where both are compared one by one; nor where a product of all samples at once takes
+        less than summing theirs, with few positions a sample.
+        """
+        values = inputs[0] if inputs else None
+        weight = layer.parameters.get("weight")
+        return (
+            layer.rule.kind == "linear"
+            and capture.check == "total"
+            and weight is not None
+            and weight.tensor.requires_grad
+            and isinstance(values, Tensor)
+            and all(
+                each.dtype == torch.float32 and each.device.type == "cpu"
+                for each in (values, weight.tensor)
+            )
+            and not torch.is_autocast_enabled("cpu")
+            and values.numel() >= FEW_TERMS * capture.batch * values.shape[-1]
+        )
+
+    def _join(self, capture: Capture, layer: Layer, values: Tensor, output: Tensor) -> Tensor:
+        """Lets the output's gradient feed the rows and make the weight's gradient, in one pass."""
+        self._let_go()
+        weight = layer.parameters["weight"].tensor
+        bias = layer.parameters["bias"].tensor if "bias" in layer.parameters else None
+        version = values._version
+
+        def gradients(delta: Tensor, for_weight: bool, for_bias: bool) -> tuple[Any, Any]:
+            with torch.no_grad():
+                total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+                if capture is self._capture:
+                    if values._version != version:
+                        raise changed_in_place(layer.name)
+                    LayerSink(capture, layer).linear(
+                        delta.reshape(capture.batch, -1, weight.shape[0]),
+                        values.reshape(capture.batch, -1, weight.shape[1]),
+                        "weight",
+                        "bias",
+                        total=total.numpy(),
+                    )
+                elif for_weight:
+                    total = delta.flatten(0, -2).mT @ values.flatten(0, -2)
+                return total, delta.flatten(0, -2).sum(0) if for_bias else None
+
+        guarded = capture.guard(gradients)
+        joined: Tensor = _FromSamples.apply(output, weight, bias, guarded)
+        return joined
 
     def _note(self, layer: Layer, output: Tensor) -> None:
         """Keeps a print of an output, by which the model is compared with itself."""
@@ -377,8 +451,8 @@ class Hooks:
                 if weight is not None:
                     inputs = values.reshape(-1, capture.batch, values.shape[-1]).transpose(0, 1)
                     columns = layer.parameters[weight].shape[1]
-                    sink.outer(weight, delta, inputs, start=row * columns)
-                if bias is not None:
+                    sink.linear(delta, inputs, weight, bias or "", row * columns, value)
+                elif bias is not None:
                     sink.flat(bias, delta.sum(1, dtype=torch.float32), start=value)
 
             return self._watch(capture, layer, (values,), output, feed)
@@ -405,10 +479,7 @@ class Hooks:
             if capture is not self._capture:
                 return
             if [each._version for each in tensors] != versions:
-                raise LayerError(
-                    f"the input of {layer.name} must not be changed in place between forward and "
-                    "backward, got one that was"
-                )
+                raise changed_in_place(layer.name)
             with torch.no_grad():
                 feed(delta)
 
@@ -483,6 +554,14 @@ class Hooks:
             yield
         finally:
             self._quiet = before
+
+
+def changed_in_place(layer: str) -> LayerError:
+    """The error for an input that is not what the layer saw."""
+    return LayerError(
+        f"the input of {layer} must not be changed in place between forward and backward, got one "
+        "that was"
+    )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

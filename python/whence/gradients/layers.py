@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whence import _core
 from whence.errors import ArgumentError, LayerError
 
 UserRule: TypeAlias = Callable[[Any, tuple[Any, ...], Tensor], dict[str, Tensor]]
@@ -43,6 +45,11 @@ class Sink(Protocol):
 
     def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, first: int = 0) -> None:
         """Takes Σ_t left[t] right[t]ᵀ of the samples from `first` on."""
+
+    def linear(
+        self, left: Tensor, right: Tensor, weight: str, bias: str, start: int = 0, row: int = 0
+    ) -> None:
+        """Takes Σ_t left[t] right[t]ᵀ of a weight, and Σ_t left[t] of a bias, as far as wanted."""
 
     def lookup(self, name: str, indices: Tensor, values: Tensor, ignored: int | None) -> None:
         """Takes values[t] for row indices[t]."""
@@ -160,16 +167,9 @@ def _linear(sink: Sink, module: nn.Linear, inputs: tuple[Any, ...], delta: Tenso
             "a Linear must be called with a batch in dimension 0, got an input of "
             f"shape {list(inputs[0].shape)}"
         )
-    linear(sink, inputs[0].reshape(sink.batch, -1, module.in_features), delta, "weight", "bias")
-
-
-def linear(sink: Sink, values: Tensor, delta: Tensor, weight: str, bias: str) -> None:
-    """Adds the gradients of `values @ weight.T + bias`; both are [batch, terms, features]."""
-    delta = delta.reshape(sink.batch, -1, delta.shape[-1])
-    if sink.wants(weight):
-        sink.outer(weight, delta, values)
-    if sink.wants(bias):
-        sink.flat(bias, delta.sum(1, dtype=torch.float32))
+    values = inputs[0].reshape(sink.batch, -1, module.in_features)
+    delta = delta.reshape(sink.batch, -1, module.out_features)
+    sink.linear(delta, values, "weight", "bias")
 
 
 @_rule("conv1d_transposed", "Conv1D")
@@ -270,16 +270,39 @@ def _affine(sink: Sink, normalised: Tensor, delta: Tensor, dims: int) -> None:
         sink.flat("bias", delta.reshape(shape).sum(1))
 
 
+def _on_processor(*tensors: Tensor) -> bool:
+    """Whether all are float32 in the memory of the processor."""
+    return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+
+
+def _last_dimension(
+    sink: Sink, values: Tensor, delta: Tensor, epsilon: float, *, centred: bool
+) -> None:
+    """The weight and bias of a norm over the last dimension, in one pass over its input."""
+    shape = (sink.batch, -1, delta.shape[-1])
+    arrays = [np.ascontiguousarray(each.reshape(shape).numpy()) for each in (values, delta)]
+    sums = _core.norm_gradients(arrays[0], arrays[1], epsilon, centred, torch.get_num_threads())
+    for name, each in zip(("weight", "bias"), sums, strict=True):
+        if sink.wants(name):
+            sink.flat(name, torch.from_numpy(each))
+
+
 @_rule("layer_norm", nn.LayerNorm)
 def _layer_norm(sink: Sink, module: nn.LayerNorm, inputs: tuple[Any, ...], delta: Tensor) -> None:
     shape = list(module.normalized_shape)
-    _affine(sink, F.layer_norm(inputs[0].float(), shape, eps=module.eps), delta, len(shape))
+    if len(shape) == 1 and _on_processor(inputs[0], delta):
+        _last_dimension(sink, inputs[0], delta, module.eps, centred=True)
+    else:
+        _affine(sink, F.layer_norm(inputs[0].float(), shape, eps=module.eps), delta, len(shape))
 
 
 @_rule("rms_norm", *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
 def _rms_norm(sink: Sink, module: Any, inputs: tuple[Any, ...], delta: Tensor) -> None:
     shape = list(module.normalized_shape)
     eps = module.eps if module.eps is not None else torch.finfo(inputs[0].dtype).eps
+    if len(shape) == 1 and _on_processor(inputs[0], delta):
+        _last_dimension(sink, inputs[0], delta, eps, centred=False)
+        return
     _affine(sink, F.rms_norm(inputs[0].float(), shape, eps=eps), delta, len(shape))
 
 

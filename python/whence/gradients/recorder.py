@@ -387,7 +387,7 @@ class Recorder:
     ) -> None:
         """Turns what was captured into stored rows."""
         capture.verify()
-        rows, scales = capture.rows(factor)
+        rows, scales = capture.rows(factor, self._writer.manifest.dtype)
         bad = [row for row in sorted(capture.bad) if keep[row]]
         if bad and self._nonfinite == "error":
             names = [f"id {id_!r}" for id_ in batch.ids.tolist()]

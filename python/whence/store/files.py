@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from whence import _core
 from whence.errors import StoreError
 
 
@@ -43,7 +44,7 @@ def write(path: Path, *parts: bytes | memoryview) -> Written:
     with path.open("wb") as file:
         for part in parts:
             file.write(part)
-            checksum = zlib.crc32(part, checksum)
+            checksum = _core.crc32(np.frombuffer(part, np.uint8), checksum)
             length += memoryview(part).nbytes
         file.flush()
         sync(file.fileno())

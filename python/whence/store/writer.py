@@ -198,7 +198,7 @@ class Writer:
         if scales is None:
             stored, scales = _core.encode(rows, self.manifest.dtype == "float16")
         else:
-            stored = rows.astype(self.manifest.dtype)
+            stored = rows.astype(self.manifest.dtype, copy=False)
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
         if self.manifest.columns is None:

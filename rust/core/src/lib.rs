@@ -3,9 +3,10 @@
 //! The map, in the order data flows and in which modules may use each other:
 //!
 //! - [`error`]: the one error type; [`stop`]: how a long call learns that it should end.
-//! - [`random`]: the one definition of randomness.
+//! - [`random`]: the one definition of randomness; [`normal`]: normal numbers from it.
 //! - [`kernels`]: the inner loops, one file per instruction set, `scalar` defines each.
 //! - [`sketch`]: per-sample gradients to rows of a fixed width.
+//! - [`norms`]: the per-sample gradients of norm layers.
 //! - [`store`]: rows as they lie on disk, encoded and read back.
 //! - [`search`]: the rows with the largest and smallest inner products.
 
@@ -14,6 +15,8 @@ compile_error!("whence needs a 64-bit little-endian target: its row files are re
 
 pub mod error;
 pub mod kernels;
+pub mod normal;
+pub mod norms;
 pub mod parallel;
 pub mod random;
 pub mod search;

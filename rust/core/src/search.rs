@@ -196,7 +196,9 @@ impl<'a> Products<'a> {
                 }
                 self.set.dots(&self.columns[0], &self.columns[1], side.len(), factor);
             }
-            for (out, (left, right)) in out.iter_mut().zip(self.factors[0].iter().zip(&self.factors[1])) {
+            for (out, (left, right)) in
+                out.iter_mut().zip(self.factors[0].iter().zip(&self.factors[1]))
+            {
                 *out += left * right;
             }
         }
@@ -319,9 +321,10 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
             request.excluded.len(),
         ));
     }
-    let widths = request.segments.iter().try_fold(0usize, |sum, &(left, right)| {
-        sum.checked_add(left)?.checked_add(right)
-    });
+    let widths = request
+        .segments
+        .iter()
+        .try_fold(0usize, |sum, &(left, right)| sum.checked_add(left)?.checked_add(right));
     if !request.segments.is_empty() && widths != Some(rows.dim) {
         let must = format!("parts of {} columns together", rows.dim);
         return Err(Error::shape("segments", must, format!("{:?}", request.segments)));

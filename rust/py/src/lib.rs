@@ -3,6 +3,7 @@
 #![allow(missing_docs)] // what Python sees is documented in `_core.pyi`
 
 mod boundary;
+mod norms;
 mod search;
 mod sketch;
 mod store;
@@ -14,11 +15,13 @@ mod _core {
     use super::{Bound, PyModule, PyModuleMethods, PyResult};
 
     #[pymodule_export]
+    use super::norms::norm_gradients;
+    #[pymodule_export]
     use super::search::Rows;
     #[pymodule_export]
     use super::sketch::{Sketch, instruction_set};
     #[pymodule_export]
-    use super::store::encode;
+    use super::store::{crc32, encode, encode_factors};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

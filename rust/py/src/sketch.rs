@@ -62,7 +62,7 @@ impl Sketch {
         }
     }
 
-    #[pyo3(signature = (name, shape, start, left, right, totals, threads, first=0, sum=None))]
+    #[pyo3(signature = (name, shape, start, left, right, totals, threads, first=0, sum=None, bias=None))]
     fn add_outer(
         &self,
         py: Python<'_>,
@@ -75,6 +75,7 @@ impl Sketch {
         threads: usize,
         first: usize,
         sum: Option<PyReadwriteArray2<'_, f32>>,
+        bias: Option<(String, Vec<u64>, u64)>,
     ) -> PyResult<Vec<usize>> {
         let parameter = self.parameter(py, name, &shape)?;
         let totals = columns(py, &mut totals, first)?;
@@ -84,6 +85,10 @@ impl Sketch {
             let got = format!("{:?}", right.shape());
             return Err(exception(py, &Error::shape("right", must, got)));
         }
+        let bias = match &bias {
+            Some((name, shape, start)) => Some((self.parameter(py, name, shape)?, *start)),
+            None => None,
+        };
         let mut sum = sum;
         let sum = match &mut sum {
             Some(sum) => Some(sum.as_slice_mut().map_err(|_| not_contiguous(py, "sum"))?),
@@ -92,7 +97,8 @@ impl Sketch {
         compute(py, |asker| {
             with_sequences("left", left, |left| {
                 with_sequences("right", right, |right| {
-                    self.0.add_outer(parameter, start, left, right, totals, sum, threads, asker)
+                    self.0
+                        .add_outer(parameter, start, left, right, totals, sum, bias, threads, asker)
                 })
             })
         })
@@ -169,7 +175,7 @@ fn columns<'a>(
 }
 
 /// The rows of an array, each of which must lie in one piece.
-fn rows_of<'a, T: Element>(
+pub(crate) fn rows_of<'a, T: Element>(
     py: Python<'_>,
     values: &'a PyReadonlyArray2<'_, T>,
 ) -> PyResult<Vec<&'a [T]>> {

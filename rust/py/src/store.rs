@@ -2,12 +2,15 @@
 
 use half::f16;
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods,
+    Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
-use whence_core::store;
+use whence_core::error::Error;
+use whence_core::store::{self, Part, Stored};
 
-use crate::boundary::{compute, not_contiguous};
+use crate::boundary::{compute, exception, not_contiguous};
+use crate::sketch::rows_of;
 
 #[pyfunction]
 pub(crate) fn encode<'py>(
@@ -26,4 +29,42 @@ pub(crate) fn encode<'py>(
         let stored: Bound<'py, PyArray2<f32>> = stored.into_pyarray(py).reshape([count, dim])?;
         Ok((stored.into_any(), scales.into_pyarray(py)))
     }
+}
+
+type Side<'py> = PyReadonlyArray2<'py, f32>;
+
+/// Rows of factors and the norms of their gradients; see [`store::encode_factors`].
+#[pyfunction]
+pub(crate) fn encode_factors<'py>(
+    py: Python<'py>,
+    parts: Vec<(Option<Side<'py>>, Side<'py>, [bool; 2])>,
+    half: bool,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<f32>>)> {
+    let Some(batch) = parts.first().map(|part| part.1.shape()[0]) else {
+        return Err(exception(py, &Error::shape("parts", "at least one", 0)));
+    };
+    let mut sides = Vec::with_capacity(parts.len());
+    for (left, right, ones) in &parts {
+        let left = left.as_ref().map(|left| rows_of(py, left)).transpose()?;
+        sides.push(Part { left, right: rows_of(py, right)?, ones: *ones });
+    }
+    if half { factors::<f16>(py, &sides, batch) } else { factors::<f32>(py, &sides, batch) }
+}
+
+fn factors<'py, T: Stored + Element>(
+    py: Python<'py>,
+    parts: &[Part<'_>],
+    batch: usize,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<f32>>)> {
+    let (stored, norms) = compute(py, |_| store::encode_factors::<T>(parts, batch))?;
+    let width = stored.len().checked_div(batch).unwrap_or(0);
+    let stored: Bound<'py, PyArray2<T>> = stored.into_pyarray(py).reshape([batch, width])?;
+    Ok((stored.into_any(), norms.into_pyarray(py)))
+}
+
+/// The CRC-32 of bytes that follow others.
+#[pyfunction]
+pub(crate) fn crc32(py: Python<'_>, bytes: PyReadonlyArray1<'_, u8>, before: u32) -> PyResult<u32> {
+    let bytes = bytes.as_slice().map_err(|_| not_contiguous(py, "bytes"))?;
+    compute(py, |_| Ok(store::crc32(before, bytes)))
 }

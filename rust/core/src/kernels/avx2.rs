@@ -3,16 +3,18 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_ps, _mm256_and_si256,
-    _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_slli_epi32,
-    _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_xor_ps,
+    _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
+    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_or_si256,
+    _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
+    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_sub_ps,
+    _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps, _mm256_xor_ps,
 };
 
 use half::{bf16, f16};
 
 use super::{
-    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile,
-    for_each_dot_tile, scalar, sum_lanes,
+    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, LeafTurns, Slot, TILE_COLUMNS, TILE_ROWS, Tile,
+    Turn, for_each_dot_tile, fourier, scalar, sum_lanes,
 };
 
 const WIDTH: usize = 8;
@@ -73,6 +75,206 @@ pub(super) fn add_columns<const L: usize>(
     block: &mut [[f32; L]],
 ) {
     scalar::add_columns(columns, nonzeros, values, block);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn draws(key: u64, things: usize, first: u64, draws: &mut [Column]) {
+    scalar::draws(key, things, first, draws);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn flips(key: u64, first: u64, flips: &mut [u32]) {
+    scalar::flips(key, first, flips);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn side_by_side<const L: usize>(
+    rows: &[&[f32]],
+    from: usize,
+    flips: &[u32],
+    values: &mut [[f32; L]],
+) {
+    let mut done = 0;
+    if L.is_multiple_of(WIDTH) && rows.len() == L {
+        let blocks = values.as_chunks_mut::<WIDTH>().0.iter_mut();
+        for (block, flips) in blocks.zip(flips.as_chunks::<WIDTH>().0) {
+            let flips = load(bytemuck::cast_ref(flips));
+            for (lane, rows) in (0..).step_by(WIDTH).zip(rows.as_chunks::<WIDTH>().0) {
+                let square = rows.map(|row| {
+                    let values = &row[from + done..][..WIDTH].as_chunks::<WIDTH>().0[0];
+                    _mm256_xor_ps(load(values), flips)
+                });
+                for (values, register) in block.iter_mut().zip(transpose(square)) {
+                    store(&mut values[lane..].as_chunks_mut::<WIDTH>().0[0], register);
+                }
+            }
+            done += WIDTH;
+        }
+    }
+    scalar::side_by_side(rows, from + done, &flips[done..], &mut values[done..]);
+}
+
+/// Columns to rows.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose(square: [__m256; WIDTH]) -> [__m256; WIDTH] {
+    let mut columns = [[_mm256_setzero_ps(); 4]; 2];
+    for (columns, rows) in columns.iter_mut().zip(square.as_chunks::<4>().0) {
+        let (low, high) = (
+            [_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpacklo_ps(rows[2], rows[3])],
+            [_mm256_unpackhi_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[2], rows[3])],
+        );
+        for (pair, [left, right]) in columns.as_chunks_mut::<2>().0.iter_mut().zip([low, high]) {
+            let (left, right) = (_mm256_castps_pd(left), _mm256_castps_pd(right));
+            *pair = [_mm256_unpacklo_pd(left, right), _mm256_unpackhi_pd(left, right)]
+                .map(|register| _mm256_castpd_ps(register));
+        }
+    }
+    // Half `h` of `columns[r][c]` is column `4 h + c` of rows `4 r..4 r + 4` now.
+    let mut turned = square;
+    for column in 0..4 {
+        let [a, b] = columns.map(|columns| columns[column]);
+        turned[column] = _mm256_permute2f128_ps::<0x20>(a, b);
+        turned[column + 4] = _mm256_permute2f128_ps::<0x31>(a, b);
+    }
+    turned
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn sign_rows(
+    key: u64,
+    dim: usize,
+    first: u64,
+    bucket: usize,
+    rows: &mut [[f32; TILE_COLUMNS]],
+) {
+    let one = _mm256_set1_epi32(1f32.to_bits().cast_signed());
+    for (index, row) in rows.iter_mut().enumerate() {
+        let bits = scalar::sign_bits(key, dim, first.wrapping_add(index as u64), bucket);
+        for (eight, row) in row.as_chunks_mut::<WIDTH>().0.iter_mut().enumerate() {
+            let bits = _mm256_set1_epi32((bits >> (eight * WIDTH)).cast_signed());
+            // Shifting left by 31 - lane brings lane's bit to the top.
+            let shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+            let top =
+                _mm256_and_si256(_mm256_sllv_epi32(bits, shifts), _mm256_set1_epi32(i32::MIN));
+            store(row, _mm256_castsi256_ps(_mm256_or_si256(top, one)));
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn normal_rows(
+    key: u64,
+    dim: usize,
+    first: u64,
+    bucket: usize,
+    rows: &mut [[f32; TILE_COLUMNS]],
+) {
+    scalar::normal_rows(key, dim, first, bucket, rows);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn hadamard<const L: usize>(values: &mut [[f32; L]]) {
+    scalar::hadamard(values);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn add_picked<const L: usize>(
+    picks: &[Column],
+    values: &[[f32; L]],
+    sums: &mut [[f32; L]],
+) {
+    scalar::add_picked(picks, values, sums);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn shift_columns(by: Column, dim: usize, columns: &[Column], shifted: &mut [Column]) {
+    scalar::shift_columns(by, dim, columns, shifted);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn dots_of_pairs(
+    rows: &[f32],
+    queries: &[f32],
+    dim: usize,
+    pairs: &[(u32, u32)],
+    out: &mut [f32],
+) {
+    for (&(row, query), out) in pairs.iter().zip(out) {
+        *out = dot(&rows[row as usize * dim..][..dim], &queries[query as usize * dim..][..dim]);
+    }
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn add_squared_transform(
+    turns: &[Turn],
+    leaves: &[LeafTurns],
+    values: [&mut [f32]; 2],
+    sums: [&mut [f32]; 2],
+) {
+    fourier::add_squared_transform::<WIDTH, __m256>(turns, leaves, values, sums);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn transform_back(turns: &[Turn], leaves: &[LeafTurns], values: [&mut [f32]; 2]) {
+    fourier::transform_back::<WIDTH, __m256>(turns, leaves, values);
+}
+
+// SAFETY, for every method: only the forms above use them, where the set exists.
+impl fourier::Vector<WIDTH> for __m256 {
+    #[inline(always)]
+    fn load(values: &[f32; WIDTH]) -> Self {
+        // SAFETY: as said above.
+        unsafe { load(values) }
+    }
+
+    #[inline(always)]
+    fn store(self, values: &mut [f32; WIDTH]) {
+        // SAFETY: as said above.
+        unsafe { store(values, self) }
+    }
+
+    #[inline(always)]
+    fn spread(value: f32) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm256_add_ps(self, other) }
+    }
+
+    #[inline(always)]
+    fn minus(self, other: Self) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm256_sub_ps(self, other) }
+    }
+
+    #[inline(always)]
+    fn times(self, other: Self) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm256_mul_ps(self, other) }
+    }
+
+    #[inline(always)]
+    fn transpose(square: &mut [Self; WIDTH]) {
+        // SAFETY: as said above.
+        *square = unsafe { transpose(*square) };
+    }
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn add_norm_terms(
+    values: &[f32],
+    delta: &[f32],
+    epsilon: f32,
+    centred: bool,
+    weight: &mut [f32],
+    bias: &mut [f32],
+) {
+    scalar::add_norm_terms(values, delta, epsilon, centred, weight, bias);
 }
 
 /// Adds a chunk, with its signs, at its offset.
@@ -171,19 +373,21 @@ pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
 pub(super) fn outer_scatter(
     left: &[f32],
     right: &[f32],
-    slots: &[Slot],
+    slots: (&[Slot], usize),
     block: &mut [f32],
     sum: Option<(&mut [f32], usize)>,
 ) {
     let mut tile: Tile = [[0.0; TILE_COLUMNS]; TILE_ROWS];
     outer_tile(left, right, &mut tile);
-    for (slot, chunk) in slots.iter().zip(tile.as_flattened().as_chunks::<LANES>().0) {
-        let halves = eights(chunk);
-        add_chunk(*slot, [load(&halves[0]), load(&halves[1])], block);
+    let rows = slots.0.chunks(slots.1);
+    for (slots, values) in rows.clone().zip(&tile) {
+        for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
+            let halves = eights(chunk);
+            add_chunk(*slot, [load(&halves[0]), load(&halves[1])], block);
+        }
     }
     if let Some((sum, stride)) = sum {
-        let rows = tile.iter().take(slots.len() * LANES / TILE_COLUMNS).enumerate();
-        for (row, values) in rows {
+        for (row, values) in tile.iter().take(rows.len()).enumerate() {
             let into = sum[row * stride..][..TILE_COLUMNS].as_chunks_mut::<WIDTH>().0;
             for (into, values) in into.iter_mut().zip(eights(values)) {
                 store(into, _mm256_add_ps(load(into), load(values)));

@@ -3,16 +3,18 @@
 
 use std::arch::x86_64::{
     __m256i, __m512, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
-    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_xor_epi32, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_blend_ps,
+    _mm512_mask_xor_epi32, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd,
+    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps, _mm512_xor_ps,
 };
 
 use half::{bf16, f16};
 
 use super::{
-    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, Slot, TILE_CHUNKS, TILE_COLUMNS, TILE_ROWS, Tile,
-    for_each_dot_tile, scalar, sum_lanes,
+    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, LeafTurns, Slot, TILE_CHUNKS, TILE_COLUMNS,
+    TILE_ROWS, Tile, Turn, for_each_dot_tile, fourier, scalar, sum_lanes,
 };
 
 #[inline]
@@ -66,6 +68,205 @@ pub(super) fn add_columns<const L: usize>(
     block: &mut [[f32; L]],
 ) {
     scalar::add_columns(columns, nonzeros, values, block);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn draws(key: u64, things: usize, first: u64, draws: &mut [Column]) {
+    scalar::draws(key, things, first, draws);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn flips(key: u64, first: u64, flips: &mut [u32]) {
+    scalar::flips(key, first, flips);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn side_by_side<const L: usize>(
+    rows: &[&[f32]],
+    from: usize,
+    flips: &[u32],
+    values: &mut [[f32; L]],
+) {
+    let mut done = 0;
+    if L == LANES && rows.len() == LANES {
+        let blocks = values.as_flattened_mut().as_chunks_mut::<LANES>().0;
+        let blocks = blocks.as_chunks_mut::<LANES>().0.iter_mut();
+        for (block, flips) in blocks.zip(flips.as_chunks::<LANES>().0) {
+            let flips = load(bytemuck::cast_ref(flips));
+            let mut square = [_mm512_setzero_ps(); LANES];
+            for (register, row) in square.iter_mut().zip(rows) {
+                let values = &row[from + done..][..LANES].as_chunks::<LANES>().0[0];
+                *register = _mm512_xor_ps(load(values), flips);
+            }
+            for (values, register) in block.iter_mut().zip(transpose(&square)) {
+                store(values, register);
+            }
+            done += LANES;
+        }
+    }
+    scalar::side_by_side(rows, from + done, &flips[done..], &mut values[done..]);
+}
+
+/// Columns to rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(square: &[__m512; LANES]) -> [__m512; LANES] {
+    let mut columns = [[_mm512_setzero_ps(); 4]; 4];
+    for (columns, rows) in columns.iter_mut().zip(square.as_chunks::<4>().0) {
+        let (low, high) = (
+            [_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpacklo_ps(rows[2], rows[3])],
+            [_mm512_unpackhi_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[2], rows[3])],
+        );
+        for (pair, [left, right]) in columns.as_chunks_mut::<2>().0.iter_mut().zip([low, high]) {
+            let (left, right) = (_mm512_castps_pd(left), _mm512_castps_pd(right));
+            *pair = [_mm512_unpacklo_pd(left, right), _mm512_unpackhi_pd(left, right)]
+                .map(|register| _mm512_castpd_ps(register));
+        }
+    }
+    // Quarter `q` of `columns[r][c]` is column `4 q + c` of rows `4 r..4 r + 4` now.
+    let mut turned = *square;
+    for column in 0..4 {
+        let [a, b, c, d] = columns.map(|columns| columns[column]);
+        let low = [_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0x44>(c, d)];
+        let high = [_mm512_shuffle_f32x4::<0xEE>(a, b), _mm512_shuffle_f32x4::<0xEE>(c, d)];
+        turned[column] = _mm512_shuffle_f32x4::<0x88>(low[0], low[1]);
+        turned[column + 4] = _mm512_shuffle_f32x4::<0xDD>(low[0], low[1]);
+        turned[column + 8] = _mm512_shuffle_f32x4::<0x88>(high[0], high[1]);
+        turned[column + 12] = _mm512_shuffle_f32x4::<0xDD>(high[0], high[1]);
+    }
+    turned
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn sign_rows(
+    key: u64,
+    dim: usize,
+    first: u64,
+    bucket: usize,
+    rows: &mut [[f32; TILE_COLUMNS]],
+) {
+    let (plus, minus) = (_mm512_set1_ps(1.0), _mm512_set1_ps(-1.0));
+    for (index, row) in rows.iter_mut().enumerate() {
+        let bits = scalar::sign_bits(key, dim, first.wrapping_add(index as u64), bucket);
+        for (half, row) in row.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            store(row, _mm512_mask_blend_ps((bits >> (half * LANES)) as u16, plus, minus));
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn normal_rows(
+    key: u64,
+    dim: usize,
+    first: u64,
+    bucket: usize,
+    rows: &mut [[f32; TILE_COLUMNS]],
+) {
+    scalar::normal_rows(key, dim, first, bucket, rows);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn hadamard<const L: usize>(values: &mut [[f32; L]]) {
+    scalar::hadamard(values);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn add_picked<const L: usize>(
+    picks: &[Column],
+    values: &[[f32; L]],
+    sums: &mut [[f32; L]],
+) {
+    scalar::add_picked(picks, values, sums);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn shift_columns(by: Column, dim: usize, columns: &[Column], shifted: &mut [Column]) {
+    scalar::shift_columns(by, dim, columns, shifted);
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn dots_of_pairs(
+    rows: &[f32],
+    queries: &[f32],
+    dim: usize,
+    pairs: &[(u32, u32)],
+    out: &mut [f32],
+) {
+    for (&(row, query), out) in pairs.iter().zip(out) {
+        *out = dot(&rows[row as usize * dim..][..dim], &queries[query as usize * dim..][..dim]);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn add_squared_transform(
+    turns: &[Turn],
+    leaves: &[LeafTurns],
+    values: [&mut [f32]; 2],
+    sums: [&mut [f32]; 2],
+) {
+    fourier::add_squared_transform::<LANES, __m512>(turns, leaves, values, sums);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn transform_back(turns: &[Turn], leaves: &[LeafTurns], values: [&mut [f32]; 2]) {
+    fourier::transform_back::<LANES, __m512>(turns, leaves, values);
+}
+
+// SAFETY, for every method: only the forms above use them, where the set exists.
+impl fourier::Vector<LANES> for __m512 {
+    #[inline(always)]
+    fn load(values: &[f32; LANES]) -> Self {
+        // SAFETY: as said above.
+        unsafe { load(values) }
+    }
+
+    #[inline(always)]
+    fn store(self, values: &mut [f32; LANES]) {
+        // SAFETY: as said above.
+        unsafe { store(values, self) }
+    }
+
+    #[inline(always)]
+    fn spread(value: f32) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm512_add_ps(self, other) }
+    }
+
+    #[inline(always)]
+    fn minus(self, other: Self) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm512_sub_ps(self, other) }
+    }
+
+    #[inline(always)]
+    fn times(self, other: Self) -> Self {
+        // SAFETY: as said above.
+        unsafe { _mm512_mul_ps(self, other) }
+    }
+
+    #[inline(always)]
+    fn transpose(square: &mut [Self; LANES]) {
+        // SAFETY: as said above.
+        *square = unsafe { transpose(square) };
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn add_norm_terms(
+    values: &[f32],
+    delta: &[f32],
+    epsilon: f32,
+    centred: bool,
+    weight: &mut [f32],
+    bias: &mut [f32],
+) {
+    scalar::add_norm_terms(values, delta, epsilon, centred, weight, bias);
 }
 
 /// Adds a chunk, with its signs, at its offset.
@@ -149,18 +350,19 @@ pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
 pub(super) fn outer_scatter(
     left: &[f32],
     right: &[f32],
-    slots: &[Slot],
+    slots: (&[Slot], usize),
     block: &mut [f32],
     sum: Option<(&mut [f32], usize)>,
 ) {
     let mut sums: Sums = [[_mm512_setzero_ps(); TILE_CHUNKS]; TILE_ROWS];
     add_terms(left, right, &mut sums);
-    for (slots, sums) in slots.as_chunks::<TILE_CHUNKS>().0.iter().zip(&sums) {
+    let rows = slots.0.chunks(slots.1);
+    for (slots, sums) in rows.clone().zip(&sums) {
         add_chunk(slots[0], sums[0], block);
         add_chunk(slots[1], sums[1], block);
     }
     if let Some((sum, stride)) = sum {
-        for (row, values) in sums.iter().take(slots.len() / TILE_CHUNKS).enumerate() {
+        for (row, values) in sums.iter().take(rows.len()).enumerate() {
             let into = sum[row * stride..][..TILE_COLUMNS].as_chunks_mut::<LANES>().0;
             for (into, values) in into.iter_mut().zip(values) {
                 store(into, _mm512_add_ps(load(into), *values));

@@ -2,11 +2,13 @@
 //!
 //! `scalar` defines every result. The vector forms compute the same sums in the same order, lane
 //! by lane, so all give the same bits; tests run each form this machine has against the scalar.
+#![allow(clippy::inline_always)] // what a vector form is made of has to become a part of it
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod fourier;
 mod scalar;
 
 use std::sync::OnceLock;
@@ -82,6 +84,23 @@ impl Column {
     pub const fn of(bits: u64, part: usize, first: u32) -> Self {
         let bucket = (((bits >> 32) * part as u64) >> 32) + first as u64;
         Self(bits << 63 | bucket)
+    }
+
+    /// The same sign, turned if `flip`, in this bucket.
+    #[inline(always)]
+    #[must_use]
+    pub const fn moved(self, bucket: u32, flip: bool) -> Self {
+        Self((self.0 >> 63 ^ flip as u64) << 63 | bucket as u64)
+    }
+
+    /// The sum of the buckets modulo `dim`, which both are below, and the product of the signs.
+    #[inline(always)]
+    #[must_use]
+    pub const fn shifted(self, by: Self, dim: usize) -> Self {
+        // The signs, at the top, add up modulo 2; the buckets do not reach them.
+        let sum = self.0.wrapping_add(by.0);
+        let over = sum as u32 as u64 >= dim as u64;
+        Self(sum - if over { dim as u64 } else { 0 })
     }
 
     /// The bucket.
@@ -225,6 +244,142 @@ impl InstructionSet {
         in_set!(self, add_columns(columns, nonzeros, values, block));
     }
 
+    /// The first steps of a shuffle of `things` things, from the values from `first` on of the
+    /// stream `key`: at step `i` thing `i` changes places with that in the draw's bucket, which is
+    /// uniform from `i` to below `things`. The signs are independent of the buckets.
+    #[inline]
+    pub fn draws(self, key: u64, things: usize, first: u64, draws: &mut [Column]) {
+        debug_assert!(draws.len() <= things);
+        in_set!(self, draws(key, things, first, draws));
+    }
+
+    /// The sign bits of coordinates: bit `i mod 64` of value `i / 64` of the stream `key`, for the
+    /// `i` from `first` on.
+    #[inline]
+    pub fn flips(self, key: u64, first: u64, flips: &mut [u32]) {
+        in_set!(self, flips(key, first, flips));
+    }
+
+    /// Puts the values of at most `L` rows, from place `from` on, into the lanes of `values`, with
+    /// the signs turned that `flips` has; the lanes past the rows stay as they are.
+    #[inline]
+    pub fn side_by_side<const L: usize>(
+        self,
+        rows: &[&[f32]],
+        from: usize,
+        flips: &[u32],
+        values: &mut [[f32; L]],
+    ) {
+        debug_assert!(rows.len() <= L);
+        debug_assert_eq!(flips.len(), values.len());
+        in_set!(self, side_by_side(rows, from, flips, values));
+    }
+
+    /// The signs, `1` or `-1`, of the coordinates from `first` on in the buckets from `bucket` on,
+    /// a multiple of 32: for coordinate `c` and bucket `b` bit `b mod 64` of value
+    /// `c ceil(dim / 64) + b / 64` of the stream `key`, set for a minus.
+    #[inline]
+    pub fn sign_rows(
+        self,
+        key: u64,
+        dim: usize,
+        first: u64,
+        bucket: usize,
+        rows: &mut [[f32; TILE_COLUMNS]],
+    ) {
+        debug_assert!(bucket.is_multiple_of(TILE_COLUMNS));
+        in_set!(self, sign_rows(key, dim, first, bucket, rows));
+    }
+
+    /// The normal numbers of the coordinates from `first` on in the buckets from `bucket` on, a
+    /// multiple of 32: for coordinate `c` and bucket `b` the [`crate::normal::quantile`], rounded,
+    /// of a half of value `c ceil(dim / 2) + b / 2` of the stream `key`, the lower half for even
+    /// `b`.
+    #[inline]
+    pub fn normal_rows(
+        self,
+        key: u64,
+        dim: usize,
+        first: u64,
+        bucket: usize,
+        rows: &mut [[f32; TILE_COLUMNS]],
+    ) {
+        debug_assert!(bucket.is_multiple_of(TILE_COLUMNS));
+        in_set!(self, normal_rows(key, dim, first, bucket, rows));
+    }
+
+    /// The Walsh-Hadamard transform of each lane: value `i` becomes the sum over `j` of value `j`,
+    /// with a minus where `i & j` has an odd number of bits. Their number is a power of two.
+    ///
+    /// Sums and differences of pairs 1 apart, then of pairs 2 apart, 4 apart, and so on.
+    #[inline]
+    pub fn hadamard<const L: usize>(self, values: &mut [[f32; L]]) {
+        debug_assert!(values.len().is_power_of_two());
+        in_set!(self, hadamard(values));
+    }
+
+    /// Adds to lane `lane` of `sums[i]` that of the value in the bucket of `picks[i]`, with its
+    /// sign.
+    #[inline]
+    pub fn add_picked<const L: usize>(
+        self,
+        picks: &[Column],
+        values: &[[f32; L]],
+        sums: &mut [[f32; L]],
+    ) {
+        debug_assert_eq!(picks.len(), sums.len());
+        in_set!(self, add_picked(picks, values, sums));
+    }
+
+    /// [`Column::shifted`] of each column.
+    #[inline]
+    pub fn shift_columns(self, by: Column, dim: usize, columns: &[Column], shifted: &mut [Column]) {
+        debug_assert_eq!(columns.len(), shifted.len());
+        in_set!(self, shift_columns(by, dim, columns, shifted));
+    }
+
+    /// The products of [`InstructionSet::dots`] for some pairs of a row and a query only.
+    #[inline]
+    pub fn dots_of_pairs(
+        self,
+        rows: &[f32],
+        queries: &[f32],
+        dim: usize,
+        pairs: &[(u32, u32)],
+        out: &mut [f32],
+    ) {
+        debug_assert_eq!(pairs.len(), out.len());
+        in_set!(self, dots_of_pairs(rows, queries, dim, pairs, out));
+    }
+
+    /// Adds to `sums`, real and imaginary parts, the square of each value of the Fourier transform
+    /// of `values`, which is overwritten; `4^e` or `2 4^e` of them, at least 256. The order of the
+    /// values, and the sign of the exponent, are those that [`InstructionSet::transform_back`] of
+    /// the same set takes back.
+    ///
+    /// Turn `k` is that of `exp(2 pi i r / 4)` and its powers, for the number `r` below 1 whose
+    /// binary digits are those of `k` in reverse; row `6 (1 + b) + j` of leaf `l` holds, for lane
+    /// `k`, part `j` of turn `4 (16 l + k) + b`, and row `j` part `j` of turn `16 l + k`.
+    #[inline]
+    pub fn add_squared_transform(
+        self,
+        turns: &[Turn],
+        leaves: &[LeafTurns],
+        values: [&mut [f32]; 2],
+        sums: [&mut [f32]; 2],
+    ) {
+        debug_assert!(values[0].len().is_power_of_two() && values[0].len() >= LANES * LANES);
+        debug_assert_eq!(values[0].len(), leaves.len() * LANES * LANES);
+        in_set!(self, add_squared_transform(turns, leaves, values, sums));
+    }
+
+    /// Replaces a Fourier transform by the values it is that of, times their number.
+    #[inline]
+    pub fn transform_back(self, turns: &[Turn], leaves: &[LeafTurns], values: [&mut [f32]; 2]) {
+        debug_assert_eq!(values[0].len(), leaves.len() * LANES * LANES);
+        in_set!(self, transform_back(turns, leaves, values));
+    }
+
     /// Adds chunk `i` of `values`, with its signs, at its offset in `block`, for all slots in
     /// order. `values` holds [`LANES`] values a slot; an offset is at most `block.len() - LANES`.
     #[inline]
@@ -247,6 +402,26 @@ impl InstructionSet {
         in_set!(self, scatter_bf16(slots, values, block));
     }
 
+    /// The gradients of a norm's elementwise weight and bias: for each row of `values` and `delta`
+    /// adds `delta * normalised` to `weight` and `delta` to `bias`.
+    ///
+    /// `normalised` is the row minus its mean, if `centred`, divided by the root of its mean square
+    /// plus `epsilon`.
+    #[inline]
+    pub fn add_norm_terms(
+        self,
+        values: &[f32],
+        delta: &[f32],
+        epsilon: f32,
+        centred: bool,
+        weight: &mut [f32],
+        bias: &mut [f32],
+    ) {
+        debug_assert_eq!(values.len(), delta.len());
+        debug_assert_eq!(weight.len(), bias.len());
+        in_set!(self, add_norm_terms(values, delta, epsilon, centred, weight, bias));
+    }
+
     /// `tile[r][c] += sum over t of left[t][r] * right[t][c]`, fused, `t` in order.
     ///
     /// `left` is `[terms, TILE_ROWS]`, `right` `[terms, TILE_COLUMNS]`, `tile`
@@ -258,21 +433,20 @@ impl InstructionSet {
     }
 
     /// [`InstructionSet::outer_tile`] from zero, then [`InstructionSet::scatter`] of its first
-    /// `slots.len() / 2` rows: the tile need not leave the registers.
+    /// rows, as many as `slots` has: the tile need not leave the registers.
     ///
-    /// If there is a `sum`, of which row `r` of the tile begins at `r stride`, the tile is added
-    /// to it too.
+    /// The two slots of row `r` of the tile begin at `r` times the stride that stands beside
+    /// `slots`. If there is a `sum`, the tile is added to it too, row `r` likewise.
     #[inline]
     pub fn outer_scatter(
         self,
         left: &[f32],
         right: &[f32],
-        slots: &[Slot],
+        slots: (&[Slot], usize),
         block: &mut [f32],
         sum: Option<(&mut [f32], usize)>,
     ) {
         debug_assert_eq!(left.len() / TILE_ROWS, right.len() / TILE_COLUMNS);
-        debug_assert!(slots.len() <= TILE_ROWS * TILE_CHUNKS);
         in_set!(self, outer_scatter(left, right, slots, block, sum));
     }
 
@@ -286,6 +460,11 @@ impl InstructionSet {
         in_set!(self, dots(rows, queries, dim, out));
     }
 }
+
+/// A complex number of length 1, its square and its cube: the real and imaginary part of each.
+pub type Turn = [f32; 6];
+/// The turns of the last two passes of a Fourier transform over 16 blocks of 16 values.
+pub type LeafTurns = [[f32; LANES]; 30];
 
 /// A tile of an outer product.
 pub type Tile = [[f32; TILE_COLUMNS]; TILE_ROWS];
@@ -372,6 +551,41 @@ mod tests {
         }
 
         #[test]
+        fn norm_terms_are_the_same_in_every_set_and_those_of_the_formula(
+            width in 1usize..70, rows in 0usize..6, centred in any::<bool>(), seed in any::<u64>(),
+        ) {
+            let random = |stream: u64| -> Vec<f32> {
+                (0..rows * width)
+                    .map(|i| (random::value(seed ^ stream, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0)
+                    .collect()
+            };
+            let (values, delta) = (random(1), random(2));
+            let sums = |set: InstructionSet| {
+                let (mut weight, mut bias) = (vec![0.5; width], vec![0.25; width]);
+                set.add_norm_terms(&values, &delta, 1e-3, centred, &mut weight, &mut bias);
+                (weight, bias)
+            };
+            let (weight, bias) = sums(InstructionSet::SCALAR);
+            for set in wide() {
+                prop_assert_eq!(sums(set), (weight.clone(), bias.clone()));
+            }
+            let (mut exact, mut exact_bias) = (vec![0.5; width], vec![0.25; width]);
+            for (values, delta) in values.chunks(width).zip(delta.chunks(width)) {
+                let values: Vec<f64> = values.iter().map(|&value| f64::from(value)).collect();
+                let mean = if centred { values.iter().sum::<f64>() / width as f64 } else { 0.0 };
+                let square: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+                let root = (square / width as f64 + 1e-3).sqrt();
+                for (i, &delta) in delta.iter().enumerate() {
+                    exact[i] += f64::from(delta) * (values[i] - mean) / root;
+                    exact_bias[i] += f64::from(delta);
+                }
+            }
+            for (found, exact) in weight.iter().zip(exact).chain(bias.iter().zip(exact_bias)) {
+                prop_assert!((f64::from(*found) - exact).abs() < 1e-4);
+            }
+        }
+
+        #[test]
         fn slots_are_the_same_in_every_set(
             key in any::<u64>(), dim in 1usize..=1 << 20, first in 0u64..1 << 44, count in 0usize..40,
         ) {
@@ -384,6 +598,124 @@ mod tests {
                     let offset = (u128::from(bits >> 32) * dim as u128) >> 32;
                     prop_assert_eq!(u128::from(slot.offset()), offset);
                 }
+            }
+        }
+
+        #[test]
+        fn draws_and_sign_bits_are_those_of_the_stream_in_every_set(
+            key in any::<u64>(), first in 0u64..1 << 60, things in 1usize..=1 << 20, count in 0usize..200,
+        ) {
+            let count = count.min(things);
+            for set in InstructionSet::available() {
+                let mut draws = vec![Column::default(); count];
+                set.draws(key, things, first, &mut draws);
+                for (step, draw) in draws.into_iter().enumerate() {
+                    let bits = random::value(key, first + step as u64);
+                    let left = u128::from(bits >> 32) * (things - step) as u128;
+                    prop_assert_eq!(draw.bucket(), step + (left >> 32) as usize);
+                    prop_assert_eq!(draw.signed(1.0) < 0.0, bits & 1 == 1);
+                    prop_assert_eq!(draw.moved(7, false).signed(1.0), draw.signed(1.0));
+                    prop_assert_eq!(draw.moved(7, true).signed(1.0), draw.signed(-1.0));
+                    prop_assert_eq!(draw.moved(7, true).bucket(), 7);
+                }
+                let mut flips = vec![1; count];
+                set.flips(key, first, &mut flips);
+                for (at, flip) in (first..).zip(flips) {
+                    let bit = random::value(key, at / 64) >> (at % 64) & 1;
+                    prop_assert_eq!(flip, (bit as u32) << 31);
+                }
+            }
+        }
+
+        #[test]
+        fn entries_are_those_of_the_stream_in_every_set(
+            key in any::<u64>(), dim in 1usize..=1 << 20, first in 0u64..1 << 40, count in 0usize..80,
+            panel in any::<prop::sample::Index>(),
+        ) {
+            let bucket = panel.index(dim.div_ceil(TILE_COLUMNS)) * TILE_COLUMNS;
+            for set in InstructionSet::available() {
+                let (mut signs, mut normals) = (vec![[0.0; TILE_COLUMNS]; count], vec![[0.0; TILE_COLUMNS]; count]);
+                set.sign_rows(key, dim, first, bucket, &mut signs);
+                set.normal_rows(key, dim, first, bucket, &mut normals);
+                for (c, (signs, normals)) in (first..).zip(signs.into_iter().zip(normals)) {
+                    for (b, (sign, normal)) in (bucket as u64..).zip(signs.into_iter().zip(normals)) {
+                        let word = random::value(key, c * dim.div_ceil(64) as u64 + b / 64);
+                        prop_assert_eq!(sign, if word >> (b % 64) & 1 == 1 { -1.0 } else { 1.0 });
+                        let word = random::value(key, c * dim.div_ceil(2) as u64 + b / 2);
+                        let half = if b % 2 == 0 { word as u32 } else { (word >> 32) as u32 };
+                        prop_assert_eq!(normal, crate::normal::quantile(half) as f32);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn the_hadamard_transform_is_that_of_the_matrix(
+            log in 0u32..9, values in prop::collection::vec(prop::array::uniform4(-1000i16..1000), 256),
+        ) {
+            let values: Vec<[f32; 4]> = values[..1 << log].iter().map(|lanes| lanes.map(f32::from)).collect();
+            for set in InstructionSet::available() {
+                let mut found = values.clone();
+                set.hadamard(&mut found);
+                for (i, found) in found.into_iter().enumerate() {
+                    let mut expected = [0.0; 4];
+                    for (j, values) in values.iter().enumerate() {
+                        let sign = if (i & j).count_ones() % 2 == 1 { -1.0 } else { 1.0 };
+                        for (sum, value) in expected.iter_mut().zip(values) {
+                            *sum += sign * value;
+                        }
+                    }
+                    prop_assert_eq!(found, expected); // whole numbers: exact
+                }
+            }
+        }
+
+        #[test]
+        fn samples_side_by_side_are_transformed_the_same_in_every_set(
+            log in 0u32..11, lead in 0usize..9, rows in 0usize..=LANES, seed in any::<u64>(),
+            places in prop::collection::vec((any::<u32>(), any::<bool>()), 0..40),
+        ) {
+            let len = 1 << log;
+            let random = |stream: u64| (random::value(seed, stream) >> 40) as f32 / 8_388_608.0 - 1.0;
+            let values: Vec<Vec<f32>> = (0..rows as u64)
+                .map(|row| (0..(lead + len) as u64).map(|at| random(row << 32 | at)).collect())
+                .collect();
+            let views: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+            let mut flips = vec![0; len];
+            InstructionSet::SCALAR.flips(seed, 3, &mut flips);
+            let picks: Vec<Column> = places
+                .iter()
+                .map(|&(place, flip)| Column::default().moved(place % len as u32, flip))
+                .collect();
+            let mut first = None;
+            for set in InstructionSet::available() {
+                let mut wide = vec![[0.5; LANES]; len];
+                set.side_by_side(&views, lead, &flips, &mut wide);
+                for (at, lanes) in wide.iter().enumerate() {
+                    for (lane, value) in lanes.iter().enumerate() {
+                        let signed = |row: &[f32]| if flips[at] > 0 { -row[lead + at] } else { row[lead + at] };
+                        prop_assert_eq!(*value, views.get(lane).map_or(0.5, |row| signed(row)));
+                    }
+                }
+                let mut narrow: Vec<Vec<[f32; 1]>> =
+                    (0..rows).map(|lane| wide.iter().map(|lanes| [lanes[lane]]).collect()).collect();
+                let mut sums = vec![[0.25; LANES]; picks.len()];
+                set.hadamard(&mut wide);
+                set.add_picked(&picks, &wide, &mut sums);
+                for (lane, values) in narrow.iter_mut().enumerate() {
+                    let mut single = vec![[0.25; 1]; picks.len()];
+                    set.hadamard(values);
+                    set.add_picked(&picks, values, &mut single);
+                    for (sums, single) in sums.iter().zip(single) {
+                        prop_assert_eq!(sums[lane], single[0]);
+                    }
+                }
+                for (sums, pick) in sums.iter().zip(&picks) {
+                    for (sum, value) in sums.iter().zip(&wide[pick.bucket()]) {
+                        prop_assert_eq!(*sum, 0.25 + pick.signed(*value));
+                    }
+                }
+                prop_assert_eq!(first.get_or_insert_with(|| sums.clone()), &sums);
             }
         }
 
@@ -414,7 +746,11 @@ mod tests {
             for set in InstructionSet::available() {
                 let (mut found, mut sum) = (vec![0.5; 66], vec![0.25; TILE_ROWS * stride]);
                 let into = summed.then_some((&mut sum[..], stride));
-                set.outer_scatter(&left, &right, &slots, &mut found, into);
+                // Rows of slots three apart, as in a wider panel.
+                let wide: Vec<Slot> =
+                    slots.chunks(2).flat_map(|pair| [pair[0], pair[1], Slot::new(9, 9)]).collect();
+                let wide = &wide[..wide.len().saturating_sub(1)];
+                set.outer_scatter(&left, &right, (wide, 3), &mut found, into);
                 prop_assert_eq!(&found, &expected);
                 if summed {
                     prop_assert_eq!(&sum, &expected_sum);
@@ -435,6 +771,76 @@ mod tests {
                 let mut found: Tile = [[0.25; TILE_COLUMNS]; TILE_ROWS];
                 set.outer_tile(&left, &right, &mut found);
                 prop_assert_eq!(found, expected);
+            }
+        }
+
+        #[test]
+        fn shifted_columns_are_sums_of_buckets_and_products_of_signs_in_every_set(
+            key in any::<u64>(), dim in 1usize..=1 << 20, count in 0usize..40,
+        ) {
+            let mut columns = vec![Column::default(); count + 1];
+            InstructionSet::SCALAR.columns(key, dim, 1, 7, &mut columns);
+            let by = columns[count];
+            for set in InstructionSet::available() {
+                let mut found = vec![Column::default(); count];
+                set.shift_columns(by, dim, &columns[..count], &mut found);
+                for (column, found) in columns.iter().zip(found) {
+                    prop_assert_eq!(found.bucket(), (column.bucket() + by.bucket()) % dim);
+                    prop_assert_eq!(found.signed(1.0), column.signed(1.0) * by.signed(1.0));
+                }
+            }
+        }
+
+        #[test]
+        fn dots_of_pairs_are_some_of_the_dots_in_every_set(
+            dim in 1usize..70, pairs in prop::collection::vec((0u32..6, 0u32..5), 0..20), seed in any::<u64>(),
+        ) {
+            let random = |stream: u64, n: usize| -> Vec<f32> {
+                (0..n)
+                    .map(|i| (crate::random::value(seed ^ stream, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0)
+                    .collect()
+            };
+            let (left, right) = (random(1, 6 * dim), random(2, 5 * dim));
+            let mut all = vec![0.0; 30];
+            InstructionSet::SCALAR.dots(&left, &right, dim, &mut all);
+            for set in InstructionSet::available() {
+                let mut found = vec![0.0; pairs.len()];
+                set.dots_of_pairs(&left, &right, dim, &pairs, &mut found);
+                for (&(row, query), found) in pairs.iter().zip(found) {
+                    prop_assert_eq!(found, all[row as usize * 5 + query as usize]);
+                }
+            }
+        }
+
+        #[test]
+        fn transforms_there_and_back_are_the_same_in_every_set(
+            exponent in 8u32..12, turns in prop::array::uniform6(-1f32..1.0), seed in any::<u64>(),
+        ) {
+            // Whatever the turns are: those of a transform have a test of their own.
+            let length = 1usize << exponent;
+            let random = |stream: u64| -> Vec<f32> {
+                (0..length)
+                    .map(|i| (crate::random::value(seed ^ stream, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0)
+                    .collect()
+            };
+            let leaf: LeafTurns = std::array::from_fn(|row| [turns[row % 6]; LANES]);
+            let (turns, leaves) = (vec![turns; length / 64], vec![leaf; length / 256]);
+            let transformed = |set: InstructionSet| {
+                let mut values = [random(1), random(2)];
+                let mut sums = [vec![0.0; length], vec![0.0; length]];
+                for _ in 0..2 {
+                    let [real, imaginary] = &mut values;
+                    let [sum_real, sum_imaginary] = &mut sums;
+                    let sums: [&mut [f32]; 2] = [sum_real, sum_imaginary];
+                    set.add_squared_transform(&turns, &leaves, [real, imaginary], sums);
+                }
+                let [real, imaginary] = &mut sums;
+                set.transform_back(&turns, &leaves, [real, imaginary]);
+                sums
+            };
+            let expected = transformed(InstructionSet::SCALAR);
+            for set in wide() {
+                prop_assert_eq!(&transformed(set), &expected);
             }
         }
 

@@ -2,9 +2,12 @@
 
 use half::{bf16, f16};
 
-use crate::random;
+use crate::{normal, random};
 
-use super::{Column, LANES, Slot, TILE_CHUNKS, TILE_COLUMNS, TILE_ROWS, Tile, sum_lanes};
+use super::{
+    Column, LANES, LeafTurns, Slot, TILE_CHUNKS, TILE_COLUMNS, TILE_ROWS, Tile, Turn, fourier,
+    sum_lanes,
+};
 
 pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
     for (half, out) in halves.iter().zip(out) {
@@ -48,6 +51,254 @@ pub(super) fn add_columns<const L: usize>(
     }
 }
 
+/// As `slots`.
+#[inline(always)]
+pub(super) fn draws(key: u64, things: usize, first: u64, draws: &mut [Column]) {
+    for (step, draw) in draws.iter_mut().enumerate() {
+        let bits = random::value(key, first.wrapping_add(step as u64));
+        *draw = Column::of(bits, things - step, step as u32);
+    }
+}
+
+/// As `slots`.
+#[inline(always)]
+pub(super) fn flips(key: u64, first: u64, flips: &mut [u32]) {
+    let (mut first, mut rest) = (first, flips);
+    while !rest.is_empty() {
+        let bit = first % 64;
+        let here = rest.len().min(64 - bit as usize);
+        let (flips, after) = rest.split_at_mut(here);
+        let bits = random::value(key, first / 64) >> bit;
+        for (lane, flip) in flips.iter_mut().enumerate() {
+            *flip = ((bits >> lane) as u32) << 31;
+        }
+        (first, rest) = (first + here as u64, after);
+    }
+}
+
+pub(super) fn side_by_side<const L: usize>(
+    rows: &[&[f32]],
+    from: usize,
+    flips: &[u32],
+    values: &mut [[f32; L]],
+) {
+    for (lane, row) in rows.iter().enumerate() {
+        for ((values, &value), flip) in values.iter_mut().zip(&row[from..]).zip(flips) {
+            values[lane] = f32::from_bits(value.to_bits() ^ flip);
+        }
+    }
+}
+
+/// The sign bits of 32 buckets, from the lowest bit up.
+#[inline(always)]
+pub(super) fn sign_bits(key: u64, dim: usize, coordinate: u64, bucket: usize) -> u32 {
+    let counter = coordinate.wrapping_mul(dim.div_ceil(64) as u64);
+    let word = random::value(key, counter.wrapping_add(bucket as u64 / 64));
+    (word >> (bucket % 64)) as u32
+}
+
+pub(super) fn sign_rows(
+    key: u64,
+    dim: usize,
+    first: u64,
+    bucket: usize,
+    rows: &mut [[f32; TILE_COLUMNS]],
+) {
+    for (index, row) in rows.iter_mut().enumerate() {
+        let bits = sign_bits(key, dim, first.wrapping_add(index as u64), bucket);
+        for (lane, entry) in row.iter_mut().enumerate() {
+            *entry = f32::from_bits(1f32.to_bits() | (bits >> lane) << 31);
+        }
+    }
+}
+
+/// As `slots`, in operations of which IEEE 754 leaves nothing open, and that are never fused.
+#[inline(always)]
+pub(super) fn normal_rows(
+    key: u64,
+    dim: usize,
+    first: u64,
+    bucket: usize,
+    rows: &mut [[f32; TILE_COLUMNS]],
+) {
+    /// Rows whose tails are put together.
+    const ROWS: usize = 32;
+    /// Entries of tails that are taken at once: several quotients and roots are under way then.
+    const TAILS: usize = 32;
+    /// Entries of a tail that are looked for in each row; few rows have more of them.
+    const MOST: u32 = 8;
+    let words = dim.div_ceil(2) as u64;
+    let mut bits = [[0; TILE_COLUMNS]; ROWS];
+    let mut places = [0u16; ROWS * TILE_COLUMNS + 1];
+    for (block, rows) in rows.chunks_mut(ROWS).enumerate() {
+        let mut count = 0;
+        for (index, (row, bits)) in rows.iter_mut().zip(&mut bits).enumerate() {
+            let coordinate = first.wrapping_add((block * ROWS + index) as u64);
+            let counter = coordinate.wrapping_mul(words).wrapping_add(bucket as u64 / 2);
+            for (half, pair) in bits.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let value = random::value(key, counter.wrapping_add(half as u64));
+                *pair = [value as u32, (value >> 32) as u32];
+            }
+            let mut tails = 0u32;
+            for (lane, (entry, &bits)) in row.iter_mut().zip(&*bits).enumerate() {
+                *entry = normal::centre(bits) as f32;
+                tails |= u32::from(normal::is_tail(bits)) << lane;
+            }
+            let mut looked = 0;
+            while looked < MOST || tails != 0 {
+                places[count] = (index * TILE_COLUMNS) as u16 + tails.trailing_zeros() as u16;
+                count += usize::from(tails != 0);
+                tails &= tails.wrapping_sub(1);
+                looked += 1;
+            }
+        }
+        let (bits, entries) = (bits.as_flattened(), rows.as_flattened_mut());
+        for places in places[..count].chunks(TAILS) {
+            let mut some = [0; TAILS];
+            for (some, &place) in some.iter_mut().zip(places) {
+                *some = bits[usize::from(place)];
+            }
+            let mut tails = [0.0; TAILS];
+            for (tail, bits) in tails.iter_mut().zip(some) {
+                *tail = normal::tail(bits) as f32;
+            }
+            for (&place, tail) in places.iter().zip(tails) {
+                entries[usize::from(place)] = tail;
+            }
+        }
+    }
+}
+
+/// As `add_columns`. The lanes are laid out flat, so that the loops are long.
+#[inline(always)]
+pub(super) fn hadamard<const L: usize>(values: &mut [[f32; L]]) {
+    /// Numbers that go through all their stages one after the other, so that they stay in the first
+    /// cache: 16 KiB.
+    const NEAR: usize = 4096;
+    let values = values.as_flattened_mut();
+    let near = NEAR.min(values.len());
+    for values in values.chunks_exact_mut(near) {
+        stages(values, L);
+    }
+    stages(values, near);
+}
+
+/// The stages of a transform from that with partners `half` apart on: two at a time, which halves
+/// the loads and stores, and one at the end if their number is odd.
+#[inline(always)]
+fn stages(values: &mut [f32], mut half: usize) {
+    while 4 * half <= values.len() {
+        for block in values.chunks_exact_mut(4 * half) {
+            let (low, high) = block.split_at_mut(2 * half);
+            let ((a, b), (c, d)) = (low.split_at_mut(half), high.split_at_mut(half));
+            for ((a, b), (c, d)) in a.iter_mut().zip(b).zip(c.iter_mut().zip(d)) {
+                let (low, low_difference) = (*a + *b, *a - *b);
+                let (high, high_difference) = (*c + *d, *c - *d);
+                (*a, *c) = (low + high, low - high);
+                (*b, *d) = (low_difference + high_difference, low_difference - high_difference);
+            }
+        }
+        half *= 4;
+    }
+    if 2 * half <= values.len() {
+        for block in values.chunks_exact_mut(2 * half) {
+            let (a, b) = block.split_at_mut(half);
+            for (a, b) in a.iter_mut().zip(b) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn add_picked<const L: usize>(
+    picks: &[Column],
+    values: &[[f32; L]],
+    sums: &mut [[f32; L]],
+) {
+    for (sums, pick) in sums.iter_mut().zip(picks) {
+        let values = &values[pick.bucket()];
+        for (sum, &value) in sums.iter_mut().zip(values) {
+            *sum += pick.signed(value);
+        }
+    }
+}
+
+/// As `slots`.
+#[inline(always)]
+pub(super) fn shift_columns(by: Column, dim: usize, columns: &[Column], shifted: &mut [Column]) {
+    for (column, shifted) in columns.iter().zip(shifted) {
+        *shifted = column.shifted(by, dim);
+    }
+}
+
+pub(super) fn dots_of_pairs(
+    rows: &[f32],
+    queries: &[f32],
+    dim: usize,
+    pairs: &[(u32, u32)],
+    out: &mut [f32],
+) {
+    for (&(row, query), out) in pairs.iter().zip(out) {
+        *out = dot(&rows[row as usize * dim..][..dim], &queries[query as usize * dim..][..dim]);
+    }
+}
+
+pub(super) fn add_squared_transform(
+    turns: &[Turn],
+    leaves: &[LeafTurns],
+    values: [&mut [f32]; 2],
+    sums: [&mut [f32]; 2],
+) {
+    fourier::add_squared_transform::<4, [f32; 4]>(turns, leaves, values, sums);
+}
+
+pub(super) fn transform_back(turns: &[Turn], leaves: &[LeafTurns], values: [&mut [f32]; 2]) {
+    fourier::transform_back::<4, [f32; 4]>(turns, leaves, values);
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn add_norm_terms(
+    values: &[f32],
+    delta: &[f32],
+    epsilon: f32,
+    centred: bool,
+    weight: &mut [f32],
+    bias: &mut [f32],
+) {
+    let width = weight.len();
+    let count = width as f32;
+    for (values, delta) in values.chunks_exact(width).zip(delta.chunks_exact(width)) {
+        let mean = if centred { sum_by_lanes(values, |value| value) / count } else { 0.0 };
+        let square = |value: f32| (value - mean) * (value - mean);
+        let variance = sum_by_lanes(values, square) / count;
+        let scale = 1.0 / (variance + epsilon).sqrt();
+        let sums = weight.iter_mut().zip(bias.iter_mut());
+        for ((weight, bias), (value, delta)) in sums.zip(values.iter().zip(delta)) {
+            *weight += delta * ((value - mean) * scale);
+            *bias += delta;
+        }
+    }
+}
+
+/// The sum over values of `of`, in 16 lanes that are added up by halves.
+#[inline(always)]
+fn sum_by_lanes(values: &[f32], of: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let (whole, rest) = values.as_chunks::<LANES>();
+    for chunk in whole {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += of(value);
+        }
+    }
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
+        *lane += of(value);
+    }
+    sum_lanes(lanes)
+}
+
 pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
     scatter_widened(slots, values, block, |value| value);
 }
@@ -88,16 +339,18 @@ pub(super) fn outer_tile(left: &[f32], right: &[f32], tile: &mut Tile) {
 pub(super) fn outer_scatter(
     left: &[f32],
     right: &[f32],
-    slots: &[Slot],
+    slots: (&[Slot], usize),
     block: &mut [f32],
     sum: Option<(&mut [f32], usize)>,
 ) {
     let mut tile: Tile = [[0.0; TILE_COLUMNS]; TILE_ROWS];
     outer_tile(left, right, &mut tile);
-    scatter(slots, &tile.as_flattened()[..slots.len() * LANES], block);
+    let rows = slots.0.chunks(slots.1);
+    for (slots, values) in rows.clone().zip(&tile) {
+        scatter(&slots[..TILE_CHUNKS], values, block);
+    }
     if let Some((sum, stride)) = sum {
-        let rows = tile.iter().take(slots.len() / TILE_CHUNKS).enumerate();
-        for (row, values) in rows {
+        for (row, values) in tile.iter().take(rows.len()).enumerate() {
             for (sum, value) in sum[row * stride..][..TILE_COLUMNS].iter_mut().zip(values) {
                 *sum += value;
             }

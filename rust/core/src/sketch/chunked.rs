@@ -179,12 +179,22 @@ impl<'a> Adder<'a> {
 
     fn add_directly<T: Value>(&mut self, slots: &[Slot], values: &[T]) {
         let dim = self.sketch.dim;
-        for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {
-            for (lane, &value) in chunk.iter().enumerate() {
-                let value = value.widen();
-                self.finite &= value.is_finite();
-                let signed = if slot.signs() >> lane & 1 == 1 { -value } else { value };
-                self.total[(slot.offset() as usize + lane) % dim] += f64::from(signed);
+        for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
+            let mut signed = [0.0; LANES];
+            for (lane, (signed, value)) in signed.iter_mut().zip(chunk).enumerate() {
+                let sign = u32::from(slot.signs() >> lane & 1) << 31;
+                *signed = f32::from_bits(value.widen().to_bits() ^ sign);
+            }
+            self.finite &= signed.iter().all(|value| value.is_finite());
+            let offset = slot.offset() as usize;
+            if let Some(total) = self.total.get_mut(offset..offset + LANES) {
+                for (total, signed) in total.iter_mut().zip(signed) {
+                    *total += f64::from(signed);
+                }
+            } else {
+                for (lane, signed) in signed.into_iter().enumerate() {
+                    self.total[(offset + lane) % dim] += f64::from(signed);
+                }
             }
         }
     }

@@ -72,6 +72,8 @@ pub(super) fn add_columns(
     let wide = rows.len() >= FEW;
     let mut sums = vec![[0.0f32; LANES]; if wide { sketch.dim } else { 0 }];
     let mut single = vec![[[0.0f32; 1]].repeat(sketch.dim); if wide { 0 } else { rows.len() }];
+    let views: Vec<&[f32]> = (0..rows.len()).map(|row| values.row(row)).collect();
+    let as_they_are = vec![0; STEP.min(width)];
     let mut side_by_side = vec![[0.0f32; LANES]; STEP.min(width)];
     for (from, count) in steps {
         watch.check()?;
@@ -79,12 +81,7 @@ pub(super) fn add_columns(
         fill(start + from as u64, columns);
         if wide {
             let side_by_side = &mut side_by_side[..count];
-            for row in 0..rows.len() {
-                let values = &values.row(row)[from..][..count];
-                for (lanes, &value) in side_by_side.iter_mut().zip(values) {
-                    lanes[row] = value;
-                }
-            }
+            sketch.set.side_by_side(&views, from, &as_they_are[..count], side_by_side);
             sketch.set.add_columns(columns, nonzeros, side_by_side, &mut sums);
         } else {
             for (row, sums) in single.iter_mut().enumerate() {

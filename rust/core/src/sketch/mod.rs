@@ -13,10 +13,18 @@
 
 mod chunked;
 mod columns;
+mod dense;
+mod factgrass;
+mod factors;
 mod flat;
+mod fourier;
+mod grass;
+mod hadamard;
+mod kronecker;
 mod lookup;
 mod outer;
 mod slab;
+mod tensorsketch;
 
 pub use flat::{Matrix, Value};
 pub use outer::Sequences;
@@ -39,6 +47,20 @@ pub enum Kind {
     ChunkedSjlt,
     /// This many nonzeros a column, one in each of as many equal parts of the row.
     Sjlt(usize),
+    /// Independent signs.
+    Rademacher,
+    /// Independent normal numbers.
+    Gaussian,
+    /// Some values of a Walsh-Hadamard transform of each block of coordinates.
+    Srht,
+    /// Hashes of an entry are sums of those of its row and its column.
+    TensorSketch,
+    /// Rows and columns are projected.
+    Kronecker,
+    /// Some coordinates, and one nonzero a column for each.
+    Grass,
+    /// Some rows and columns, and the chunked map of what is in both.
+    FactGrass,
 }
 
 impl Kind {
@@ -50,6 +72,13 @@ impl Kind {
         match name {
             "chunked_sjlt" => Ok(Self::ChunkedSjlt),
             "sjlt" if matches!(nonzeros, 1 | 2 | 4 | 8) => Ok(Self::Sjlt(nonzeros)),
+            "rademacher" => Ok(Self::Rademacher),
+            "gaussian" => Ok(Self::Gaussian),
+            "srht" => Ok(Self::Srht),
+            "tensorsketch" => Ok(Self::TensorSketch),
+            "kronecker" => Ok(Self::Kronecker),
+            "grass" => Ok(Self::Grass),
+            "factgrass" => Ok(Self::FactGrass),
             "sjlt" => Err(Error::argument("nonzeros", "1, 2, 4 or 8", nonzeros)),
             _ => Err(Error::argument("kind", "the name of a kind", name)),
         }
@@ -200,3 +229,7 @@ fn join(parts: impl IntoIterator<Item = Vec<usize>>) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_dense;
+#[cfg(test)]
+mod tests_structured;

@@ -1,8 +1,8 @@
 //! Linear layers: the gradient `sum over t of left[t] right[t]^T` of each sample, never stored.
 //!
 //! The gradient is made a tile of 8 x 32 at a time. Where its rows are whole chunks of the sketch,
-//! tiles go straight from the registers into the chunked sketch: 64 columns after 64 columns, down
-//! the rows; the sum in f32 has that order then. Else strips of rows are put together first, and go
+//! tiles go straight from the registers into the chunked sketch: part by part of 256 x 256, and in
+//! it 32 rows after 32 rows, down each tile column; the sum in f32 has that order then. Else strips of rows are put together first, and go
 //! in as a flat gradient would. Which it is depends on kind and shape alone. No buffer of the
 //! parameter's size exists for a sample.
 //!
@@ -22,13 +22,15 @@ use crate::parallel::share;
 use crate::stop::{Asker, Watch};
 
 /// Samples that go through the same tiles together, and are summed first in a sum of all.
-const GROUP: usize = 4;
+pub(super) const GROUP: usize = 4;
 /// Tiles of a sample that are made one after the other, so that their columns stay in the cache.
-const BAND: usize = 8;
+const BAND: usize = 4;
+/// Rows and columns of the part of a matrix that is packed together: a multiple of a tile's.
+const PART: usize = 256;
 /// Terms of a tile that are summed at a time: 40 KiB of rows and columns.
 const TERMS: usize = 256;
 /// Values that a strip may hold, unless eight rows hold more. Sums are split where strips end.
-const STRIP: usize = 1 << 16;
+pub(super) const STRIP: usize = 1 << 16;
 
 /// A borrowed `[batch, terms, width]` array with any strides, counted in values.
 #[derive(Clone, Copy, Debug)]
@@ -63,63 +65,91 @@ impl<'a> Sequences<'a> {
         ))
     }
 
-    /// Appends columns `from..from + W` of sample `sample`, `[terms, W]`, padded with zeros.
-    fn pack<const W: usize>(&self, sample: usize, from: usize, panel: &mut Vec<f32>) {
-        let [_, terms, width] = self.shape;
+    /// Replaces `packed` by columns `from..from + count` of sample `sample`, in panels of `W`
+    /// columns, `[panel, term, W]`, padded with zeros; [`panel`] finds them.
+    fn pack<const W: usize>(
+        &self,
+        sample: usize,
+        from: usize,
+        count: usize,
+        packed: &mut Vec<f32>,
+    ) {
+        /// Columns that are copied term by term together: 1 KiB of a row is read at a time.
+        const BESIDE: usize = 256;
+        let terms = self.shape[1];
         let [across_samples, across_terms, across_width] = self.strides;
-        let columns = W.min(width - from);
-        let begin = panel.len();
-        panel.resize(begin + terms * W, 0.0);
-        let begin = panel[begin..].as_chunks_mut::<W>().0.iter_mut();
-        for (term, values) in begin.enumerate() {
-            let at = sample * across_samples + term * across_terms + from * across_width;
-            if across_width == 1 && columns == W {
-                values.copy_from_slice(&self.values[at..at + W]); // of known size: a few moves
-            } else if across_width == 1 {
-                values[..columns].copy_from_slice(&self.values[at..at + columns]);
-            } else {
-                for (column, value) in values[..columns].iter_mut().enumerate() {
-                    *value = self.values[at + column * across_width];
+        packed.resize(count.div_ceil(W) * panel_len::<W>(terms), 0.0);
+        for begin in (0..count).step_by(BESIDE) {
+            let here = BESIDE.min(count - begin);
+            let panels = &mut packed[begin / W * panel_len::<W>(terms)..];
+            for term in 0..terms {
+                let at =
+                    sample * across_samples + term * across_terms + (from + begin) * across_width;
+                let panels = panels.chunks_exact_mut(panel_len::<W>(terms));
+                if across_width != 1 {
+                    let columns = (0..here).step_by(W);
+                    for (panel, first) in panels.zip(columns) {
+                        let values = &mut panel[term * W..][..W];
+                        values.fill(0.0);
+                        for (column, value) in values.iter_mut().take(here - first).enumerate() {
+                            *value = self.values[at + (first + column) * across_width];
+                        }
+                    }
+                    continue;
+                }
+                for (panel, values) in panels.zip(self.values[at..at + here].chunks(W)) {
+                    let out = &mut panel[term * W..][..W];
+                    if let Ok(values) = <&[f32; W]>::try_from(values) {
+                        out.copy_from_slice(values); // of known size: a few moves
+                    } else {
+                        out.fill(0.0);
+                        out[..values.len()].copy_from_slice(values);
+                    }
                 }
             }
         }
     }
+}
 
-    /// Replaces `panels` by all columns of a sample, `[panel, terms, W]`.
-    fn pack_all<const W: usize>(&self, sample: usize, panels: &mut Vec<f32>) {
-        panels.clear();
-        for from in (0..self.shape[2]).step_by(W) {
-            self.pack::<W>(sample, from, panels);
-        }
-    }
+/// Values from one panel of `W` columns to the next. A cache line more than a panel has, so that
+/// panels do not all begin at the same places of the cache.
+const fn panel_len<const W: usize>(terms: usize) -> usize {
+    terms * W + LANES
+}
+
+/// Panel `index` of packed columns, `[terms, W]`.
+fn panel<const W: usize>(packed: &[f32], terms: usize, index: usize) -> &[f32] {
+    &packed[index * panel_len::<W>(terms)..][..terms * W]
 }
 
 /// A matrix of a parameter: `left^T right` from coordinate `start` on.
 #[derive(Clone, Copy)]
-struct Block<'a> {
-    parameter: Parameter,
-    start: u64,
-    left: Sequences<'a>,
-    right: Sequences<'a>,
+pub(super) struct Block<'a> {
+    pub(super) parameter: Parameter,
+    pub(super) start: u64,
+    pub(super) left: Sequences<'a>,
+    pub(super) right: Sequences<'a>,
+    /// The bias of the layer, and the coordinate of the first row's.
+    pub(super) bias: Option<(Parameter, u64)>,
 }
 
 impl Block<'_> {
-    fn terms(&self) -> usize {
+    pub(super) fn terms(&self) -> usize {
         self.left.shape[1]
     }
 
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.left.shape[2]
     }
 
-    fn columns(&self) -> usize {
+    pub(super) fn columns(&self) -> usize {
         self.right.shape[2]
     }
 }
 
 /// What a worker keeps between jobs.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     blocks: Vec<Vec<f32>>,
     left: Vec<Vec<f32>>,
     right: Vec<Vec<f32>>,
@@ -134,7 +164,8 @@ impl Sketch {
     /// Adds, for each sample, the matrix `sum over t of left[t] right[t]^T`, which is the
     /// row-major block of coordinates from `start` on of `parameter`, to `totals`. Returns the rows
     /// in which a sum was NaN or infinite. The matrices of all samples are added to `sum`,
-    /// `[rows, columns]`, if there is one: four at a time, in order.
+    /// `[rows, columns]`, if there is one: four at a time, in order. If there is a `bias`, a
+    /// parameter and a coordinate, `sum over t of left[t]` is added to it from there on.
     ///
     /// For a linear layer `left` is the gradient of its output and `right` its input. Sums over `t`
     /// are fused, in order. Takes O(batch · terms · rows · columns) time and
@@ -151,7 +182,8 @@ impl Sketch {
         left: Sequences<'_>,
         right: Sequences<'_>,
         totals: Totals<'_>,
-        mut sum: Option<&mut [f32]>,
+        sum: Option<&mut [f32]>,
+        bias: Option<(Parameter, u64)>,
         threads: usize,
         asker: &Asker<'_>,
     ) -> Result<Vec<usize>, Error> {
@@ -179,18 +211,41 @@ impl Sketch {
         {
             return Err(Error::shape("sum", format!("[{rows}, {columns}]"), sum.len()));
         }
+        if let Some((bias, start)) = bias
+            && start.checked_add(rows as u64).is_none_or(|end| end > bias.len)
+        {
+            let must = format!("a bias of at least {rows} values from {start}");
+            return Err(Error::shape("bias", must, bias.len));
+        }
         if batch == 0 || terms == 0 || rows == 0 || columns == 0 {
             return Ok(Vec::new());
         }
-        let block = Block { parameter, start, left, right };
-        let work = batch.saturating_mul(terms).saturating_mul(rows).saturating_mul(columns);
+        let block = Block { parameter, start, left, right, bias };
+        self.add_block(block, &totals, sum, threads, asker)
+    }
+
+    /// Adds a block that is not empty, and fits.
+    pub(super) fn add_block(
+        &self,
+        block: Block<'_>,
+        totals: &[Row<'_>],
+        mut sum: Option<&mut [f32]>,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Vec<usize>, Error> {
+        let (batch, rows, columns) = (totals.len(), block.rows(), block.columns());
+        let work = batch.saturating_mul(block.terms()).saturating_mul(rows).saturating_mul(columns);
         // Threads cost more than the work below about 2^22 products each.
         let threads = threads.min(1 + (work >> 22));
+        let own = self.add_factors(block, totals, sum.as_deref_mut(), threads, asker)?;
+        if let Some(bad) = own {
+            return Ok(bad);
+        }
         let tiled = self.kind == Kind::ChunkedSjlt
             && columns.is_multiple_of(LANES)
-            && start.is_multiple_of(LANES as u64);
+            && block.start.is_multiple_of(LANES as u64);
         if !tiled {
-            return self.add_strips(block, &totals, sum.as_deref_mut(), threads, asker);
+            return self.add_strips(block, totals, sum.as_deref_mut(), threads, asker);
         }
         // Without a sum, groups may be smaller, so that all threads have work.
         let group = if sum.is_some() { GROUP } else { batch.div_ceil(threads).min(GROUP) };
@@ -207,22 +262,15 @@ impl Sketch {
                 let here = (first + job) * group..batch.min((first + job + 1) * group);
                 if copies {
                     let mut copy = vec![0.0; rows * columns];
-                    self.add_tiles(block, &totals, here, Some(&mut copy), mine, watch)?;
+                    self.add_tiles(block, totals, here, Some(&mut copy), mine, watch)?;
                     mine.sums.push((job, copy));
                     return Ok(());
                 }
                 if sum_is_direct {
                     let mut direct = direct.lock().map_err(broken)?;
-                    return self.add_tiles(
-                        block,
-                        &totals,
-                        here,
-                        direct.as_deref_mut(),
-                        mine,
-                        watch,
-                    );
+                    return self.add_tiles(block, totals, here, direct.as_deref_mut(), mine, watch);
                 }
-                self.add_tiles(block, &totals, here, None, mine, watch)
+                self.add_tiles(block, totals, here, None, mine, watch)
             })?;
             let mut sums = Vec::new();
             for state in states {
@@ -251,46 +299,60 @@ impl Sketch {
         scratch: &mut Scratch,
         watch: &Watch<'_>,
     ) -> Result<(), Error> {
-        const PANEL: usize = 2 * TILE_COLUMNS;
         let (terms, rows, columns) = (block.terms(), block.rows(), block.columns());
         let Scratch { blocks, left, right, tiles, slots, band, bad, .. } = scratch;
-        blocks.resize(GROUP, Vec::new());
-        left.resize(GROUP, Vec::new());
-        right.resize(GROUP, Vec::new());
+        for scratch in [&mut *blocks, &mut *left, &mut *right] {
+            scratch.resize(GROUP, Vec::new());
+        }
         let mut locked = totals[samples.clone()].iter().map(take).collect::<Result<Vec<_>, _>>()?;
-        let pairs = locked.iter_mut().zip(blocks);
+        let pairs = locked.iter_mut().zip(blocks.iter_mut());
         let mut adders: Vec<_> =
             pairs.map(|(total, sums)| Adder::new(self, block.parameter, total, sums)).collect();
-        for (left, sample) in left.iter_mut().zip(samples.clone()) {
-            block.left.pack_all::<TILE_ROWS>(sample, left);
+        // The shorter side is packed whole, the longer one as it is needed.
+        let tall = rows > columns;
+        for (index, sample) in samples.clone().enumerate() {
+            if tall {
+                block.right.pack::<TILE_COLUMNS>(sample, 0, columns, &mut right[index]);
+            } else {
+                block.left.pack::<TILE_ROWS>(sample, 0, rows, &mut left[index]);
+            }
         }
-        for panel in (0..columns).step_by(PANEL) {
-            let width = PANEL.min(columns - panel);
-            for (right, sample) in right.iter_mut().zip(samples.clone()) {
-                right.clear();
-                for column in (panel..panel + width).step_by(TILE_COLUMNS) {
-                    block.right.pack::<TILE_COLUMNS>(sample, column, right);
+        for (rows, columns) in parts(rows, columns) {
+            for (index, sample) in samples.clone().enumerate() {
+                if tall && columns.start == 0 {
+                    let left = &mut left[index];
+                    block.left.pack::<TILE_ROWS>(sample, rows.start, rows.len(), left);
+                } else if !tall && rows.start == 0 {
+                    let right = &mut right[index];
+                    block.right.pack::<TILE_COLUMNS>(sample, columns.start, columns.len(), right);
                 }
             }
-            for top in (0..rows).step_by(BAND * TILE_ROWS) {
+            // Where the packed panels begin.
+            let (left_from, right_from) = if tall { (rows.start, 0) } else { (0, columns.start) };
+            for top in rows.clone().step_by(BAND * TILE_ROWS) {
                 watch.check()?;
-                let height = (BAND * TILE_ROWS).min(rows - top);
-                self.band_slots(block, top..top + height, panel..panel + width, slots);
+                let height = (BAND * TILE_ROWS).min(rows.end - top);
+                self.band_slots(block, top..top + height, columns.clone(), slots);
                 if sum.is_some() {
                     band.clear();
-                    band.resize(height.next_multiple_of(TILE_ROWS) * PANEL, 0.0);
+                    band.resize(height.next_multiple_of(TILE_ROWS) * PART, 0.0);
                 }
                 for (index, adder) in adders.iter_mut().enumerate() {
-                    let left = left[index].chunks_exact(terms * TILE_ROWS);
-                    let left = left.skip(top / TILE_ROWS).take(height.div_ceil(TILE_ROWS));
-                    let right = right[index].chunks_exact(terms * TILE_COLUMNS);
-                    let tiles = TileBand { terms, height, width, slots, tiles };
-                    let sums = sum.is_some().then_some((&mut band[..], PANEL));
-                    tiles.add(self, left, right, adder, sums);
+                    let tiles = TileBand {
+                        terms,
+                        height,
+                        width: columns.len(),
+                        left: (&left[index], (top - left_from) / TILE_ROWS),
+                        right: (&right[index], (columns.start - right_from) / TILE_COLUMNS),
+                        slots,
+                        tiles,
+                    };
+                    tiles.add(self, adder, sum.is_some().then_some((&mut band[..], PART)));
                 }
                 if let Some(sum) = sum.as_deref_mut() {
-                    for (row, values) in (top..top + height).zip(band.chunks_exact(PANEL)) {
-                        let into = &mut sum[row * columns + panel..][..width];
+                    let across = block.columns();
+                    for (row, values) in (top..top + height).zip(band.chunks_exact(PART)) {
+                        let into = &mut sum[row * across + columns.start..][..columns.len()];
                         for (into, value) in into.iter_mut().zip(values) {
                             *into += value;
                         }
@@ -298,16 +360,23 @@ impl Sketch {
                 }
             }
         }
-        for (adder, sample) in adders.into_iter().zip(samples) {
-            if !adder.finish() {
+        let finite: Vec<bool> = adders.into_iter().map(Adder::finish).collect();
+        for (index, sample) in samples.enumerate() {
+            let mut finite = finite[index];
+            if let Some((parameter, start)) = block.bias {
+                sum_terms(block.left, sample, band);
+                let mut adder = Adder::new(self, parameter, &mut locked[index], &mut blocks[index]);
+                adder.add(start, &band[..rows], slots, watch)?;
+                finite &= adder.finish();
+            }
+            if !finite {
                 bad.push(sample);
             }
         }
         Ok(())
     }
 
-    /// Replaces `slots` by those of some rows and columns: tile column by tile column, down the
-    /// rows, across each row's chunks.
+    /// Replaces `slots` by those of some rows and columns: down the rows, across their chunks.
     fn band_slots(
         &self,
         block: Block<'_>,
@@ -315,13 +384,11 @@ impl Sketch {
         columns: Range<usize>,
         slots: &mut Vec<Slot>,
     ) {
-        slots.clear();
-        for first in columns.clone().step_by(TILE_COLUMNS) {
-            let chunks = (TILE_COLUMNS.min(columns.end - first) / LANES) as u64;
-            for row in rows.clone() {
-                let chunk = (block.start + (row * block.columns() + first) as u64) / LANES as u64;
-                slots.extend((0..chunks).map(|next| self.slot(block.parameter, chunk + next)));
-            }
+        let chunks = columns.len() / LANES;
+        slots.resize(rows.len() * chunks, Slot::default());
+        for (row, slots) in rows.zip(slots.chunks_exact_mut(chunks)) {
+            let start = block.start + (row * block.columns() + columns.start) as u64;
+            self.set.slots(block.parameter.key, self.dim, start / LANES as u64, slots);
         }
     }
 
@@ -361,17 +428,27 @@ impl Sketch {
                 let here = slab.add(self, block.parameter, totals, threads, asker)?;
                 bad.push(here.into_iter().map(|row| first + row).collect());
             }
+            if let Some((parameter, start)) = block.bias {
+                let mut sums = vec![Vec::new(); batch];
+                for (sums, sample) in sums.iter_mut().zip(first..) {
+                    sum_terms(block.left, sample, sums);
+                }
+                let views: Vec<&[f32]> = sums.iter().map(|sums| &sums[..]).collect();
+                let slab = Slab { start, values: Matrix::new(&views)? };
+                let here = slab.add(self, parameter, totals, threads, asker)?;
+                bad.push(here.into_iter().map(|row| first + row).collect());
+            }
         }
         Ok(join(bad))
     }
 }
 
-fn broken<T>(_: std::sync::PoisonError<T>) -> Error {
+pub(super) fn broken<T>(_: std::sync::PoisonError<T>) -> Error {
     Error::Internal("a worker thread panicked".into())
 }
 
 /// Adds strips to their sum: those of [`GROUP`] samples are summed first.
-fn sum_strips(strips: &[f32], width: usize, sum: &mut [f32]) {
+pub(super) fn sum_strips(strips: &[f32], width: usize, sum: &mut [f32]) {
     let mut four = vec![0.0; width];
     for group in strips.chunks(GROUP * width) {
         four.fill(0.0);
@@ -386,28 +463,57 @@ fn sum_strips(strips: &[f32], width: usize, sum: &mut [f32]) {
     }
 }
 
+/// Replaces `sums` by the sums over terms of a sample's columns, term by term.
+fn sum_terms(sequences: Sequences<'_>, sample: usize, sums: &mut Vec<f32>) {
+    let [_, terms, width] = sequences.shape;
+    let [across_samples, across_terms, across_width] = sequences.strides;
+    sums.clear();
+    sums.resize(width, 0.0);
+    for term in 0..terms {
+        let at = sample * across_samples + term * across_terms;
+        if across_width == 1 {
+            for (sum, value) in sums.iter_mut().zip(&sequences.values[at..at + width]) {
+                *sum += value;
+            }
+        } else {
+            for (column, sum) in sums.iter_mut().enumerate() {
+                *sum += sequences.values[at + column * across_width];
+            }
+        }
+    }
+}
+
+/// Parts of at most [`PART`] rows and columns that make up a matrix: along the shorter side first.
+fn parts(rows: usize, columns: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let cut = |len: usize| (0..len).step_by(PART).map(move |at| at..len.min(at + PART));
+    let tall = rows > columns;
+    let (long, short) = if tall { (rows, columns) } else { (columns, rows) };
+    cut(long).flat_map(move |long| {
+        cut(short)
+            .map(move |short| if tall { (long.clone(), short) } else { (short, long.clone()) })
+    })
+}
+
 /// The tiles of one sample in a band of rows and a panel of columns.
 struct TileBand<'a> {
     terms: usize,
     height: usize,
     width: usize,
+    /// Packed panels, and the first of the band.
+    left: (&'a [f32], usize),
+    right: (&'a [f32], usize),
     slots: &'a [Slot],
     tiles: &'a mut Vec<Tile>,
 }
 
 impl TileBand<'_> {
     /// Makes the tiles and adds them to `adder`, and to `sums`, rows of some stride.
-    fn add<'p>(
-        self,
-        sketch: &Sketch,
-        left: impl Iterator<Item = &'p [f32]> + Clone,
-        right: impl Iterator<Item = &'p [f32]>,
-        adder: &mut Adder<'_>,
-        mut sums: Option<(&mut [f32], usize)>,
-    ) {
-        let mut slots = self.slots;
-        for (index, right) in right.enumerate() {
-            let first = index * TILE_COLUMNS;
+    fn add(self, sketch: &Sketch, adder: &mut Adder<'_>, mut sums: Option<(&mut [f32], usize)>) {
+        let stride = self.width / LANES;
+        let left = |tile: usize| panel::<TILE_ROWS>(self.left.0, self.terms, self.left.1 + tile);
+        for first in (0..self.width).step_by(TILE_COLUMNS) {
+            let index = self.right.1 + first / TILE_COLUMNS;
+            let right = panel::<TILE_COLUMNS>(self.right.0, self.terms, index);
             let width = TILE_COLUMNS.min(self.width - first);
             let chunks = width / LANES;
             let fused = width == TILE_COLUMNS && self.terms <= TERMS && !adder.is_direct();
@@ -419,31 +525,27 @@ impl TileBand<'_> {
                 for from in (0..self.terms).step_by(TERMS) {
                     let to = self.terms.min(from + TERMS);
                     let right = &right[from * TILE_COLUMNS..to * TILE_COLUMNS];
-                    for (tile, left) in self.tiles.iter_mut().zip(left.clone()) {
-                        let left = &left[from * TILE_ROWS..to * TILE_ROWS];
+                    for (index, tile) in self.tiles.iter_mut().enumerate() {
+                        let left = &left(index)[from * TILE_ROWS..to * TILE_ROWS];
                         sketch.set.outer_tile(left, right, tile);
                     }
                 }
             }
-            for (tile, left) in left.clone().enumerate() {
+            for tile in 0..self.height.div_ceil(TILE_ROWS) {
                 let rows = TILE_ROWS.min(self.height - tile * TILE_ROWS);
-                let (these, rest) = slots.split_at(rows * chunks);
-                slots = rest;
+                let these = &self.slots[tile * TILE_ROWS * stride + first / LANES..];
+                let these = &these[..(rows - 1) * stride + chunks];
                 let into = sums.as_mut().map(|(sums, stride)| {
                     (&mut sums[tile * TILE_ROWS * *stride + first..], *stride)
                 });
                 if fused {
-                    let block = adder.sums(these.len() * LANES);
-                    sketch.set.outer_scatter(left, right, these, block, into);
+                    let block = adder.sums(rows * width);
+                    sketch.set.outer_scatter(left(tile), right, (these, stride), block, into);
                     continue;
                 }
                 let values = &self.tiles[tile];
-                if width == TILE_COLUMNS {
-                    adder.add_anywhere(these, &values.as_flattened()[..these.len() * LANES]);
-                } else {
-                    for (slots, values) in these.chunks_exact(chunks).zip(values) {
-                        adder.add_anywhere(slots, &values[..width]);
-                    }
+                for (slots, values) in these.chunks(stride).zip(values) {
+                    adder.add_anywhere(&slots[..chunks], &values[..width]);
                 }
                 if let Some((sums, stride)) = into {
                     for (row, values) in values.iter().take(rows).enumerate() {
@@ -458,7 +560,7 @@ impl TileBand<'_> {
 }
 
 /// Makes rows from `top` on of a sample's matrix, as many as `strip` holds.
-fn make_strip(
+pub(super) fn make_strip(
     sketch: &Sketch,
     block: Block<'_>,
     sample: usize,
@@ -472,19 +574,16 @@ fn make_strip(
     scratch.left.resize(1, Vec::new());
     scratch.right.resize(1, Vec::new());
     let (left, right) = (&mut scratch.left[0], &mut scratch.right[0]);
-    left.clear();
-    for row in (top..top + height).step_by(TILE_ROWS) {
-        block.left.pack::<TILE_ROWS>(sample, row, left);
-    }
+    block.left.pack::<TILE_ROWS>(sample, top, height, left);
     for column in (0..columns).step_by(TILE_COLUMNS) {
         watch.check()?;
-        right.clear();
-        block.right.pack::<TILE_COLUMNS>(sample, column, right);
         let width = TILE_COLUMNS.min(columns - column);
-        for (index, left) in left.chunks_exact(terms * TILE_ROWS).enumerate() {
+        block.right.pack::<TILE_COLUMNS>(sample, column, width, right);
+        let right = panel::<TILE_COLUMNS>(right, terms, 0);
+        for row in (0..height).step_by(TILE_ROWS) {
+            let left = panel::<TILE_ROWS>(left, terms, row / TILE_ROWS);
             let mut tile: Tile = [[0.0; TILE_COLUMNS]; TILE_ROWS];
             sketch.set.outer_tile(left, right, &mut tile);
-            let row = index * TILE_ROWS;
             for (r, values) in tile.iter().enumerate().take(height - row) {
                 strip[(row + r) * columns + column..][..width].copy_from_slice(&values[..width]);
             }

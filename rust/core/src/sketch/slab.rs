@@ -1,7 +1,11 @@
 //! Blocks of coordinates of many samples: the form in which every kind takes gradients.
 
+use super::dense::Entries;
 use super::flat::Matrix;
-use super::{Kind, Parameter, Row, Sketch, chunked, columns, join};
+use super::{
+    Kind, Parameter, Row, Sketch, chunked, columns, factgrass, grass, hadamard, join, kronecker,
+    tensorsketch,
+};
 use crate::error::Error;
 use crate::parallel::share;
 use crate::stop::{Asker, Watch};
@@ -44,6 +48,9 @@ impl<'a> Slab<'a> {
             let Self { start, values } = self;
             return chunked::add_flat(sketch, parameter, start, values, rows, threads, asker);
         }
+        if let Some(entries) = Entries::of(sketch.kind) {
+            return entries.add_slab(sketch, parameter, self, rows, threads, asker);
+        }
         let batch = rows.len();
         let group = batch.div_ceil(threads.max(1)).clamp(1, GROUP);
         let states = share(batch.div_ceil(group), threads, asker, Vec::new, |bad, job, watch| {
@@ -75,6 +82,13 @@ impl<'a> Slab<'a> {
                 Kind::Sjlt(nonzeros) => {
                     columns::add_sjlt(sketch, parameter, nonzeros, piece, rows, watch)?
                 }
+                Kind::Rademacher => Entries::Signs.add(sketch, parameter, piece, rows, watch)?,
+                Kind::Gaussian => Entries::Normals.add(sketch, parameter, piece, rows, watch)?,
+                Kind::Srht => hadamard::add(sketch, parameter, piece, rows, watch)?,
+                Kind::TensorSketch => tensorsketch::add(sketch, parameter, piece, rows, watch)?,
+                Kind::Kronecker => kronecker::add(sketch, parameter, piece, rows, watch)?,
+                Kind::Grass => grass::add(sketch, parameter, piece, rows, watch)?,
+                Kind::FactGrass => factgrass::add(sketch, parameter, piece, rows, watch)?,
             };
             bad.push((0..rows.len()).filter(|&row| !finite[row]).collect());
         }

@@ -21,7 +21,7 @@ fn chunked(dim: usize, seed: u64) -> Sketch {
 }
 
 /// `add_flat` of an array that lies row after row, into totals that are just as wide.
-fn flat(
+pub(super) fn flat(
     sketch: &Sketch,
     parameter: Parameter,
     start: u64,
@@ -36,12 +36,12 @@ fn flat(
     sketch.add_flat(parameter, start, Matrix::new(&rows).unwrap(), totals, threads, &asker).unwrap()
 }
 
-fn random(seed: u64, len: usize) -> Vec<f32> {
+pub(super) fn random(seed: u64, len: usize) -> Vec<f32> {
     let bits = |i| (random::value(seed, i as u64) >> 40) as f32;
     (0..len).map(|i| bits(i) / 8_388_608.0 - 1.0).collect()
 }
 
-fn close(found: &[f64], expected: &[f64], scale: f64) {
+pub(super) fn close(found: &[f64], expected: &[f64], scale: f64) {
     for (found, expected) in found.iter().zip(expected) {
         assert!((found - expected).abs() <= 1e-5 * scale, "{found} {expected}");
     }
@@ -95,7 +95,7 @@ proptest! {
             flat(&sketch, parameter, start, &matrices, &mut expected, 1);
             for threads in [1, 3] {
                 let mut found = vec![0.0; batch * dim];
-                sketch.add_outer(parameter, start, left, right, Totals::new(&mut found, dim, 0), None, threads, &asker).unwrap();
+                sketch.add_outer(parameter, start, left, right, Totals::new(&mut found, dim, 0), None, None, threads, &asker).unwrap();
                 if odd == 0 {
                     prop_assert_eq!(&found, &expected);
                 }
@@ -119,7 +119,7 @@ proptest! {
             let l = Sequences::new("left", &l, [1, terms, rows], [0, rows, 1]).unwrap();
             let r = Sequences::new("right", &r, [1, terms, columns], [0, columns, 1]).unwrap();
             let mut found = vec![0.0; dim];
-            sketch.add_outer(parameter, start, l, r, Totals::new(&mut found, dim, 0), None, 1, &asker).unwrap();
+            sketch.add_outer(parameter, start, l, r, Totals::new(&mut found, dim, 0), None, None, 1, &asker).unwrap();
             prop_assert_eq!(&found[..], &first.as_ref().unwrap()[b * dim..][..dim]);
         }
     }

@@ -6,5 +6,13 @@
 mod encode;
 mod file;
 
-pub use encode::{Stored, encode};
+pub use encode::{Part, Stored, encode, encode_factors};
 pub use file::{Cursor, RowFile};
+
+/// The CRC-32 of bytes that follow others whose CRC-32 is `before`; 0 for the first.
+#[must_use]
+pub fn crc32(before: u32, bytes: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new_with_initial(before);
+    hasher.update(bytes);
+    hasher.finalize()
+}

@@ -1,0 +1,1 @@
+"""The comparisons of `compare.py`, one a file, and what they share."""

@@ -1,0 +1,199 @@
+//! Kinds that take the factors of outer products as they are, and do not form the matrix.
+//!
+//! They see a parameter as a matrix: its rows are numbered by the first size, and its columns by
+//! all others. What is random of columns comes from the same stream as what is random of rows, half
+//! the counters away.
+
+use std::sync::Mutex;
+
+use super::flat::Matrix;
+use super::outer::{Block, GROUP, STRIP, Scratch, Sequences, broken, make_strip, sum_strips};
+use super::slab::{self, Slab};
+use super::{Kind, Row, Sketch, factgrass, grass, join, kronecker, tensorsketch};
+use crate::error::Error;
+use crate::kernels::{InstructionSet, LANES, TILE_ROWS};
+use crate::parallel::share;
+use crate::stop::Asker;
+
+/// The first counter of what is random of columns: beyond all rows.
+pub(super) const COLUMNS: u64 = 1 << 63;
+
+impl Block<'_> {
+    /// The row of the parameter with which the block begins, if it is made of whole rows of a
+    /// parameter that has more than one column.
+    pub(super) fn first_row(&self) -> Option<u64> {
+        let columns = self.parameter.columns;
+        let whole = self.columns() as u64 == columns && self.start.is_multiple_of(columns);
+        (whole && columns > 1).then_some(self.start / columns)
+    }
+}
+
+impl Sequences<'_> {
+    /// The values of a term; `buffer` is where they are put if they do not lie side by side.
+    pub(super) fn term<'v>(
+        &'v self,
+        sample: usize,
+        term: usize,
+        buffer: &'v mut Vec<f32>,
+    ) -> &'v [f32] {
+        let [across_samples, across_terms, across_width] = self.strides;
+        let at = sample * across_samples + term * across_terms;
+        if across_width == 1 {
+            return &self.values[at..at + self.shape[2]];
+        }
+        buffer.clear();
+        buffer.extend((0..self.shape[2]).map(|column| self.values[at + column * across_width]));
+        buffer
+    }
+
+    /// One value.
+    #[inline]
+    pub(super) fn at(&self, sample: usize, term: usize, column: usize) -> f32 {
+        let [across_samples, across_terms, across_width] = self.strides;
+        self.values[sample * across_samples + term * across_terms + column * across_width]
+    }
+
+    /// Replaces `columns` by those of a sample, each with its terms side by side, and zeros up to
+    /// the width that is returned.
+    pub(super) fn columns(
+        &self,
+        set: InstructionSet,
+        sample: usize,
+        columns: &mut Vec<f32>,
+    ) -> usize {
+        /// Columns of which 16 terms are put side by side at a time: 16 KiB.
+        const STEP: usize = 256;
+        let [across_samples, across_terms, across_width] = self.strides;
+        let [_, terms, count] = self.shape;
+        // Of an odd number of cache lines, so that columns do not all compete for the same places.
+        let width = (terms.div_ceil(LANES) | 1) * LANES;
+        columns.clear();
+        columns.resize(count * width, 0.0);
+        if across_width != 1 {
+            for (column, values) in columns.chunks_exact_mut(width).enumerate() {
+                let at = sample * across_samples + column * across_width;
+                for (term, value) in values[..terms].iter_mut().enumerate() {
+                    *value = self.values[at + term * across_terms];
+                }
+            }
+            return width;
+        }
+        let (mut wide, as_they_are) = ([[0.0; LANES]; STEP], [0; STEP]);
+        let mut views = [&[][..]; LANES];
+        for first in (0..terms).step_by(LANES) {
+            let some = LANES.min(terms - first);
+            for (lane, view) in views[..some].iter_mut().enumerate() {
+                let at = sample * across_samples + (first + lane) * across_terms;
+                *view = &self.values[at..at + count];
+            }
+            if some < LANES {
+                wide.fill([0.0; LANES]);
+            }
+            for (from, columns) in (0..).step_by(STEP).zip(columns.chunks_mut(STEP * width)) {
+                let wide = &mut wide[..columns.len() / width];
+                set.side_by_side(&views[..some], from, &as_they_are[..wide.len()], wide);
+                for (column, terms) in columns.chunks_exact_mut(width).zip(wide) {
+                    column.as_chunks_mut().0[first / LANES] = *terms;
+                }
+            }
+        }
+        width
+    }
+}
+
+impl Sketch {
+    /// Adds outer products from their factors, and the matrices themselves to `sum`; returns the
+    /// rows that are not finite, or nothing if strips of the matrix are the way.
+    pub(super) fn add_factors(
+        &self,
+        block: Block<'_>,
+        totals: &[Row<'_>],
+        sum: Option<&mut [f32]>,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Option<Vec<usize>>, Error> {
+        let bad = match (self.kind, block.first_row()) {
+            (Kind::TensorSketch, Some(first)) if tensorsketch::is_quicker(self.dim, &block) => {
+                tensorsketch::add_outer(self, block, first, totals, threads, asker)?
+            }
+            (Kind::Kronecker, Some(first)) => {
+                kronecker::add_outer(self, block, first, totals, threads, asker)?
+            }
+            (Kind::Grass, _) => grass::add_outer(self, block, totals, threads, asker)?,
+            (Kind::FactGrass, Some(first)) => {
+                factgrass::add_outer(self, block, first, totals, threads, asker)?
+            }
+            _ => return Ok(None),
+        };
+        if let Some(sum) = sum {
+            self.add_sum(block, sum, threads, asker)?;
+        }
+        let more = self.add_bias(block, totals, threads, asker)?;
+        Ok(Some(join([bad, more])))
+    }
+
+    /// Adds the matrices of all samples to `sum`, four at a time, in order.
+    fn add_sum(
+        &self,
+        block: Block<'_>,
+        sum: &mut [f32],
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<(), Error> {
+        let (batch, columns) = (block.left.shape[0], block.columns());
+        let height = (STRIP / columns).next_multiple_of(TILE_ROWS);
+        let parts: Vec<_> = sum.chunks_mut(height * columns).map(Mutex::new).collect();
+        let state = <(Scratch, Vec<f32>)>::default;
+        share(parts.len(), threads, asker, state, |(scratch, strips), job, watch| {
+            let mut sum = parts[job].lock().map_err(broken)?;
+            let width = sum.len();
+            for first in (0..batch).step_by(GROUP) {
+                let samples = first..batch.min(first + GROUP);
+                strips.resize(samples.len() * width, 0.0);
+                for (strip, sample) in strips.chunks_exact_mut(width).zip(samples) {
+                    make_strip(self, block, sample, job * height, strip, scratch, watch)?;
+                }
+                sum_strips(strips, width, &mut sum);
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Adds the sums of the left factors to the bias, if there is one; returns the rows that are
+    /// not finite.
+    fn add_bias(
+        &self,
+        block: Block<'_>,
+        totals: &[Row<'_>],
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Vec<usize>, Error> {
+        let Some((parameter, start)) = block.bias else { return Ok(Vec::new()) };
+        let rows = block.rows();
+        let mut bad = Vec::new();
+        let mut sums = Vec::new();
+        for (first, totals) in (0..).step_by(slab::GROUP).zip(totals.chunks(slab::GROUP)) {
+            sums.clear();
+            sums.resize(totals.len() * rows, 0.0);
+            let parts: Vec<_> = sums.chunks_exact_mut(rows).map(Mutex::new).collect();
+            share(parts.len(), threads, asker, Vec::new, |values, sample, watch| {
+                let mut sums = parts[sample].lock().map_err(broken)?;
+                for term in 0..block.terms() {
+                    watch.check()?;
+                    let values = block.left.term(first + sample, term, values);
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum += value;
+                    }
+                }
+                Ok(())
+            })?;
+            drop(parts);
+            let views: Vec<&[f32]> = sums.chunks_exact(rows).collect();
+            let slab = Slab { start, values: Matrix::new(&views)? };
+            let here = slab.add(self, parameter, totals, threads, asker)?;
+            bad.push(here.into_iter().map(|row| first + row).collect());
+        }
+        Ok(join(bad))
+    }
+}
