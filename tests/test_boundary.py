@@ -120,7 +120,8 @@ def test_add_lookup_refuses(arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("jl", 8, 0), ("sjlt", 8, 0, 3), ("sjlt", 9, 0, 2), ("sjlt", 8, 0, 0), (None, 8, 0)]
+    "arguments",
+    [("jl", 8, 0), ("sjlt", 8, 0, 3), ("sjlt", 9, 0, 2), ("sjlt", 8, 0, 0), (None, 8, 0)],
 )
 def test_a_sketch_of_no_possible_kind_is_refused(arguments):
     with pytest.raises(ORDINARY):
@@ -210,7 +211,8 @@ def test_ctrl_c_ends_a_long_call():
     script = """
         import numpy as np
         from whence._core import Sketch
-        sketch, totals, factor = Sketch("chunked_sjlt", 64, 0), np.zeros((1, 64)), np.ones((1, 8000, 1024), "f4")
+        sketch = Sketch("chunked_sjlt", 64, 0)
+        totals, factor = np.zeros((1, 64)), np.ones((1, 8000, 1024), "f4")
         print("ready", flush=True)
         try:  # one sample of eight thousand million products, one at a time
             sketch.add_outer("w", [1024, 1024], 0, factor, factor, totals, 1)

@@ -1,5 +1,8 @@
 """The sketch as Python sees it."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 import whence
 from whence import errors
 from whence._core import Sketch as CoreSketch
-from whence.sketch import canonical_name
+from whence.sketch import KINDS, canonical_name
 
 
 def defined(gradients, dim, seed):
@@ -61,6 +64,27 @@ def test_flat_with_a_layout_is_the_same_bits_in_any_order():
         assert np.array_equal(whence.Sketch(dim=512)(flat, layout), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_every_kind_are_the_same_however_the_work_is_split(kind):
+    generator = np.random.default_rng(2)
+    parts = {
+        "a.weight": generator.normal(size=(19, 40, 70)).astype(np.float32),
+        "a.bias": generator.normal(size=(19, 40)).astype(np.float32),
+    }
+    flat = np.concatenate([part.reshape(19, -1) for part in parts.values()], axis=1)
+    layout = [(name, part.shape[1:]) for name, part in parts.items()]
+    expected = whence.Sketch(kind, dim=96, threads=1)(parts)
+    for threads in (1, 2, 3, 8):
+        sketch = whence.Sketch(kind, dim=96, threads=threads)
+        assert np.array_equal(sketch(flat, layout), expected)
+        for cut in (1, 4, 18):
+            some = [sketch({k: v[:cut] for k, v in parts.items()}), sketch(flat[cut:], layout)]
+            assert np.array_equal(np.concatenate(some), expected)
+    halves = {name: part.astype(np.float16) for name, part in parts.items()}
+    wide = {name: part.astype(np.float32) for name, part in halves.items()}
+    assert np.array_equal(sketch(halves), sketch(wide))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_bits_do_not_depend_on_threads_or_batch_split(threads):
     generator = np.random.default_rng(1)
@@ -77,9 +101,10 @@ def test_bits_are_the_same_for_every_instruction_set():
     import sys
 
     script = (
-        "import numpy as np, hashlib, whence\n"
+        "import numpy as np, hashlib, whence\nfrom whence.sketch import KINDS\n"
         "g = np.random.default_rng(0).normal(size=(3, 50_000)).astype(np.float32)\n"
-        "rows = whence.Sketch(dim=1000)(g), whence.Sketch(dim=1000)(g.astype(np.float16))\n"
+        "rows = [whence.Sketch(dim=1000)(g), whence.Sketch(dim=1000)(g.astype(np.float16))]\n"
+        "rows += [whence.Sketch(k, dim=100)(g[:, :600].reshape(3, 20, 30)) for k in KINDS]\n"
         "print(hashlib.sha256(b''.join(map(bytes, rows))).hexdigest())"
     )
     found = {
@@ -115,50 +140,39 @@ def test_tensors_of_16_bits_give_the_sketch_of_their_values(dtype):
     assert np.array_equal(sketch(values), sketch(values.float()))
 
 
+class Foreign:
+    """An array of another library, which offers DLPack."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_of_other_libraries_are_taken_by_dlpack_and_the_buffer_protocol():
+    values = np.random.default_rng(0).normal(size=(3, 500)).astype(np.float32)
+    sketch = whence.Sketch(dim=64)
+    assert np.array_equal(sketch(Foreign(values)), sketch(values))
+    assert np.array_equal(sketch(memoryview(values)), sketch(values))
+
+
+def test_a_sketch_can_be_pickled_and_copied():
+    sketch = whence.Sketch("sjlt", dim=64, seed=5, nonzeros=4, normalize=True, threads=2)
+    values = np.random.default_rng(0).normal(size=(3, 500)).astype(np.float32)
+    for copied in (pickle.loads(pickle.dumps(sketch)), copy.deepcopy(sketch)):
+        assert copied.spec == sketch.spec
+        assert np.array_equal(copied(values), sketch(values))
+
+
 def test_strided_arrays_are_taken_as_they_read():
     values = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     sketch = whence.Sketch(dim=64)
     assert np.array_equal(sketch(values.T), sketch(np.ascontiguousarray(values.T)))
     assert np.array_equal(sketch(values[::-2]), sketch(values[::-2].copy()))
-
-
-def test_published_test_vectors():
-    # Made once from the definition in `rust/core/src/random.rs`, written out in Python below.
-    mask = 2**64 - 1
-
-    def mix(z):
-        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
-        return z ^ z >> 31
-
-    golden = 0x9E3779B97F4A7C15
-
-    def key(seed, name, shape):
-        data = name.encode()
-        words = [seed]
-        words += [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
-        words += [len(data), *shape, len(shape)]
-        state = 0
-        for word in words:
-            state = mix(((state ^ word) + golden) & mask)
-        return state
-
-    for name, shape, seed, dim in (("", (40,), 0, 100), ("é.weight", (3, 50), 2**64 - 1, 4096)):
-        offsets, signs = CoreSketch("chunked_sjlt", dim, seed).slots(name, list(shape))
-        for chunk in range(len(offsets)):
-            bits = mix((key(seed, name, shape) + (chunk + 1) * golden) & mask)
-            assert offsets[chunk] == (bits >> 32) * dim >> 32
-            assert signs[chunk] == bits & 0xFFFF
-    offsets, signs = CoreSketch("chunked_sjlt", 4096, 0).slots("fc.weight", [2, 24])
-    assert (whence.HASH_VERSION, offsets.tolist(), signs.tolist()) == (
-        0,
-        VECTOR_OFFSETS,
-        VECTOR_SIGNS,
-    )
-
-
-VECTOR_OFFSETS = [1683, 1477, 3405]
-VECTOR_SIGNS = [56256, 49850, 3146]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,17 @@ from whence.errors import (
     ShapeError,
 )
 
-KINDS = ("chunked_sjlt", "sjlt")
+KINDS = (
+    "chunked_sjlt",
+    "sjlt",
+    "rademacher",
+    "gaussian",
+    "srht",
+    "tensorsketch",
+    "kronecker",
+    "grass",
+    "factgrass",
+)
 """The kinds of sketch there are."""
 
 LAYOUTS = ("global", "per_layer")
@@ -52,19 +62,45 @@ def canonical_name(name: str) -> str:
 class Sketch:
     """A random linear map from gradients to rows of float32 values.
 
-    The inner product of two rows estimates that of the gradients x and y without bias. The kinds
-    differ in what a column of the map is, in cost, and in variance:
+    The inner product of two rows estimates that of the gradients x and y without bias. Where
+    nothing else is said, its variance is at most `(|x|²|y|² + (x·y)²) / dim`. Costs are per
+    coordinate of a gradient that is there; a matrix parameter has rows, its first size, and
+    columns, all others, and is a sum of outer products of factors in a linear layer.
 
-    `chunked_sjlt`
+    `chunked_sjlt`, O(1), at the speed of memory
         The sparse Johnson-Lindenstrauss transform with one nonzero a column (Kane and Nelson,
         "Sparser Johnson-Lindenstrauss transforms", JACM 2014; also known as CountSketch), hashed
         by chunks: 16 neighbouring coordinates of a parameter share an offset and have a sign
-        each. Variance `(1/dim) Σ (x_i² y_j² + x_i y_i x_j y_j)` over i, j in different chunks,
-        which is at most `(|x|²|y|² + (x·y)²) / dim`. O(1) a coordinate, at the speed of memory.
-    `sjlt`
+        each. Variance `(1/dim) Σ (x_i² y_j² + x_i y_i x_j y_j)` over i, j in different chunks.
+    `sjlt`, O(nonzeros)
         Every coordinate has an offset of its own in each of `nonzeros` equal parts of the row,
-        and values ±1/√nonzeros. The variance is the same sum over all i ≠ j; with more nonzeros
-        the tails are lighter, where few coordinates carry a gradient. O(nonzeros) a coordinate.
+        and values ±1/√nonzeros (Kane and Nelson). The same sum over all i ≠ j, for any number of
+        nonzeros; with more the tails are lighter, where few coordinates carry a gradient.
+    `rademacher`, `gaussian`, O(dim)
+        All entries ±1/√dim (Achlioptas, "Database-friendly random projections", JCSS 2003), or
+        normal of variance 1/dim (Indyk and Motwani, STOC 1998); the matrix is never stored. The
+        same sum over all i ≠ j, and with normal entries the bound itself.
+    `srht`, O(log dim)
+        Blocks of coordinates get random signs, a Walsh-Hadamard transform, and `dim` of its
+        values are kept (Ailon and Chazelle, SIAM J. Comput. 2009; in blocks Balabanov et al., ICML
+        2023). The same sum, in which pairs inside a block of n = 2^⌈log2 dim⌉ count
+        (n - dim)/(n - 1): nothing if dim is a power of two.
+    `tensorsketch`, O(1), and O(dim log dim) a position in a linear layer
+        An entry's offset is the sum of those of its row and its column, so that outer products
+        are convolutions, by a fast Fourier transform (Pham and Pagh, KDD 2013): for wide layers
+        with few positions an example. Up to three times the bound for matrices of rank one.
+    `kronecker`, O(√dim)
+        Rows and columns are projected by signs to k and dim/k values, k the largest divisor up to
+        √dim (LoGra, Choe et al., arXiv 2405.13954; TrackStar, Chang et al., arXiv 2410.17413).
+        Cheap on wide layers, and worse where few directions dominate: for matrices of rank one
+        whose sides have cosines a and b the variance is up to
+        `(a² + (1+a²)/k)(b² + (1+b²)k/dim) - a²b²`. A vector goes the way of `chunked_sjlt`.
+    `grass`, `factgrass`, less than O(1)
+        4 dim of a parameter's coordinates, or 2√dim of its rows and of its columns, one of each of
+        as many equal strata, are kept and scaled, then sketched by a CountSketch, or by chunks (Hu
+        et al., "GraSS", arXiv 2505.18976, whose masks are not scaled). The bound and a quarter
+        more for evenly spread gradients, and far more for uneven ones. What is not kept is not
+        looked at, so a NaN in it is not noticed.
 
     What a coordinate is mapped to depends only on the seed, its parameter's canonical name and
     shape, and its place in the parameter: other layers can come and go. From the same arrays the
@@ -194,6 +230,9 @@ class Sketch:
         kind = shown.pop("kind")
         return f"Sketch({kind!r}, {', '.join(f'{n}={v!r}' for n, v in shown.items())})"
 
+    def __reduce__(self) -> Any:
+        return _restored, (self.spec, self._threads)
+
     def kind_of(self, name: str) -> str:
         """The kind of the parameter of this canonical name."""
         for pattern, kind in self._kinds.items():
@@ -238,18 +277,35 @@ class Sketch:
             cosine: The cosine of the two gradients, from -1 to 1.
 
         Returns:
-            `sqrt((1 + cosine²) / dim)`, and for normalized rows `(1 - cosine²) / sqrt(dim)` (Li
-            and Li, "OPORP: One permutation + one random projection", arXiv 2302.03505).
+            `sqrt((1 + cosine²) / dim)`. For `kronecker` that of matrices of rank one, the worst
+            there is; for `grass` and `factgrass` that of evenly spread gradients, √1.25 times as
+            much. With several kinds the largest. For normalized rows it is smaller by
+            `(1 - cosine²) / sqrt(1 + cosine²)` (Li and Li, "OPORP: One permutation + one random
+            projection", arXiv 2302.03505).
 
         Raises:
-            ArgumentError: If cosine is not from -1 to 1, or `kinds` mixes several.
+            ArgumentError: If cosine is not from -1 to 1.
         """
         cosine = _arrays.number("cosine", cosine)
         if not -1 <= cosine <= 1:
             raise ArgumentError(f"cosine must be from -1 to 1, got {cosine}")
+        square = cosine**2
+        variance = max(self._variance(kind, square) for kind in self._cores)
         if self._normalize:
-            return (1 - cosine**2) / math.sqrt(self._dim)
-        return math.sqrt((1 + cosine**2) / self._dim)
+            variance *= (1 - square) ** 2 / (1 + square)
+        return math.sqrt(variance)
+
+    def _variance(self, kind: str, square: float) -> float:
+        """That of an inner product of unit gradients whose cosine has this square."""
+        if kind == "kronecker":
+            left = max(k for k in range(1, math.isqrt(self._dim) + 1) if self._dim % k == 0)
+            right = self._dim // left
+            sides = ((square, 1.0, left, right), (square, 1.0, right, left))
+            return max(
+                (a + (1 + a) / k) * (b + (1 + b) / other) - square for a, b, k, other in sides
+            )
+        share = 1.25 if kind in ("grass", "factgrass") else 1.0
+        return share * (1 + square) / self._dim
 
     def _finish(self, totals: NDArray[np.float64]) -> NDArray[np.float32]:
         """Totals as rows: divided by their norm if the map says so, rounded to float32."""
@@ -337,6 +393,11 @@ class Sketch:
             found = ", ".join(f"{name} has {count}" for name, count in batches.items())
             raise ShapeError(f"gradients must have one batch size, but {found}")
         return [(name, *parts[name]) for name in sorted(parts)]
+
+
+def _restored(spec: dict[str, Any], threads: int) -> Sketch:
+    """What was pickled, if this version of whence has it."""
+    return Sketch.from_spec(spec, threads=threads)
 
 
 def layer_of(name: str) -> str:
@@ -482,18 +543,36 @@ class Accumulator:
 
 
 def _gradient(name: str, value: Any) -> NDArray[Any]:
-    """A gradient as an array of float32, float16, or bfloat16 seen as uint16."""
+    """A gradient as an array of float32, float16, or bfloat16 seen as uint16; without a copy.
+
+    Raises:
+        DtypeError: If it is of another type, or not in the processor's memory.
+    """
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         tensor = value.detach().cpu()
         if str(tensor.dtype) == "torch.bfloat16":
             array = tensor.contiguous().view(_uint16(tensor)).numpy()
             return _sized(name, array)
         value = tensor.numpy()
+    elif not isinstance(value, (np.ndarray, np.generic, list, tuple, str)):
+        value = _foreign(value)
+    if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":  # of ml_dtypes, as jax has
+        return _sized(name, np.ascontiguousarray(value).view(np.uint16))
     if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.float16):
         raise DtypeError(
             f"{name} must be float32, float16 or bfloat16, got {_arrays.describe(value)}"
         )
     return _sized(name, value)
+
+
+def _foreign(value: Any) -> Any:
+    """An array of another library by DLPack or the buffer protocol; anything else as it is."""
+    try:
+        if hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+        return np.asarray(memoryview(value))
+    except (TypeError, ValueError, BufferError, RuntimeError):
+        return np.asarray(value) if hasattr(value, "__array__") else value
 
 
 def _uint16(tensor: Any) -> Any:

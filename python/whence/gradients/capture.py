@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +12,17 @@ from torch import Tensor
 
 from whence.errors import CoverageError, LayerError, NotFiniteError
 from whence.factored import Factored, FactoredAccumulator
+from whence.gradients.device import DeviceAccumulator, supports
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
 from whence.sketch import Accumulator, Sketch
 
 Guarded = TypeVar("Guarded")
+
+Totals: TypeAlias = Accumulator | DeviceAccumulator
+"""Running totals, on the processor or on another device."""
+
+DEVICES = ("cuda",)
+"""Types of devices that sketch the gradients that are on them."""
 
 EXACT_TOLERANCE = 1e-3
 """Largest difference between a batch's gradient and its samples' sum, as a share of the sum of
@@ -67,8 +74,10 @@ class Capture:
         self._checking = rows if isinstance(rows, Sketch) else Sketch(dim=CHECKED, threads=1)
         self._received: set[str] = set()
         self._outside: set[str] = set()
-        self._samples: dict[str, Accumulator] = {}
-        self._whole: dict[str, Accumulator] = {}
+        self._samples: dict[tuple[str, torch.device | None], Totals] = {}
+        self._whole: dict[tuple[str, torch.device | None], Totals] = {}
+        self._devices: dict[torch.device, DeviceAccumulator] = {}
+        self._layers: dict[str, str] = {}
         self._accumulator: Accumulator | FactoredAccumulator | None = None
         if batch is not None:
             self.set_batch(batch)
@@ -89,17 +98,31 @@ class Capture:
         self,
         layer: str,
         parameter: Parameter,
-        feed: Callable[[Accumulator | FactoredAccumulator], list[int]],
+        feed: Callable[[Any], list[int] | None],
         *others: Parameter,
+        device: torch.device | None = None,
     ) -> None:
-        """Lets `feed` add to the rows, and keeps the books on it and on `others` it adds too."""
+        """Lets `feed` add to the rows, and keeps the books on it and on `others` it adds too.
+
+        Args:
+            layer: Name of the layer.
+            parameter: The parameter.
+            feed: Adds to what it is given; returns the rows that are not finite, or None.
+            *others: Parameters that it adds to as well.
+            device: Where the sums are computed; None for the processor.
+        """
         self.fired.update(each.name for each in (parameter, *others))
-        for row in feed(self.accumulator):
+        into = self.accumulator if device is None else self._on(device)
+        for row in feed(into) or ():
             self.bad.setdefault(row, layer or "the model")
+        if device is not None:
+            self._layers[parameter.name] = layer
         if self.check == "each":
-            if parameter.name not in self._samples:
-                self._samples[parameter.name] = self._checked(parameter.name, self.batch)
-            feed(self._samples[parameter.name])
+            if (parameter.name, device) not in self._samples:
+                self._samples[parameter.name, device] = self._checked(
+                    parameter.name, self.batch, device
+                )
+            feed(self._samples[parameter.name, device])
 
     def guard(self, hook: Callable[..., Guarded]) -> Callable[..., Guarded]:
         """`hook`, whose failure is remembered: rows that it left partial are never stored."""
@@ -131,11 +154,14 @@ class Capture:
             self._outside.add(parameter.name)
         elif self.check != "no" and parameter.name in self.structure.parameters:
             name = parameter.name if self.check == "each" else ""
-            if name not in self._whole:
-                self._whole[name] = self._checked(name or None, 1)
-            whole = self._whole[name]
             gradient = gradient.detach()
-            if gradient.is_sparse:
+            device = None if gradient.is_sparse else self.device_of(gradient)
+            if (name, device) not in self._whole:
+                self._whole[name, device] = self._checked(name or None, 1, device)
+            whole = self._whole[name, device]
+            if isinstance(whole, DeviceAccumulator):
+                whole.add(parameter.name, parameter.shape, gradient.reshape(1, -1))
+            elif gradient.is_sparse:
                 gradient = gradient.coalesce()
                 indices = gradient.indices().cpu().numpy()
                 values = to_array(gradient.values())[None]
@@ -151,6 +177,7 @@ class Capture:
                 a part of which a rule saw.
             LayerError: If no gradient was seen at all.
         """
+        self._gather()
         if self.failure is not None:  # a rule failed, and the loop went on: the rows are partial
             raise self.failure
         missed = self._received - self.fired
@@ -215,8 +242,29 @@ class Capture:
             self._map.kind_of(weight) == self._map.kind_of(bias)
         )
 
-    def _checked(self, name: str | None, batch: int) -> Accumulator:
+    def device_of(self, values: Tensor) -> torch.device | None:
+        """Where a gradient is sketched, if that is where it is; None for the processor."""
+        here = values.device.type in DEVICES and isinstance(self._map, Sketch)
+        return values.device if here and supports(self._checking) else None
+
+    def _on(self, device: torch.device) -> DeviceAccumulator:
+        if device not in self._devices:
+            self._devices[device] = DeviceAccumulator(self._checking, self.batch, device)
+        return self._devices[device]
+
+    def _gather(self) -> None:
+        """Brings what was summed on devices to the rows."""
+        for accumulator in self._devices.values():
+            for row, name in accumulator.bad_parameters().items():
+                self.bad.setdefault(row, self._layers.get(name) or "the model")
+            if isinstance(self.accumulator, Accumulator):
+                self.accumulator.totals += accumulator.totals()
+        self._devices.clear()
+
+    def _checked(self, name: str | None, batch: int, device: torch.device | None) -> Totals:
         """Totals of one parameter, or of all if it is None, for a comparison."""
+        if device is not None:
+            return DeviceAccumulator(self._checking, batch, device)
         names = self.structure.parameters if name is None else [name]
         return self._checking.accumulator(batch, names)
 
@@ -227,18 +275,18 @@ class Capture:
             CoverageError: If not: a parameter is used where its layer's rule cannot see.
         """
         tolerance = ROUNDED_TOLERANCE if self.rounded else EXACT_TOLERANCE
-        samples = self._samples
+        samples = _by_name(self._samples)
         if self.check == "total" and isinstance(self.accumulator, Accumulator):
-            samples = {"": self.accumulator}
-        norms = {name: np.linalg.norm(each.totals, axis=1).sum() for name, each in samples.items()}
+            samples = {"": self.accumulator.totals}
+        norms = {name: np.linalg.norm(each, axis=1).sum() for name, each in samples.items()}
         # Some gradients are zero but for rounding (the bias of attention's keys, to which softmax
         # is blind): a difference also counts only if it is visible beside the whole gradient.
         floor = VISIBLE_SHARE * float(np.linalg.norm(list(norms.values())))
         wrong = []
-        for name, whole in self._whole.items():
+        for name, whole in _by_name(self._whole).items():
             if name in samples:
-                difference = np.linalg.norm(whole.totals[0] - samples[name].totals.sum(axis=0))
-                size = max(norms[name], float(np.linalg.norm(whole.totals)), floor)
+                difference = np.linalg.norm(whole[0] - samples[name].sum(axis=0))
+                size = max(norms[name], float(np.linalg.norm(whole)), floor)
                 if difference > tolerance * size:
                     wrong.append(name)
         if wrong:
@@ -257,6 +305,17 @@ class Capture:
         )
 
 
+def _by_name(
+    accumulators: Mapping[tuple[str, torch.device | None], Totals],
+) -> dict[str, NDArray[np.float64]]:
+    """Name -> totals, summed over devices."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for (name, _), each in accumulators.items():
+        totals = each.totals() if isinstance(each, DeviceAccumulator) else each.totals
+        found[name] = found[name] + totals if name in found else totals
+    return found
+
+
 class LayerSink:
     """Where one layer's rule puts its gradients; see `layers.Sink`."""
 
@@ -272,6 +331,15 @@ class LayerSink:
     def flat(self, name: str, values: Tensor, start: int = 0) -> None:
         """Takes [batch, ...] gradients of the coordinates from `start` on."""
         parameter = self._layer.parameters[name]
+        device = self._capture.device_of(values)
+        if device is not None:
+            flat = values.detach().reshape(self.batch, -1)
+            self._feed(
+                parameter,
+                lambda into: into.add(parameter.name, parameter.shape, flat, start),
+                device,
+            )
+            return
         array = to_array(values).reshape(self.batch, -1)
         self._feed(parameter, lambda into: into.add(parameter.name, parameter.shape, array, start))
 
@@ -287,6 +355,15 @@ class LayerSink:
     ) -> None:
         """Takes Σ_t left[t] right[t]ᵀ of the samples from `first` on."""
         parameter = self._layer.parameters[name]
+        device = self._capture.device_of(left)
+        if device is not None:
+            pair = left.detach(), right.detach()
+            self._feed(
+                parameter,
+                lambda into: into.add_outer(parameter.name, parameter.shape, *pair, start, first),
+                device,
+            )
+            return
         arrays = to_array(left), to_array(right)
         self._feed(
             parameter,
@@ -311,7 +388,13 @@ class LayerSink:
         The sum of all samples' matrices is added to `total`.
         """
         parameters = self._layer.parameters
-        if weight in parameters and bias in parameters and self._capture.is_fused(weight, bias):
+        on_processor = self._capture.device_of(left) is None
+        if (
+            on_processor
+            and weight in parameters
+            and bias in parameters
+            and self._capture.is_fused(weight, bias)
+        ):
             one, other = parameters[weight], parameters[bias]
             arrays = to_array(left), to_array(right)
             beside = (other.name, list(other.shape), row)
@@ -332,6 +415,15 @@ class LayerSink:
     def lookup(self, name: str, indices: Tensor, values: Tensor, ignored: int | None) -> None:
         """Takes values[t] for row indices[t]."""
         parameter = self._layer.parameters[name]
+        device = self._capture.device_of(values)
+        if device is not None:
+            rows, found = indices.detach(), values.detach()
+            self._feed(
+                parameter,
+                lambda into: into.add_lookup(parameter.name, parameter.shape, rows, found, ignored),
+                device,
+            )
+            return
         places = indices.detach().to("cpu", torch.int64).numpy()
         array = to_array(values)
         self._feed(
@@ -342,9 +434,10 @@ class LayerSink:
     def _feed(
         self,
         parameter: Parameter,
-        feed: Callable[[Accumulator | FactoredAccumulator], list[int]],
+        feed: Callable[[Any], list[int] | None],
+        device: torch.device | None = None,
     ) -> None:
-        self._capture.add(self._layer.name, parameter, feed)
+        self._capture.add(self._layer.name, parameter, feed, device=device)
 
 
 def to_array(values: Tensor) -> NDArray[np.float32]:

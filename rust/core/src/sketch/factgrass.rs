@@ -18,17 +18,18 @@
 //! `n_a sum over i in a of (x_ib^2 y_ic^2 + p_ib p_ic)`, and so for `c = b`.
 //!
 //! If values are spread as independent normal numbers are, this is about
-//! `(1/dim + 1/(m_left m_right)) (|x|^2 |y|^2 + (x.y)^2)` for the numbers `m` of what is kept. But of
-//! rank one the matrices are seen through `m_left` rows and `m_right` columns alone, as are those of
-//! `kronecker` through its projections: the second moment is then about
-//! `(a^2 + (1 + a^2) / m_left) (b^2 + (1 + b^2) / m_right)` for the cosines `a` and `b` of the
-//! sides, and more if their values are uneven.
+//! `(1/dim + 1/(m_left m_right) - 1/n) (|x|^2 |y|^2 + (x.y)^2)` for the numbers `m` of what is kept
+//! and `n` values. But matrices of rank one are seen through `m_left` rows and `m_right` columns
+//! alone, as those of `kronecker` through its projections: of length 1 they have a choice with the
+//! second moment of about `(a^2 + (1 + a^2) / m_left) (b^2 + (1 + b^2) / m_right)` for the cosines
+//! `a` and `b` of the sides, less where much of a side is kept, and more if its values are uneven.
+//! As that of `chunked_sjlt`, the law of the sketch holds for a `dim` of at least 16.
 //!
 //! Most values are never looked at, so one that is NaN or infinite need not be noticed.
 //!
-//! (Hu et al., "GraSS: scalable data attribution with gradient sparsification and sparse
-//! projection", arXiv 2505.18976, section 3.2, which keeps independent rows and columns, and does
-//! not scale them.)
+//! (Hu et al., "`GraSS`: scalable data attribution with gradient sparsification and sparse
+//! projection", arXiv 2505.18976, section 3: its form for linear layers. What differs is what
+//! differs in `grass`.)
 
 use std::sync::Mutex;
 

@@ -119,7 +119,9 @@ impl Sketch {
             (Kind::Kronecker, Some(first)) => {
                 kronecker::add_outer(self, block, first, totals, threads, asker)?
             }
-            (Kind::Grass, _) => grass::add_outer(self, block, totals, threads, asker)?,
+            (Kind::Grass, _) if u32::try_from(block.rows().max(block.columns())).is_ok() => {
+                grass::add_outer(self, block, totals, threads, asker)?
+            }
             (Kind::FactGrass, Some(first)) => {
                 factgrass::add_outer(self, block, first, totals, threads, asker)?
             }

@@ -4,8 +4,8 @@
 //! convolutions: so one complex transform of two real sequences, squared value by value, is all
 //! that a convolution needs on the way there, and a sum of convolutions takes one way back.
 //! (Cooley and Tukey, "An algorithm for the machine calculation of complex Fourier series", 1965;
-//! the form with one root a block is that of Bernstein, "Multidigit multiplication for
-//! mathematicians", 2001, section 3.)
+//! the form with one root a block is described by Bernstein, "Multidigit multiplication for
+//! mathematicians", 2001.)
 //!
 //! Roots come by halving angles in f64, with operations of which IEEE 754 leaves no bit open, and
 //! are rounded to f32: they are the same on every machine, as those of `sin` and `cos` are not.
@@ -106,10 +106,10 @@ impl Fourier {
 fn half((x, y): (f64, f64)) -> (f64, f64) {
     // The larger part by a root, the other by a quotient: neither loses digits.
     if x < 0.0 {
-        let high = ((1.0 - x) / 2.0).sqrt();
+        let high = (0.5 - x / 2.0).sqrt();
         (y / (2.0 * high), high)
     } else {
-        let wide = ((1.0 + x) / 2.0).sqrt();
+        let wide = (0.5 + x / 2.0).sqrt();
         let wide = if y < 0.0 { -wide } else { wide };
         (wide, y / (2.0 * wide))
     }

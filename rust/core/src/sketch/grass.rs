@@ -11,16 +11,16 @@
 //! ```
 //!
 //! The second part, that of the sketch, is at most `(|x|^2 |y|^2 + (x.y)^2) / dim`. The first, that
-//! of the choice, is `(1/m - 1/n)` times as much if values are spread as normal numbers are, and so
-//! a quarter of it for a large parameter; but it grows with the kurtosis, to `(n/m - 1) |x|^2 |y|^2`
-//! if all is in one coordinate.
+//! of the choice, is about `(1/m - 1/n) (|x|^2 |y|^2 + (x.y)^2)` if values are spread as independent
+//! normal numbers are, which is a quarter of the second for a large parameter; but it grows with
+//! their kurtosis, to `(n/m - 1) |x|^2 |y|^2` if all is in one coordinate.
 //!
 //! Most values are never looked at, so one that is NaN or infinite need not be noticed.
 //!
-//! (Hu et al., "GraSS: scalable data attribution with gradient sparsification and sparse
-//! projection", arXiv 2505.18976, section 3.1: the random mask and the sparse projection. There the
-//! mask is of independent coordinates, and unscaled; strata keep the choice from being uneven, and
-//! a mask can be found for any part of a parameter alone.)
+//! (Hu et al., "`GraSS`: scalable data attribution with gradient sparsification and sparse
+//! projection", arXiv 2505.18976, section 3: the random mask and the sparse projection. The mask
+//! there is any set of so many coordinates, and unscaled. Strata spread it evenly, and are found for
+//! any part of a parameter alone; scaled, inner products are unbiased.)
 
 use std::ops::Range;
 

@@ -21,9 +21,9 @@
 //!
 //! A vector has one side only: its map is that of `chunked_sjlt`.
 //!
-//! (Choe et al., "What is your data worth to GPT?", arXiv 2405.13954, section 3.1, which calls it
+//! (Choe et al., "What is your data worth to GPT?", arXiv 2405.13954, section 3, which calls it
 //! `LoGra`; Chang et al., "Scalable influence and fact tracing for large language model
-//! pretraining", arXiv 2410.17413, section 3.1.)
+//! pretraining", arXiv 2410.17413, section 3, which calls what it is part of `TrackStar`.)
 //!
 //! Sums over rows, columns and terms are fused, in order, in f32.
 

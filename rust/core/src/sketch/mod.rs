@@ -4,7 +4,7 @@
 //! sum of outer products that a linear layer's gradient is, and as the few rows of a table that an
 //! embedding's gradient has. [`chunked`] is the default kind and has inner loops for each form.
 //! The other kinds take blocks of coordinates of many samples ([`slab`]), and some the outer
-//! products as they are.
+//! products as they are ([`factors`]).
 //!
 //! Sums have a fixed shape, so the bits do not depend on how the work is split: coordinates are
 //! summed in f32 for a while, then added to the row's f64 total. Parameters that come in the same

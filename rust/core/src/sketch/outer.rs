@@ -168,7 +168,8 @@ impl Sketch {
     /// parameter and a coordinate, `sum over t of left[t]` is added to it from there on.
     ///
     /// For a linear layer `left` is the gradient of its output and `right` its input. Sums over `t`
-    /// are fused, in order. Takes O(batch · terms · rows · columns) time and
+    /// are fused, in order, where the matrix is formed. Takes O(batch · terms · rows · columns) time,
+    /// or less in a kind that takes the factors as they are, and
     /// O(threads · (terms · (rows + columns) + dim)) memory, and with a `sum` and several threads
     /// O(threads · rows · columns) more.
     ///

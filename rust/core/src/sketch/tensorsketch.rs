@@ -12,11 +12,12 @@
 //!               + (g/dim) (X_ij Y_kl X_il Y_kj + X_ij Y_kl X_kj Y_il)) ]
 //! ```
 //!
-//! which is that of a `CountSketch`, `(|X|^2 |Y|^2 + (X.Y)^2) / dim`, where no direction dominates
-//! the matrices, and at most `(6 + 2 g/dim) |X|^2 |Y|^2 / dim`, three times that of a `CountSketch`,
-//! to which a matrix of rank one comes close with itself. (Pagh, "Compressed matrix multiplication", TOCT
-//! 2013, section 2; Pham and Pagh, "Fast and scalable polynomial kernels via explicit feature
-//! maps", KDD 2013, section 3.)
+//! which is about that of a `CountSketch`, `(|X|^2 |Y|^2 + (X.Y)^2) / dim`, where no direction
+//! dominates the matrices, and at most `(6 + 2 g/dim) |X|^2 |Y|^2 / dim`. For matrices of length 1
+//! and rank one whose sides have the cosines `a` and `b` it is about `(1 + a^2 + b^2 + 3 a^2 b^2) /
+//! dim`, up to three times that of a `CountSketch`. (Pagh, "Compressed matrix multiplication", TOCT
+//! 2013, for outer products; Pham and Pagh, "Fast and scalable polynomial kernels via explicit
+//! feature maps", KDD 2013.)
 //!
 //! The sum of a sample's outer products is one transform a term, of both factors at once, and one
 //! back. Where that is slower than to form the matrix and add it entry by entry, that is done: two
@@ -176,7 +177,7 @@ fn square(set: InstructionSet, values: &[f32]) -> f64 {
 
 /// Adds values, each times a power of two and with its column's sign, to the columns' buckets.
 fn add_scaled(columns: &[Column], values: &[f32], exponent: i32, sums: &mut [f32]) {
-    let factor = f32::from_bits(((127 + exponent) as u32) << 23);
+    let factor = f32::from_bits((127 + exponent).cast_unsigned() << 23);
     for (column, &value) in columns.iter().zip(values) {
         sums[column.bucket()] += column.signed(value * factor);
     }

@@ -50,7 +50,7 @@ fn chosen(key: u64, counter: u64, n: u64, most: u64) -> Vec<Option<(u64, f64)>> 
 }
 
 fn side(dim: usize) -> u64 {
-    (4.0 * dim as f64).sqrt().ceil() as u64
+    (1..=4 * dim as u64).find(|side| side * side >= 4 * dim as u64).unwrap()
 }
 
 /// The columns of the map for some coordinates.
@@ -72,7 +72,7 @@ fn columns(sketch: &Sketch, parameter: Parameter, start: u64, width: usize) -> V
             .collect(),
         Kind::Kronecker if columns == 1 => coordinates.map(|c| chunk(key, dim, c, 1.0)).collect(),
         Kind::Kronecker => {
-            let left = (1..=dim).rfind(|&d| d * d <= dim && dim % d == 0).unwrap();
+            let left = (1..=dim).rfind(|&d| d * d <= dim && dim.is_multiple_of(d)).unwrap();
             let right = dim / left;
             let bit = |first: u64, thing: u64, side: usize, place: usize| {
                 let word = first + thing * side.div_ceil(64) as u64 + place as u64 / 64;
@@ -343,7 +343,7 @@ proptest! {
             (0..(batch * terms) as u64).map(|i| (random::value(seed, i) % rows as u64).cast_signed()).collect();
         let mut tables = vec![0.0f32; batch * rows * columns];
         for (term, values) in values.chunks(columns).enumerate() {
-            let row = term / terms * rows + indices[term] as usize;
+            let row = term / terms * rows + usize::try_from(indices[term]).unwrap();
             for (sum, value) in tables[row * columns..].iter_mut().zip(values) {
                 *sum += value;
             }
@@ -385,10 +385,15 @@ fn a_wide_layer_goes_in_by_convolutions() {
     assert_eq!(factors.sketched(&sketch, Some(&mut sum), 2).0, first);
     for (place, sum) in sum.iter().enumerate() {
         let samples = matrices.iter().skip(place).step_by(rows * columns);
-        assert!((f64::from(*sum) - samples.map(|&value| f64::from(value)).sum::<f64>()).abs() < 1e-4);
+        assert!(
+            (f64::from(*sum) - samples.map(|&value| f64::from(value)).sum::<f64>()).abs() < 1e-4
+        );
     }
     for sample in 0..batch {
-        assert_eq!(factors.alone(sample).sketched(&sketch, None, 1).0, first[sample * dim..][..dim]);
+        assert_eq!(
+            factors.alone(sample).sketched(&sketch, None, 1).0,
+            first[sample * dim..][..dim]
+        );
     }
 }
 
@@ -552,8 +557,9 @@ fn errors(kind: Kind, dim: usize, draws: u64, x: &Rows, y: &Rows) -> (f64, f64) 
             law_of_sides(x, y, 1.0 / d, 1.0 / d, 1.0 / d, g / (d * d))
         }
         Kind::Kronecker => {
-            let left =
-                (1..=dim).rfind(|&left| left * left <= dim && dim % left == 0).unwrap() as f64;
+            let left = (1..=dim)
+                .rfind(|&left| left * left <= dim && dim.is_multiple_of(left))
+                .unwrap() as f64;
             law_of_sides(x, y, left / d, 1.0 / left, 1.0 / d, 1.0 / d)
         }
         Kind::Grass => law_of_grass(x, y, dim),
