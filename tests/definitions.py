@@ -124,11 +124,11 @@ def matrix_of(kind, dim, seed, name, shape, nonzeros=1):
             one = [sign_bit(key, i * -(-left // 64), a) for a in range(left)]
             other = [sign_bit(key, HALF + j * -(-right // 64), b) for b in range(right)]
             matrix[c] = np.outer(one, other).reshape(-1) / dim**0.5
-    if kind == "grass":
+    if kind == "grass" or (kind == "factgrass" and columns == 1):
         for index, (c, root) in enumerate(chosen(key, HALF, count, 4 * dim)):
             bits = value(key, index)
             matrix[c, below(bits, dim)] += sign(bits) * root
-    if kind == "factgrass":
+    if kind == "factgrass" and columns > 1:
         side = int(np.ceil((4 * dim) ** 0.5))
         kept_rows = list(chosen(key, HALF, rows, side))
         kept_columns = list(chosen(key, HALF + HALF // 2, columns, side))

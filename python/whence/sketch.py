@@ -100,7 +100,7 @@ class Sketch:
         as many equal strata, are kept and scaled, then sketched by a CountSketch, or by chunks (Hu
         et al., "GraSS", arXiv 2505.18976, whose masks are not scaled). The bound and a quarter
         more for evenly spread gradients, and far more for uneven ones. What is not kept is not
-        looked at, so a NaN in it is not noticed.
+        looked at, so a NaN in it is not noticed. A vector goes the way of `grass`.
 
     What a coordinate is mapped to depends only on the seed, its parameter's canonical name and
     shape, and its place in the parameter: other layers can come and go. From the same arrays the

@@ -185,7 +185,7 @@ impl<'a> Products<'a> {
             for (side, factor) in sides.iter_mut().zip(&mut self.factors) {
                 factor.clear();
                 factor.resize(out.len(), 1.0);
-                if side.is_empty() {
+                if side.start == side.end {
                     continue;
                 }
                 for (columns, all) in self.columns.iter_mut().zip([rows, queries]) {

@@ -180,7 +180,7 @@ pub(crate) fn rows_of<'a, T: Element>(
     values: &'a PyReadonlyArray2<'_, T>,
 ) -> PyResult<Vec<&'a [T]>> {
     let view = values.as_array();
-    let rows = (0..view.nrows()).map(|row| view.clone().index_axis_move(Axis(0), row).to_slice());
+    let rows = (0..view.nrows()).map(|row| view.index_axis_move(Axis(0), row).to_slice());
     rows.collect::<Option<_>>().ok_or_else(|| not_contiguous(py, "values"))
 }
 

@@ -286,7 +286,7 @@ fn add_long<T: Value>(
     let block = super_block(sketch.dim);
     let end = start + matrix.width() as u64;
     let mut bad = Vec::new();
-    for row in 0..rows.len() {
+    for (row, totals) in rows.iter().enumerate() {
         let values = matrix.row(row);
         let mut finite = true;
         let (mut first, mut last) = (start / block, end.div_ceil(block));
@@ -315,7 +315,7 @@ fn add_long<T: Value>(
             )?;
             let mut sums: Vec<_> = states.into_iter().flat_map(|state| state.2).collect();
             sums.sort_unstable_by_key(|sum| sum.0);
-            let mut total = take(&rows[row])?;
+            let mut total = take(totals)?;
             for (_, sum, each) in sums {
                 finite &= each;
                 for (total, sum) in total.iter_mut().zip(sum) {
@@ -334,7 +334,7 @@ fn add_long<T: Value>(
                 || true,
                 |finite, _, watch| {
                     let mut scratch = Vec::new();
-                    let mut total = take(&rows[row])?;
+                    let mut total = take(totals)?;
                     let mut adder = Adder::new(sketch, parameter, &mut total, &mut scratch);
                     adder.add(from, values, &mut Vec::new(), watch)?;
                     *finite = adder.finish();

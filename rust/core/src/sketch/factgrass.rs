@@ -17,6 +17,8 @@
 //! `c != b` that is what stands there, and for `d = a` it is
 //! `n_a sum over i in a of (x_ib^2 y_ic^2 + p_ib p_ic)`, and so for `c = b`.
 //!
+//! A vector has one side only: its map is that of `grass`.
+//!
 //! If values are spread as independent normal numbers are, this is about
 //! `(1/dim + 1/(m_left m_right) - 1/n) (|x|^2 |y|^2 + (x.y)^2)` for the numbers `m` of what is kept
 //! and `n` values. But matrices of rank one are seen through `m_left` rows and `m_right` columns

@@ -99,6 +99,9 @@ impl<'a, T> Matrix<'a, T> {
     }
 }
 
+/// Samples that are widened at a time: 16 MiB.
+const GROUP: usize = 64;
+
 impl Sketch {
     /// Adds `values`, `[batch, width]`, at the coordinates `start..start + width` of `parameter`
     /// to `totals`. Returns the rows in which a sum was NaN or infinite.
@@ -137,8 +140,6 @@ impl Sketch {
                 Slab { start, values: Matrix { rows: &narrow, from: 0, width: values.width } };
             return slab.add(self, parameter, &rows, threads, asker);
         }
-        /// Samples widened at a time: 16 MiB.
-        const GROUP: usize = 64;
         let mut bad = Vec::new();
         let mut wide = Vec::new();
         for (first, rows) in (0..).step_by(GROUP).zip(rows.chunks(GROUP)) {

@@ -34,7 +34,7 @@ pub(super) fn pieces(start: u64, width: usize) -> impl Iterator<Item = (usize, u
     })
 }
 
-impl<'a> Slab<'a> {
+impl Slab<'_> {
     /// Adds the coordinates of all samples; returns the rows that are not finite.
     pub(super) fn add(
         self,
@@ -87,6 +87,9 @@ impl<'a> Slab<'a> {
                 Kind::Srht => hadamard::add(sketch, parameter, piece, rows, watch)?,
                 Kind::TensorSketch => tensorsketch::add(sketch, parameter, piece, rows, watch)?,
                 Kind::Kronecker => kronecker::add(sketch, parameter, piece, rows, watch)?,
+                Kind::FactGrass if parameter.columns == 1 => {
+                    grass::add(sketch, parameter, piece, rows, watch)?
+                }
                 Kind::Grass => grass::add(sketch, parameter, piece, rows, watch)?,
                 Kind::FactGrass => factgrass::add(sketch, parameter, piece, rows, watch)?,
             };

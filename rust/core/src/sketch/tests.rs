@@ -29,8 +29,11 @@ pub(super) fn flat(
     totals: &mut [f64],
     threads: usize,
 ) -> Vec<usize> {
-    let rows: Vec<&[f32]> = values.chunks(values.len() * sketch.dim() / totals.len()).collect();
-    let rows = if values.is_empty() { vec![&[][..]; totals.len() / sketch.dim()] } else { rows };
+    let batch = totals.len() / sketch.dim();
+    let rows: Vec<&[f32]> = match values.len() / batch {
+        0 => vec![&[]; batch],
+        width => values.chunks(width).collect(),
+    };
     let totals = Totals::new(totals, sketch.dim(), 0);
     let asker = Asker::new(&never);
     sketch.add_flat(parameter, start, Matrix::new(&rows).unwrap(), totals, threads, &asker).unwrap()
