@@ -266,6 +266,16 @@ impl fourier::Vector<WIDTH> for __m256 {
 }
 
 #[target_feature(enable = "avx2")]
+pub(super) fn spread<const W: usize>(values: &[f32], stride: usize, out: &mut [f32]) {
+    scalar::spread::<W>(values, stride, out);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool {
+    scalar::flush(sums, totals)
+}
+
+#[target_feature(enable = "avx2")]
 pub(super) fn add_norm_terms(
     values: &[f32],
     delta: &[f32],
@@ -305,36 +315,61 @@ fn fetch_ahead<T>(values: &[T; LANES]) {
     _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(AHEAD));
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
-    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        fetch_ahead(chunk);
-        let halves = eights(chunk);
-        add_chunk(*slot, [load(&halves[0]), load(&halves[1])], block);
+/// Adds chunk after chunk of all rows, each as `load` reads it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scatter_loaded<const N: usize, T>(
+    slots: &[Slot],
+    values: [&[T]; N],
+    mut blocks: [&mut [f32]; N],
+    load: impl Fn(&[T; LANES]) -> [__m256; 2],
+) {
+    let rows = values.map(|values| &values.as_chunks::<LANES>().0[..slots.len()]);
+    for (index, &slot) in slots.iter().enumerate() {
+        for (row, block) in rows.iter().zip(&mut blocks) {
+            fetch_ahead(&row[index]);
+            add_chunk(slot, load(&row[index]), block);
+        }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn scatter_f16(slots: &[Slot], values: &[f16], block: &mut [f32]) {
-    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        fetch_ahead(chunk);
-        let halves = chunk.as_chunks::<WIDTH>().0;
-        let wide = [0, 1].map(|half| _mm256_cvtph_ps(load_16_bits(&halves[half])));
-        add_chunk(*slot, wide, block);
-    }
+pub(super) fn scatter<const N: usize>(
+    slots: &[Slot],
+    values: [&[f32]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_loaded(slots, values, blocks, |chunk| {
+        let halves = eights(chunk);
+        [load(&halves[0]), load(&halves[1])]
+    });
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn scatter_bf16(slots: &[Slot], values: &[bf16], block: &mut [f32]) {
-    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        fetch_ahead(chunk);
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scatter_f16<const N: usize>(
+    slots: &[Slot],
+    values: [&[f16]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_loaded(slots, values, blocks, |chunk| {
         let halves = chunk.as_chunks::<WIDTH>().0;
-        let wide = [0, 1].map(|half| {
+        [_mm256_cvtph_ps(load_16_bits(&halves[0])), _mm256_cvtph_ps(load_16_bits(&halves[1]))]
+    });
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scatter_bf16<const N: usize>(
+    slots: &[Slot],
+    values: [&[bf16]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_loaded(slots, values, blocks, |chunk| {
+        let halves = chunk.as_chunks::<WIDTH>().0;
+        [0, 1].map(|half| {
             let bits = _mm256_cvtepu16_epi32(load_16_bits(&halves[half]));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
-        });
-        add_chunk(*slot, wide, block);
-    }
+        })
+    });
 }
 
 #[target_feature(enable = "avx2,fma")]

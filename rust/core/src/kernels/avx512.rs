@@ -258,6 +258,16 @@ impl fourier::Vector<LANES> for __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn spread<const W: usize>(values: &[f32], stride: usize, out: &mut [f32]) {
+    scalar::spread::<W>(values, stride, out);
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool {
+    scalar::flush(sums, totals)
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
 pub(super) fn add_norm_terms(
     values: &[f32],
     delta: &[f32],
@@ -288,29 +298,52 @@ fn fetch_ahead<T>(values: &[T; LANES]) {
     _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(AHEAD));
 }
 
+/// Adds chunk after chunk of all rows, each as `load` reads it.
+#[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
-    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        fetch_ahead(chunk);
-        add_chunk(*slot, load(chunk), block);
+fn scatter_loaded<const N: usize, T>(
+    slots: &[Slot],
+    values: [&[T]; N],
+    mut blocks: [&mut [f32]; N],
+    load: impl Fn(&[T; LANES]) -> __m512,
+) {
+    let rows = values.map(|values| &values.as_chunks::<LANES>().0[..slots.len()]);
+    for (index, &slot) in slots.iter().enumerate() {
+        for (row, block) in rows.iter().zip(&mut blocks) {
+            fetch_ahead(&row[index]);
+            add_chunk(slot, load(&row[index]), block);
+        }
     }
 }
 
 #[target_feature(enable = "avx512f")]
-pub(super) fn scatter_f16(slots: &[Slot], values: &[f16], block: &mut [f32]) {
-    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        fetch_ahead(chunk);
-        add_chunk(*slot, _mm512_cvtph_ps(load_16_bits(chunk)), block);
-    }
+pub(super) fn scatter<const N: usize>(
+    slots: &[Slot],
+    values: [&[f32]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_loaded(slots, values, blocks, |chunk| load(chunk));
 }
 
 #[target_feature(enable = "avx512f")]
-pub(super) fn scatter_bf16(slots: &[Slot], values: &[bf16], block: &mut [f32]) {
-    for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
-        fetch_ahead(chunk);
-        let bits = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_16_bits(chunk)));
-        add_chunk(*slot, _mm512_castsi512_ps(bits), block);
-    }
+pub(super) fn scatter_f16<const N: usize>(
+    slots: &[Slot],
+    values: [&[f16]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_loaded(slots, values, blocks, |chunk| _mm512_cvtph_ps(load_16_bits(chunk)));
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn scatter_bf16<const N: usize>(
+    slots: &[Slot],
+    values: [&[bf16]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_loaded(slots, values, blocks, |chunk| {
+        let bits = _mm512_cvtepu16_epi32(load_16_bits(chunk));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+    });
 }
 
 type Sums = [[__m512; TILE_CHUNKS]; TILE_ROWS];

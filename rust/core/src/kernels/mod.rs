@@ -25,9 +25,9 @@ pub const TILE_ROWS: usize = 8;
 pub const TILE_COLUMNS: usize = 32;
 /// Chunks of a row of a tile.
 const TILE_CHUNKS: usize = TILE_COLUMNS / LANES;
-/// How far ahead, in bytes, values are fetched that are read once, in order: a page, which is as
-/// far as the processor itself does not look.
-const AHEAD: usize = 4096;
+/// How far ahead, in bytes, values are fetched that are read once, in order: half a page, for at
+/// the end of a page the processor itself does not look further.
+const AHEAD: usize = 2048;
 /// Rows whose products with [`DOT_QUERIES`] queries are taken together.
 pub const DOT_ROWS: usize = 4;
 /// Queries whose products with [`DOT_ROWS`] rows are taken together.
@@ -380,26 +380,67 @@ impl InstructionSet {
         in_set!(self, transform_back(turns, leaves, values));
     }
 
-    /// Adds chunk `i` of `values`, with its signs, at its offset in `block`, for all slots in
-    /// order. `values` holds [`LANES`] values a slot; an offset is at most `block.len() - LANES`.
+    /// Adds chunk `i` of each row of `values`, with its signs, at its offset in the row's block,
+    /// for all slots in order.
+    ///
+    /// A row holds [`LANES`] values a slot; an offset is at most the block's length less [`LANES`].
+    /// Several rows at a time are several streams from memory, which one after the other would not
+    /// use.
     #[inline]
-    pub fn scatter(self, slots: &[Slot], values: &[f32], block: &mut [f32]) {
-        debug_assert_eq!(slots.len() * LANES, values.len());
-        in_set!(self, scatter(slots, values, block));
+    pub fn scatter<const N: usize>(
+        self,
+        slots: &[Slot],
+        values: [&[f32]; N],
+        blocks: [&mut [f32]; N],
+    ) {
+        debug_assert!(values.iter().all(|values| values.len() == slots.len() * LANES));
+        in_set!(self, scatter(slots, values, blocks));
     }
 
     /// [`InstructionSet::scatter`] of values of 16 bits, widened.
     #[inline]
-    pub fn scatter_f16(self, slots: &[Slot], values: &[f16], block: &mut [f32]) {
-        debug_assert_eq!(slots.len() * LANES, values.len());
-        in_set!(self, scatter_f16(slots, values, block));
+    pub fn scatter_f16<const N: usize>(
+        self,
+        slots: &[Slot],
+        values: [&[f16]; N],
+        blocks: [&mut [f32]; N],
+    ) {
+        debug_assert!(values.iter().all(|values| values.len() == slots.len() * LANES));
+        in_set!(self, scatter_f16(slots, values, blocks));
     }
 
     /// [`InstructionSet::scatter`] of values of 16 bits, widened.
     #[inline]
-    pub fn scatter_bf16(self, slots: &[Slot], values: &[bf16], block: &mut [f32]) {
-        debug_assert_eq!(slots.len() * LANES, values.len());
-        in_set!(self, scatter_bf16(slots, values, block));
+    pub fn scatter_bf16<const N: usize>(
+        self,
+        slots: &[Slot],
+        values: [&[bf16]; N],
+        blocks: [&mut [f32]; N],
+    ) {
+        debug_assert!(values.iter().all(|values| values.len() == slots.len() * LANES));
+        in_set!(self, scatter_bf16(slots, values, blocks));
+    }
+
+    /// Puts `W` values after `W` values, as many times as `values` holds them, `stride` apart.
+    #[inline]
+    pub fn spread<const W: usize>(self, values: &[f32], stride: usize, out: &mut [f32]) {
+        match self.0 {
+            Set::Scalar => scalar::spread::<W>(values, stride, out),
+            // SAFETY: the set exists, so the processor has it.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx2 => unsafe { avx2::spread::<W>(values, stride, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx512 => unsafe { avx512::spread::<W>(values, stride, out) },
+        }
+    }
+
+    /// Adds f32 sums to f64 totals and clears them; `false` if one was NaN or infinite.
+    #[inline]
+    pub fn flush(self, sums: &mut [f32], totals: &mut [f64]) -> bool {
+        in_set!(self, flush(sums, totals))
     }
 
     /// The gradients of a norm's elementwise weight and bias: for each row of `values` and `delta`
@@ -531,9 +572,17 @@ mod tests {
             let brains: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
             let scattered = |set: InstructionSet| {
                 let mut blocks = [vec![0.5; 66], vec![0.5; 66], vec![0.5; 66]];
-                set.scatter(&slots, &values, &mut blocks[0]);
-                set.scatter_f16(&slots, &halves, &mut blocks[1]);
-                set.scatter_bf16(&slots, &brains, &mut blocks[2]);
+                let mut others = vec![vec![0.5; 66]; 3];
+                let [first, second, third] = &mut blocks;
+                set.scatter(&slots, [&values], [first]);
+                set.scatter_f16(&slots, [&halves], [second]);
+                set.scatter_bf16(&slots, [&brains], [third]);
+                // Two rows at a time, in either order, are two rows one by one.
+                let [one, two, three] = &mut others[..] else { unreachable!() };
+                let negative: Vec<f32> = values.iter().map(|value| -value).collect();
+                set.scatter(&slots, [&negative, &values], [one, two]);
+                set.scatter(&slots, [&negative], [three]);
+                assert!(others[0] == others[2] && others[1] == blocks[0]);
                 blocks
             };
             let expected = scattered(InstructionSet::SCALAR);
@@ -545,8 +594,45 @@ mod tests {
             let wide_brains: Vec<f32> = brains.iter().map(|value| value.to_f32()).collect();
             for (values, expected) in [(wide_halves, &expected[1]), (wide_brains, &expected[2])] {
                 let mut found = vec![0.5; 66];
-                InstructionSet::SCALAR.scatter(&slots, &values, &mut found);
+                InstructionSet::SCALAR.scatter(&slots, [&values], [&mut found]);
                 prop_assert_eq!(&found, expected);
+            }
+        }
+
+        #[test]
+        fn flush_is_the_same_in_every_set(
+            sums in prop::collection::vec(-1e3f32..1e3, 0..70), broken in any::<bool>(),
+        ) {
+            let mut sums = sums;
+            if broken && !sums.is_empty() {
+                let middle = sums.len() / 2;
+                sums[middle] = f32::NAN;
+            }
+            let expected: Vec<u64> =
+                sums.iter().map(|&sum| (0.1 + f64::from(sum)).to_bits()).collect();
+            for set in InstructionSet::available() {
+                let (mut cleared, mut totals) = (sums.clone(), vec![0.1; sums.len()]);
+                let finite = set.flush(&mut cleared, &mut totals);
+                prop_assert_eq!(finite, sums.iter().all(|sum| sum.is_finite()));
+                prop_assert!(cleared.iter().all(|sum| *sum == 0.0));
+                for ((found, expected), sum) in totals.iter().zip(&expected).zip(&sums) {
+                    prop_assert!(sum.is_nan() || found.to_bits() == *expected);
+                }
+            }
+        }
+
+        #[test]
+        fn spread_puts_panels_apart_in_every_set(
+            values in prop::collection::vec(-1f32..1.0, 0..200), gap in 0usize..40,
+        ) {
+            for set in InstructionSet::available() {
+                let mut out = vec![9.0; 8 * (8 + gap) * 25];
+                set.spread::<8>(&values, 8 + gap, &mut out);
+                for (index, panel) in values.as_chunks::<8>().0.iter().enumerate() {
+                    prop_assert_eq!(&out[index * (8 + gap)..][..8], panel);
+                }
+                let written = values.len() / 8 * 8;
+                prop_assert_eq!(out.iter().filter(|value| **value != 9.0).count(), written);
             }
         }
 
@@ -735,7 +821,7 @@ mod tests {
             InstructionSet::SCALAR.outer_tile(&left, &right, &mut tile);
             let mut expected = vec![0.5; 66];
             let values = &tile.as_flattened()[..slots.len() * LANES];
-            InstructionSet::SCALAR.scatter(&slots, values, &mut expected);
+            InstructionSet::SCALAR.scatter(&slots, [values], [&mut expected]);
             let (stride, rows) = (40, slots.len() / 2);
             let mut expected_sum = vec![0.25; TILE_ROWS * stride];
             for (sums, values) in expected_sum.chunks_mut(stride).zip(&tile[..rows]) {

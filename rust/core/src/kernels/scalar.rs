@@ -258,6 +258,24 @@ pub(super) fn transform_back(turns: &[Turn], leaves: &[LeafTurns], values: [&mut
     fourier::transform_back::<4, [f32; 4]>(turns, leaves, values);
 }
 
+#[inline(always)]
+pub(super) fn spread<const W: usize>(values: &[f32], stride: usize, out: &mut [f32]) {
+    for (values, out) in values.as_chunks::<W>().0.iter().zip(out.chunks_mut(stride)) {
+        out[..W].copy_from_slice(values);
+    }
+}
+
+#[inline(always)]
+pub(super) fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool {
+    let mut finite = true;
+    for (total, sum) in totals.iter_mut().zip(sums) {
+        finite &= sum.is_finite();
+        *total += f64::from(*sum);
+        *sum = 0.0;
+    }
+    finite
+}
+
 /// As `add_columns`.
 #[inline(always)]
 pub(super) fn add_norm_terms(
@@ -299,29 +317,43 @@ fn sum_by_lanes(values: &[f32], of: impl Fn(f32) -> f32) -> f32 {
     sum_lanes(lanes)
 }
 
-pub(super) fn scatter(slots: &[Slot], values: &[f32], block: &mut [f32]) {
-    scatter_widened(slots, values, block, |value| value);
-}
-
-pub(super) fn scatter_f16(slots: &[Slot], values: &[f16], block: &mut [f32]) {
-    scatter_widened(slots, values, block, f16::to_f32);
-}
-
-pub(super) fn scatter_bf16(slots: &[Slot], values: &[bf16], block: &mut [f32]) {
-    scatter_widened(slots, values, block, bf16::to_f32);
-}
-
-fn scatter_widened<T: Copy>(
+pub(super) fn scatter<const N: usize>(
     slots: &[Slot],
-    values: &[T],
-    block: &mut [f32],
+    values: [&[f32]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_widened(slots, values, blocks, |value| value);
+}
+
+pub(super) fn scatter_f16<const N: usize>(
+    slots: &[Slot],
+    values: [&[f16]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_widened(slots, values, blocks, f16::to_f32);
+}
+
+pub(super) fn scatter_bf16<const N: usize>(
+    slots: &[Slot],
+    values: [&[bf16]; N],
+    blocks: [&mut [f32]; N],
+) {
+    scatter_widened(slots, values, blocks, bf16::to_f32);
+}
+
+fn scatter_widened<const N: usize, T: Copy>(
+    slots: &[Slot],
+    values: [&[T]; N],
+    blocks: [&mut [f32]; N],
     widen: impl Fn(T) -> f32,
 ) {
-    for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {
-        let target = &mut block[slot.offset() as usize..][..LANES];
-        for (lane, (sum, &value)) in target.iter_mut().zip(chunk).enumerate() {
-            let sign = u32::from(slot.signs() >> lane & 1) << 31;
-            *sum += f32::from_bits(widen(value).to_bits() ^ sign);
+    for (values, block) in values.into_iter().zip(blocks) {
+        for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {
+            let target = &mut block[slot.offset() as usize..][..LANES];
+            for (lane, (sum, &value)) in target.iter_mut().zip(chunk).enumerate() {
+                let sign = u32::from(slot.signs() >> lane & 1) << 31;
+                *sum += f32::from_bits(widen(value).to_bits() ^ sign);
+            }
         }
     }
 }
@@ -347,7 +379,7 @@ pub(super) fn outer_scatter(
     outer_tile(left, right, &mut tile);
     let rows = slots.0.chunks(slots.1);
     for (slots, values) in rows.clone().zip(&tile) {
-        scatter(&slots[..TILE_CHUNKS], values, block);
+        scatter(&slots[..TILE_CHUNKS], [values], [block]);
     }
     if let Some((sum, stride)) = sum {
         for (row, values) in tile.iter().take(rows.len()).enumerate() {

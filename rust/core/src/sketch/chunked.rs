@@ -12,7 +12,7 @@
 //! Super-blocks with fewer than `dim` coordinates are added to the total directly.
 
 use super::flat::{Matrix, Value};
-use super::{Parameter, Row, Sketch, flush, join, take};
+use super::{Parameter, Row, Sketch, join, take};
 use crate::error::Error;
 use crate::kernels::{LANES, Slot};
 use crate::parallel::share;
@@ -20,10 +20,12 @@ use crate::stop::{Asker, Watch};
 
 /// The fewest coordinates summed in f32 before they are added to the f64 total.
 const SUPER_BLOCK: u64 = 1 << 18;
-/// Chunks whose slots are computed at a time: 32 KiB of slots for 256 KiB of values.
-const SLOTS: usize = 4096;
-/// Samples that are added side by side, so that they share the slots.
-const GROUP: usize = 8;
+/// Chunks whose slots are computed at a time: 16 KiB of slots for 128 KiB of values.
+const SLOTS: usize = 2048;
+/// Samples that share the slots.
+const GROUP: usize = 16;
+/// Samples that are added chunk by chunk together.
+const ABREAST: usize = 4;
 const WIDTH: u64 = LANES as u64;
 
 /// Coordinates summed in f32 before they are added to the f64 total: a power of two.
@@ -42,6 +44,12 @@ struct Piece<'a> {
     from: usize,
     to: usize,
     slots: &'a [Slot],
+}
+
+impl Piece<'_> {
+    fn is_whole(&self) -> bool {
+        self.to - self.from == self.slots.len() * LANES
+    }
 }
 
 impl Sketch {
@@ -128,26 +136,36 @@ impl<'a> Adder<'a> {
         })
     }
 
-    fn add_piece<T: Value>(&mut self, piece: &Piece<'_>, values: &[T]) {
+    /// The f32 sums of the super-block that a piece is in; none if its values are added to the
+    /// total directly.
+    fn sums_of(&mut self, piece: &Piece<'_>) -> Option<&mut [f32]> {
         let block = super_block(self.sketch.dim);
         let super_block = piece.chunk * WIDTH / block;
         if super_block != self.super_block {
             self.flush();
             self.super_block = super_block;
         }
+        if (self.parameter.len - super_block * block).min(block) < self.sketch.dim as u64 {
+            return None;
+        }
+        self.used = true;
+        Some(self.block)
+    }
+
+    fn add_piece<T: Value>(&mut self, piece: &Piece<'_>, values: &[T]) {
         let mut padded = [T::ZERO; LANES];
-        let whole = if values.len() == piece.slots.len() * LANES {
+        let whole = if piece.is_whole() {
             values
         } else {
             // The other lanes are zeros, which change nothing.
             padded[piece.lane..piece.lane + values.len()].copy_from_slice(values);
             &padded
         };
-        if (self.parameter.len - super_block * block).min(block) < self.sketch.dim as u64 {
-            self.add_directly(piece.slots, whole);
+        let set = self.sketch.set;
+        if let Some(sums) = self.sums_of(piece) {
+            T::scatter(set, piece.slots, [whole], [sums]);
         } else {
-            self.used = true;
-            T::scatter(self.sketch.set, piece.slots, whole, self.block);
+            self.add_directly(piece.slots, whole);
         }
     }
 
@@ -173,7 +191,7 @@ impl<'a> Adder<'a> {
             self.add_directly(slots, values);
         } else {
             let set = self.sketch.set;
-            set.scatter(slots, values, self.sums(values.len()));
+            set.scatter(slots, [values], [self.sums(values.len())]);
         }
     }
 
@@ -209,7 +227,7 @@ impl<'a> Adder<'a> {
             let overhang = std::mem::take(&mut self.block[dim + lane]);
             self.block[lane % dim] += overhang;
         }
-        self.finite &= flush(&mut self.block[..dim], self.total);
+        self.finite &= self.sketch.set.flush(&mut self.block[..dim], self.total);
         self.used = false;
         self.since_flush = 0;
     }
@@ -256,8 +274,20 @@ pub(super) fn add_flat<T: Value>(
             let mut adders: Vec<_> =
                 pairs.map(|(total, block)| Adder::new(sketch, parameter, total, block)).collect();
             sketch.walk(parameter, start, matrix.width(), &mut mine.slots, watch, |piece| {
-                for (adder, row) in adders.iter_mut().zip(here.clone()) {
-                    adder.add_piece(piece, &matrix.row(row)[piece.from..piece.to]);
+                let values = |row: usize| &matrix.row(here.start + row)[piece.from..piece.to];
+                for (index, adders) in adders.chunks_mut(ABREAST).enumerate() {
+                    let row = index * ABREAST;
+                    if let ([a, b, c, d], true) = (&mut *adders, piece.is_whole())
+                        && let (Some(a), Some(b)) = (a.sums_of(piece), b.sums_of(piece))
+                        && let (Some(c), Some(d)) = (c.sums_of(piece), d.sums_of(piece))
+                    {
+                        let rows = [values(row), values(row + 1), values(row + 2), values(row + 3)];
+                        T::scatter(sketch.set, piece.slots, rows, [a, b, c, d]);
+                        continue;
+                    }
+                    for (adder, row) in adders.iter_mut().zip(row..) {
+                        adder.add_piece(piece, values(row));
+                    }
                 }
             })?;
             for (adder, row) in adders.into_iter().zip(here) {

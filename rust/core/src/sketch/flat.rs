@@ -15,7 +15,12 @@ pub trait Value: Copy + Sync {
     /// The same number as f32; exact.
     fn widen(self) -> f32;
     /// [`InstructionSet::scatter`] of values of this type.
-    fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]);
+    fn scatter<const N: usize>(
+        set: InstructionSet,
+        slots: &[Slot],
+        values: [&[Self]; N],
+        blocks: [&mut [f32]; N],
+    );
     /// The values themselves, if they are f32.
     fn as_f32(values: &[Self]) -> Option<&[f32]>;
 }
@@ -25,8 +30,13 @@ impl Value for f32 {
     fn widen(self) -> f32 {
         self
     }
-    fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        set.scatter(slots, values, block);
+    fn scatter<const N: usize>(
+        set: InstructionSet,
+        slots: &[Slot],
+        values: [&[Self]; N],
+        blocks: [&mut [f32]; N],
+    ) {
+        set.scatter(slots, values, blocks);
     }
     fn as_f32(values: &[Self]) -> Option<&[f32]> {
         Some(values)
@@ -38,8 +48,13 @@ impl Value for f16 {
     fn widen(self) -> f32 {
         self.to_f32()
     }
-    fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        set.scatter_f16(slots, values, block);
+    fn scatter<const N: usize>(
+        set: InstructionSet,
+        slots: &[Slot],
+        values: [&[Self]; N],
+        blocks: [&mut [f32]; N],
+    ) {
+        set.scatter_f16(slots, values, blocks);
     }
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
@@ -51,8 +66,13 @@ impl Value for bf16 {
     fn widen(self) -> f32 {
         self.to_f32()
     }
-    fn scatter(set: InstructionSet, slots: &[Slot], values: &[Self], block: &mut [f32]) {
-        set.scatter_bf16(slots, values, block);
+    fn scatter<const N: usize>(
+        set: InstructionSet,
+        slots: &[Slot],
+        values: [&[Self]; N],
+        blocks: [&mut [f32]; N],
+    ) {
+        set.scatter_bf16(slots, values, blocks);
     }
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None

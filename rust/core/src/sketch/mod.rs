@@ -208,17 +208,6 @@ fn take<'r, 'a>(row: &'r Row<'a>) -> Result<MutexGuard<'r, &'a mut [f64]>, Error
     row.lock().map_err(|_| Error::Internal("a worker thread panicked".into()))
 }
 
-/// Adds f32 sums to f64 totals and clears them; `false` if one was NaN or infinite.
-fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool {
-    let mut finite = true;
-    for (total, sum) in totals.iter_mut().zip(sums) {
-        finite &= sum.is_finite();
-        *total += f64::from(*sum);
-        *sum = 0.0;
-    }
-    finite
-}
-
 /// Collects, from the states of all workers, the rows that were not finite, in order.
 fn join(parts: impl IntoIterator<Item = Vec<usize>>) -> Vec<usize> {
     let mut rows: Vec<usize> = parts.into_iter().flatten().collect();

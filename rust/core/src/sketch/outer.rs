@@ -17,14 +17,16 @@ use super::flat::Matrix;
 use super::slab::Slab;
 use super::{Kind, Parameter, Row, Sketch, Totals, join, take};
 use crate::error::Error;
-use crate::kernels::{LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile};
+use crate::kernels::{InstructionSet, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile};
 use crate::parallel::share;
 use crate::stop::{Asker, Watch};
 
 /// Samples that go through the same tiles together, and are summed first in a sum of all.
 pub(super) const GROUP: usize = 4;
+/// Samples that go through the same tiles together where no sum of all is asked for.
+const PAIR: usize = 2;
 /// Tiles of a sample that are made one after the other, so that their columns stay in the cache.
-const BAND: usize = 4;
+const BAND: usize = 2;
 /// Rows and columns of the part of a matrix that is packed together: a multiple of a tile's.
 const PART: usize = 256;
 /// Terms of a tile that are summed at a time: 40 KiB of rows and columns.
@@ -73,6 +75,7 @@ impl<'a> Sequences<'a> {
         from: usize,
         count: usize,
         packed: &mut Vec<f32>,
+        set: InstructionSet,
     ) {
         /// Columns that are copied term by term together: 1 KiB of a row is read at a time.
         const BESIDE: usize = 256;
@@ -85,8 +88,8 @@ impl<'a> Sequences<'a> {
             for term in 0..terms {
                 let at =
                     sample * across_samples + term * across_terms + (from + begin) * across_width;
-                let panels = panels.chunks_exact_mut(panel_len::<W>(terms));
                 if across_width != 1 {
+                    let panels = panels.chunks_exact_mut(panel_len::<W>(terms));
                     let columns = (0..here).step_by(W);
                     for (panel, first) in panels.zip(columns) {
                         let values = &mut panel[term * W..][..W];
@@ -97,14 +100,13 @@ impl<'a> Sequences<'a> {
                     }
                     continue;
                 }
-                for (panel, values) in panels.zip(self.values[at..at + here].chunks(W)) {
-                    let out = &mut panel[term * W..][..W];
-                    if let Ok(values) = <&[f32; W]>::try_from(values) {
-                        out.copy_from_slice(values); // of known size: a few moves
-                    } else {
-                        out.fill(0.0);
-                        out[..values.len()].copy_from_slice(values);
-                    }
+                let (values, out) = (&self.values[at..at + here], &mut panels[term * W..]);
+                set.spread::<W>(values, panel_len::<W>(terms), out);
+                let rest = values.as_chunks::<W>().1;
+                if !rest.is_empty() {
+                    let out = &mut out[here / W * panel_len::<W>(terms)..][..W];
+                    out.fill(0.0);
+                    out[..rest.len()].copy_from_slice(rest);
                 }
             }
         }
@@ -248,8 +250,8 @@ impl Sketch {
         if !tiled {
             return self.add_strips(block, totals, sum.as_deref_mut(), threads, asker);
         }
-        // Without a sum, groups may be smaller, so that all threads have work.
-        let group = if sum.is_some() { GROUP } else { batch.div_ceil(threads).min(GROUP) };
+        // Without a sum, groups are smaller: all threads have work, and the cache holds more.
+        let group = if sum.is_some() { GROUP } else { batch.div_ceil(threads).min(PAIR) };
         let groups = batch.div_ceil(group);
         // With one thread the sum needs no copies: groups come in order.
         let copies = sum.is_some() && threads > 1;
@@ -313,19 +315,25 @@ impl Sketch {
         let tall = rows > columns;
         for (index, sample) in samples.clone().enumerate() {
             if tall {
-                block.right.pack::<TILE_COLUMNS>(sample, 0, columns, &mut right[index]);
+                block.right.pack::<TILE_COLUMNS>(sample, 0, columns, &mut right[index], self.set);
             } else {
-                block.left.pack::<TILE_ROWS>(sample, 0, rows, &mut left[index]);
+                block.left.pack::<TILE_ROWS>(sample, 0, rows, &mut left[index], self.set);
             }
         }
         for (rows, columns) in parts(rows, columns) {
             for (index, sample) in samples.clone().enumerate() {
                 if tall && columns.start == 0 {
                     let left = &mut left[index];
-                    block.left.pack::<TILE_ROWS>(sample, rows.start, rows.len(), left);
+                    block.left.pack::<TILE_ROWS>(sample, rows.start, rows.len(), left, self.set);
                 } else if !tall && rows.start == 0 {
                     let right = &mut right[index];
-                    block.right.pack::<TILE_COLUMNS>(sample, columns.start, columns.len(), right);
+                    block.right.pack::<TILE_COLUMNS>(
+                        sample,
+                        columns.start,
+                        columns.len(),
+                        right,
+                        self.set,
+                    );
                 }
             }
             // Where the packed panels begin.
@@ -575,11 +583,11 @@ pub(super) fn make_strip(
     scratch.left.resize(1, Vec::new());
     scratch.right.resize(1, Vec::new());
     let (left, right) = (&mut scratch.left[0], &mut scratch.right[0]);
-    block.left.pack::<TILE_ROWS>(sample, top, height, left);
+    block.left.pack::<TILE_ROWS>(sample, top, height, left, sketch.set);
     for column in (0..columns).step_by(TILE_COLUMNS) {
         watch.check()?;
         let width = TILE_COLUMNS.min(columns - column);
-        block.right.pack::<TILE_COLUMNS>(sample, column, width, right);
+        block.right.pack::<TILE_COLUMNS>(sample, column, width, right, sketch.set);
         let right = panel::<TILE_COLUMNS>(right, terms, 0);
         for row in (0..height).step_by(TILE_ROWS) {
             let left = panel::<TILE_ROWS>(left, terms, row / TILE_ROWS);
