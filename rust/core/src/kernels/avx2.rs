@@ -319,23 +319,25 @@ fn fetch_ahead<T>(values: &[T; LANES]) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scatter_loaded<const N: usize, T>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[T]; N],
     mut blocks: [&mut [f32]; N],
     load: impl Fn(&[T; LANES]) -> [__m256; 2],
 ) {
-    let rows = values.map(|values| &values.as_chunks::<LANES>().0[..slots.len()]);
-    for (index, &slot) in slots.iter().enumerate() {
-        for (row, block) in rows.iter().zip(&mut blocks) {
+    let count = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
+    let slots = slots.map(|slots| &slots[..count]);
+    let rows = values.map(|values| &values.as_chunks::<LANES>().0[..count]);
+    for index in 0..count {
+        for ((slots, row), block) in slots.iter().zip(&rows).zip(&mut blocks) {
             fetch_ahead(&row[index]);
-            add_chunk(slot, load(&row[index]), block);
+            add_chunk(slots[index], load(&row[index]), block);
         }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn scatter<const N: usize>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[f32]; N],
     blocks: [&mut [f32]; N],
 ) {
@@ -347,7 +349,7 @@ pub(super) fn scatter<const N: usize>(
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn scatter_f16<const N: usize>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[f16]; N],
     blocks: [&mut [f32]; N],
 ) {
@@ -359,7 +361,7 @@ pub(super) fn scatter_f16<const N: usize>(
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn scatter_bf16<const N: usize>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[bf16]; N],
     blocks: [&mut [f32]; N],
 ) {

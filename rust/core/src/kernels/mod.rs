@@ -52,7 +52,7 @@ impl Slot {
     pub const fn of(key: u64, dim: usize, chunk: u64) -> Self {
         let bits = random::value(key, chunk);
         // The product of two 32-bit numbers: its upper half is uniform below dim.
-        let offset = ((bits >> 32) * dim as u64) >> 32;
+        let offset = ((bits >> 32) * (dim as u32 as u64)) >> 32;
         Self((bits & 0xFFFF) << 32 | offset)
     }
 
@@ -381,7 +381,7 @@ impl InstructionSet {
     }
 
     /// Adds chunk `i` of each row of `values`, with its signs, at its offset in the row's block,
-    /// for all slots in order.
+    /// for all slots of the row in order; all rows have as many.
     ///
     /// A row holds [`LANES`] values a slot; an offset is at most the block's length less [`LANES`].
     /// Several rows at a time are several streams from memory, which one after the other would not
@@ -389,11 +389,11 @@ impl InstructionSet {
     #[inline]
     pub fn scatter<const N: usize>(
         self,
-        slots: &[Slot],
+        slots: [&[Slot]; N],
         values: [&[f32]; N],
         blocks: [&mut [f32]; N],
     ) {
-        debug_assert!(values.iter().all(|values| values.len() == slots.len() * LANES));
+        debug_assert!(values.iter().zip(slots).all(|(v, s)| v.len() == s.len() * LANES));
         in_set!(self, scatter(slots, values, blocks));
     }
 
@@ -401,11 +401,11 @@ impl InstructionSet {
     #[inline]
     pub fn scatter_f16<const N: usize>(
         self,
-        slots: &[Slot],
+        slots: [&[Slot]; N],
         values: [&[f16]; N],
         blocks: [&mut [f32]; N],
     ) {
-        debug_assert!(values.iter().all(|values| values.len() == slots.len() * LANES));
+        debug_assert!(values.iter().zip(slots).all(|(v, s)| v.len() == s.len() * LANES));
         in_set!(self, scatter_f16(slots, values, blocks));
     }
 
@@ -413,11 +413,11 @@ impl InstructionSet {
     #[inline]
     pub fn scatter_bf16<const N: usize>(
         self,
-        slots: &[Slot],
+        slots: [&[Slot]; N],
         values: [&[bf16]; N],
         blocks: [&mut [f32]; N],
     ) {
-        debug_assert!(values.iter().all(|values| values.len() == slots.len() * LANES));
+        debug_assert!(values.iter().zip(slots).all(|(v, s)| v.len() == s.len() * LANES));
         in_set!(self, scatter_bf16(slots, values, blocks));
     }
 
@@ -574,14 +574,16 @@ mod tests {
                 let mut blocks = [vec![0.5; 66], vec![0.5; 66], vec![0.5; 66]];
                 let mut others = vec![vec![0.5; 66]; 3];
                 let [first, second, third] = &mut blocks;
-                set.scatter(&slots, [&values], [first]);
-                set.scatter_f16(&slots, [&halves], [second]);
-                set.scatter_bf16(&slots, [&brains], [third]);
+                set.scatter([&slots], [&values], [first]);
+                set.scatter_f16([&slots], [&halves], [second]);
+                set.scatter_bf16([&slots], [&brains], [third]);
                 // Two rows at a time, in either order, are two rows one by one.
                 let [one, two, three] = &mut others[..] else { unreachable!() };
+                let turned: Vec<Slot> =
+                    slots.iter().map(|slot| Slot::new(slot.offset() / 2, !slot.signs())).collect();
                 let negative: Vec<f32> = values.iter().map(|value| -value).collect();
-                set.scatter(&slots, [&negative, &values], [one, two]);
-                set.scatter(&slots, [&negative], [three]);
+                set.scatter([&turned, &slots], [&negative, &values], [one, two]);
+                set.scatter([&turned], [&negative], [three]);
                 assert!(others[0] == others[2] && others[1] == blocks[0]);
                 blocks
             };
@@ -594,7 +596,7 @@ mod tests {
             let wide_brains: Vec<f32> = brains.iter().map(|value| value.to_f32()).collect();
             for (values, expected) in [(wide_halves, &expected[1]), (wide_brains, &expected[2])] {
                 let mut found = vec![0.5; 66];
-                InstructionSet::SCALAR.scatter(&slots, [&values], [&mut found]);
+                InstructionSet::SCALAR.scatter([&slots], [&values], [&mut found]);
                 prop_assert_eq!(&found, expected);
             }
         }
@@ -821,7 +823,7 @@ mod tests {
             InstructionSet::SCALAR.outer_tile(&left, &right, &mut tile);
             let mut expected = vec![0.5; 66];
             let values = &tile.as_flattened()[..slots.len() * LANES];
-            InstructionSet::SCALAR.scatter(&slots, [values], [&mut expected]);
+            InstructionSet::SCALAR.scatter([&slots], [values], [&mut expected]);
             let (stride, rows) = (40, slots.len() / 2);
             let mut expected_sum = vec![0.25; TILE_ROWS * stride];
             for (sums, values) in expected_sum.chunks_mut(stride).zip(&tile[..rows]) {

@@ -318,7 +318,7 @@ fn sum_by_lanes(values: &[f32], of: impl Fn(f32) -> f32) -> f32 {
 }
 
 pub(super) fn scatter<const N: usize>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[f32]; N],
     blocks: [&mut [f32]; N],
 ) {
@@ -326,7 +326,7 @@ pub(super) fn scatter<const N: usize>(
 }
 
 pub(super) fn scatter_f16<const N: usize>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[f16]; N],
     blocks: [&mut [f32]; N],
 ) {
@@ -334,7 +334,7 @@ pub(super) fn scatter_f16<const N: usize>(
 }
 
 pub(super) fn scatter_bf16<const N: usize>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[bf16]; N],
     blocks: [&mut [f32]; N],
 ) {
@@ -342,12 +342,12 @@ pub(super) fn scatter_bf16<const N: usize>(
 }
 
 fn scatter_widened<const N: usize, T: Copy>(
-    slots: &[Slot],
+    slots: [&[Slot]; N],
     values: [&[T]; N],
     blocks: [&mut [f32]; N],
     widen: impl Fn(T) -> f32,
 ) {
-    for (values, block) in values.into_iter().zip(blocks) {
+    for ((slots, values), block) in slots.into_iter().zip(values).zip(blocks) {
         for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {
             let target = &mut block[slot.offset() as usize..][..LANES];
             for (lane, (sum, &value)) in target.iter_mut().zip(chunk).enumerate() {
@@ -379,7 +379,7 @@ pub(super) fn outer_scatter(
     outer_tile(left, right, &mut tile);
     let rows = slots.0.chunks(slots.1);
     for (slots, values) in rows.clone().zip(&tile) {
-        scatter(&slots[..TILE_CHUNKS], [values], [block]);
+        scatter([&slots[..TILE_CHUNKS]], [values], [block]);
     }
     if let Some((sum, stride)) = sum {
         for (row, values) in tile.iter().take(rows.len()).enumerate() {

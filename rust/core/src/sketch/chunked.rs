@@ -11,6 +11,8 @@
 //! is more); each is summed in f32 from zero, chunk by chunk, then added to the row's f64 total.
 //! Super-blocks with fewer than `dim` coordinates are added to the total directly.
 
+use std::ops::Range;
+
 use super::flat::{Matrix, Value};
 use super::{Parameter, Row, Sketch, join, take};
 use crate::error::Error;
@@ -163,7 +165,7 @@ impl<'a> Adder<'a> {
         };
         let set = self.sketch.set;
         if let Some(sums) = self.sums_of(piece) {
-            T::scatter(set, piece.slots, [whole], [sums]);
+            T::scatter(set, [piece.slots], [whole], [sums]);
         } else {
             self.add_directly(piece.slots, whole);
         }
@@ -191,7 +193,7 @@ impl<'a> Adder<'a> {
             self.add_directly(slots, values);
         } else {
             let set = self.sketch.set;
-            set.scatter(slots, [values], [self.sums(values.len())]);
+            set.scatter([slots], [values], [self.sums(values.len())]);
         }
     }
 
@@ -260,7 +262,8 @@ pub(super) fn add_flat<T: Value>(
     let batch = rows.len();
     // Threads cost more than the work below about half a million values each.
     let threads = threads.min(1 + batch.saturating_mul(matrix.width()) / (1 << 19));
-    if threads > batch {
+    let few = batch < ABREAST && matrix.width() as u64 >= 2 * super_block(sketch.dim);
+    if threads > batch || few {
         return add_long(sketch, parameter, start, matrix, rows, threads, asker);
     }
     let group = batch.div_ceil(threads).min(GROUP);
@@ -282,7 +285,7 @@ pub(super) fn add_flat<T: Value>(
                         && let (Some(c), Some(d)) = (c.sums_of(piece), d.sums_of(piece))
                     {
                         let rows = [values(row), values(row + 1), values(row + 2), values(row + 3)];
-                        T::scatter(sketch.set, piece.slots, rows, [a, b, c, d]);
+                        T::scatter(sketch.set, [piece.slots; ABREAST], rows, [a, b, c, d]);
                         continue;
                     }
                     for (adder, row) in adders.iter_mut().zip(row..) {
@@ -300,8 +303,71 @@ pub(super) fn add_flat<T: Value>(
     Ok(join(states.into_iter().map(|state| state.bad)))
 }
 
-/// Adds few rows with more threads than rows: their super-blocks are summed side by side, and
-/// added in order.
+/// What a worker keeps that sums super-blocks side by side.
+#[derive(Default)]
+struct Side {
+    scratch: [Vec<f32>; ABREAST],
+    slots: [Vec<Slot>; ABREAST],
+    /// Super-blocks, their sums, and whether these are finite.
+    done: Vec<(u64, Vec<f64>, bool)>,
+}
+
+impl Side {
+    /// Sums the super-blocks of at most [`ABREAST`] that `range` is in.
+    fn add<T: Value>(
+        &mut self,
+        sketch: &Sketch,
+        parameter: Parameter,
+        range: Range<u64>,
+        values: &[T],
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
+        let block = super_block(sketch.dim);
+        let blocks = range.start / block..range.end.div_ceil(block);
+        let mut sums = vec![vec![0.0; sketch.dim]; (blocks.end - blocks.start) as usize];
+        let pairs = sums.iter_mut().zip(&mut self.scratch).zip(blocks.clone());
+        let mut adders: Vec<_> = pairs
+            .map(|((sum, scratch), super_block)| {
+                let adder = Adder::new(sketch, parameter, sum, scratch);
+                Adder { super_block, ..adder }
+            })
+            .collect();
+        let whole = range.start.is_multiple_of(block) && range.end.is_multiple_of(block);
+        let width = block as usize;
+        if let ([a, b, c, d], true) = (&mut adders[..], whole) {
+            for adder in [&mut *a, b, c, d] {
+                adder.used = true;
+            }
+            for from in (0..width).step_by(SLOTS * LANES) {
+                watch.check()?;
+                let count = (width - from).min(SLOTS * LANES);
+                for (slots, at) in self.slots.iter_mut().zip((range.start..).step_by(width)) {
+                    slots.resize(count / LANES, Slot::default());
+                    let chunk = (at + from as u64) / WIDTH;
+                    sketch.set.slots(parameter.key, sketch.dim, chunk, slots);
+                }
+                let slots = self.slots.each_ref().map(|slots| &slots[..]);
+                let rows = [0, 1, 2, 3].map(|row| &values[row * width + from..][..count]);
+                let blocks = [&mut *a, b, c, d].map(|adder| &mut adder.block[..]);
+                T::scatter(sketch.set, slots, rows, blocks);
+            }
+        } else {
+            for (adder, at) in adders.iter_mut().zip(blocks.clone()) {
+                let from = (at * block).max(range.start);
+                let to = ((at + 1) * block).min(range.end);
+                let values = &values[(from - range.start) as usize..(to - range.start) as usize];
+                adder.add(from, values, &mut self.slots[0], watch)?;
+            }
+        }
+        let finite: Vec<bool> = adders.into_iter().map(Adder::finish).collect();
+        let sums = blocks.zip(sums).zip(finite);
+        self.done.extend(sums.map(|((at, sum), finite)| (at, sum, finite)));
+        Ok(())
+    }
+}
+
+/// Adds few rows: their super-blocks are summed side by side, by several threads and chunk by chunk
+/// together, and added in order.
 fn add_long<T: Value>(
     sketch: &Sketch,
     parameter: Parameter,
@@ -325,25 +391,15 @@ fn add_long<T: Value>(
         last -= u64::from(short);
         while first < last {
             let count = (last - first).min(WAVE * threads as u64);
-            let states = share(
-                count as usize,
-                threads,
-                asker,
-                || (Vec::new(), Vec::new(), Vec::new()),
-                |(slots, scratch, done), job, watch| {
-                    let from = ((first + job as u64) * block).max(start);
-                    let to = ((first + job as u64 + 1) * block).min(end);
-                    let mut sum = vec![0.0; sketch.dim];
-                    let mut adder = Adder::new(sketch, parameter, &mut sum, scratch);
-                    adder.super_block = first + job as u64;
-                    let values = &values[(from - start) as usize..(to - start) as usize];
-                    adder.add(from, values, slots, watch)?;
-                    let finite = adder.finish();
-                    done.push((job, sum, finite));
-                    Ok(())
-                },
-            )?;
-            let mut sums: Vec<_> = states.into_iter().flat_map(|state| state.2).collect();
+            let jobs = (count as usize).div_ceil(ABREAST);
+            let states = share(jobs, threads, asker, Side::default, |side, job, watch| {
+                let begin = first + (job * ABREAST) as u64;
+                let blocks = begin..(first + count).min(begin + ABREAST as u64);
+                let range = (blocks.start * block).max(start)..(blocks.end * block).min(end);
+                let values = &values[(range.start - start) as usize..(range.end - start) as usize];
+                side.add(sketch, parameter, range, values, watch)
+            })?;
+            let mut sums: Vec<_> = states.into_iter().flat_map(|state| state.done).collect();
             sums.sort_unstable_by_key(|sum| sum.0);
             let mut total = take(totals)?;
             for (_, sum, each) in sums {

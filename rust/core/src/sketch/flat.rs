@@ -17,7 +17,7 @@ pub trait Value: Copy + Sync {
     /// [`InstructionSet::scatter`] of values of this type.
     fn scatter<const N: usize>(
         set: InstructionSet,
-        slots: &[Slot],
+        slots: [&[Slot]; N],
         values: [&[Self]; N],
         blocks: [&mut [f32]; N],
     );
@@ -32,7 +32,7 @@ impl Value for f32 {
     }
     fn scatter<const N: usize>(
         set: InstructionSet,
-        slots: &[Slot],
+        slots: [&[Slot]; N],
         values: [&[Self]; N],
         blocks: [&mut [f32]; N],
     ) {
@@ -50,7 +50,7 @@ impl Value for f16 {
     }
     fn scatter<const N: usize>(
         set: InstructionSet,
-        slots: &[Slot],
+        slots: [&[Slot]; N],
         values: [&[Self]; N],
         blocks: [&mut [f32]; N],
     ) {
@@ -68,7 +68,7 @@ impl Value for bf16 {
     }
     fn scatter<const N: usize>(
         set: InstructionSet,
-        slots: &[Slot],
+        slots: [&[Slot]; N],
         values: [&[Self]; N],
         blocks: [&mut [f32]; N],
     ) {
