@@ -1199,3 +1199,28 @@ def test_tokens_belong_to_token_mean(tmp_path):
             rec.batch([1]).__enter__()
         with pytest.raises(errors.ArgumentError, match="at least one above 0"):
             rec.batch([1], tokens=[0]).__enter__()
+
+
+def test_positions_of_a_batch_of_one_are_positions(tmp_path):
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.position = torch.nn.Embedding(9, 6), torch.nn.Embedding(5, 6)
+            self.head = torch.nn.Linear(6, 9)
+
+        def forward(self, tokens):
+            return self.head(self.token(tokens) + self.position(torch.arange(tokens.shape[1]))).mT
+
+    torch.manual_seed(0)
+    model, x, y = Tokens(), torch.randint(9, (9, 5)), torch.randint(9, (9, 5))
+    with whence.record(model, tmp_path / "s", dim=64) as rec:
+        for ids in ([0, 1, 2, 3], [4, 5, 6, 7], [8]):
+            with rec.batch(ids) as batch:
+                F.cross_entropy(model(x[ids]), y[ids]).backward()
+        rec.verify(lambda x, y: F.cross_entropy(model(x), y), (x, y))
+    plain = copy.deepcopy(model)
+    gradients = torch.autograd.grad(F.cross_entropy(plain(x[8:]), y[8:]), list(plain.parameters()))
+    names = [name for name, _ in plain.named_parameters()]
+    exact = whence.Sketch(dim=64)({n: g[None] for n, g in zip(names, gradients, strict=True)})
+    assert np.allclose(batch.rows, exact, rtol=1e-4, atol=1e-6)
+    whence.query(model, tmp_path / "s", lambda: F.cross_entropy(model(x[:1]), y[:1]))

@@ -63,6 +63,10 @@ def test_recording_a_convolution_unfolds_in_blocks(tmp_path):
 def test_flat_gradients_are_not_copied(dtype):
     grown = peak_growth(
         f"g = torch.ones(4, 50_000_000, dtype=torch.{dtype})\nwhence.Sketch(dim=512)(g[:, :64])",
-        "sketch = whence.Sketch(dim=512)\nsketch(g)\nsketch(g, [('a', (20_000_000,)), ('b', (3, 10**7))])",
+        """
+        sketch = whence.Sketch(dim=512)
+        sketch(g)
+        sketch(g, [("a", (20_000_000,)), ("b", (3, 10**7))])
+        """,
     )
     assert grown < 64

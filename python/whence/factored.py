@@ -139,6 +139,11 @@ class Factored:
         return totals.totals
 
 
+def _direction(size: int) -> NDArray[np.float32]:
+    """A fixed random direction: what two different gradients surely differ along."""
+    return np.random.default_rng(size).standard_normal(size, np.float32)
+
+
 class FactoredAccumulator:
     """The rows of one batch, to which each parameter is added once.
 
@@ -158,7 +163,7 @@ class FactoredAccumulator:
         """Takes [batch, values] of one parameter.
 
         Returns:
-            Nothing yet: the norms say which rows are not finite.
+            The rows in which a value is NaN or infinite.
         """
         return self._take(name, math.prod(shape), start, (values,))
 
@@ -186,7 +191,7 @@ class FactoredAccumulator:
             bias: A parameter whose gradient is the left factor, which is kept anyway.
 
         Returns:
-            Nothing yet: the norms say which rows are not finite.
+            The rows in which a value is NaN or infinite.
 
         Raises:
             LayerError: If there are several positions.
@@ -218,8 +223,35 @@ class FactoredAccumulator:
                 f"layout='factored' must be used where each layer runs once in a forward pass, got "
                 f"a second use of {name}; use layout='global'"
             )
-        self._given[name] = values
-        return []
+        # Copies: the tensors' owners, autograd and the loop, may change them before the batch ends.
+        self._given[name] = values = tuple(np.array(each, np.float32) for each in values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            doubtful = [each for each in values if not np.isfinite(each.sum(axis=1)).all()]
+        bad = {row for each in doubtful for row in np.flatnonzero(~np.isfinite(each).all(axis=1))}
+        return sorted(map(int, bad))
+
+    def probe(self, name: str, gradient: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[1, n] a parameter's gradient times a fixed random direction, or a vector as it is."""
+        if all(each.parameter != name or not each.left for each in self.map.segments):
+            return gradient.reshape(1, -1).astype(np.float64)
+        return (gradient @ _direction(gradient.shape[1]))[None].astype(np.float64)
+
+    def probes(self) -> dict[str, NDArray[np.float64]]:
+        """Name -> [batch, n], the same of each sample."""
+        found: dict[str, NDArray[np.float64]] = {}
+        for segment in self.map.segments:
+            given = self._given.get(segment.parameter)
+            if given is None:
+                continue
+            if not segment.left:
+                found[segment.parameter] = given[0].astype(np.float64)
+                continue
+            left, right = (each.astype(np.float64) for each in given)
+            along = right @ _direction(right.shape[1])
+            found[segment.parameter] = left * along[:, None]
+            if segment.bias is not None:
+                found[segment.bias] = right if segment.transposed else left
+        return found
 
     def rows(
         self, factor: float = 1.0, dtype: str = "float32"

@@ -32,6 +32,9 @@ SIGN = "positive = helpful: training on the example lowers the query's loss"
 METHOD = "gradient product (TracIn), the weak baseline: no curvature, no preconditioning"
 """The method of a plain search."""
 
+COSINE = "cosine of both gradients, whatever their lengths, summed over checkpoints"
+"""The unit of a score of normalized rows."""
+
 Show: TypeAlias = Callable[[Any], Any]
 """id -> text, or a uint8 image of [height, width] or [height, width, 3]."""
 
@@ -349,7 +352,10 @@ class Store(Reader):
     def _weights(self) -> tuple[NDArray[np.float32], str]:
         """[checkpoints] weight of each in the sum, and the unit of the score."""
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.checkpoints]
+        normalized = self.manifest.sketch.get("normalize", False)
         if all(rate is None for rate in rates):
+            if normalized:
+                return np.ones(len(rates), np.float32), COSINE
             return np.ones(len(rates), np.float32), (
                 "loss per unit of learning rate: what one step of gradient descent on the example "
                 "takes off the query's loss, to first order"
@@ -359,6 +365,8 @@ class Store(Reader):
             raise CheckpointError(
                 f"learning_rate must be given for all checkpoints or none, got {named}"
             )
+        if normalized:
+            return np.array(rates, np.float32), f"{COSINE}, each times its learning rate"
         return np.array(rates, np.float32), (
             "loss: what one step of gradient descent on the example at each checkpoint's learning "
             "rate takes off the query's loss, to first order"

@@ -173,7 +173,8 @@ class Sketch:
                 f"hash_version of the store's sketch must be {HASH_VERSION!r}, as in this version "
                 f"of whence, got {spec.get('hash_version')!r}"
             )
-        given = {name: value for name, value in spec.items() if name != "hash_version"}
+        apart = ("hash_version", "layers")  # layers are those of the model, not of the map
+        given = {name: value for name, value in spec.items() if name not in apart}
         try:
             return cls(**given, threads=threads)
         except (TypeError, ArgumentError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,7 +15,7 @@ from whence.errors import CoverageError, LayerError, NotFiniteError
 from whence.factored import Factored, FactoredAccumulator
 from whence.gradients.device import DeviceAccumulator, supports
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
-from whence.sketch import Accumulator, Sketch
+from whence.sketch import Accumulator, Sketch, layer_of
 
 Guarded = TypeVar("Guarded")
 
@@ -72,11 +73,13 @@ class Capture:
         self._map = rows
         # What samples and batch are compared by; factors of a batch cannot be.
         self._checking = rows if isinstance(rows, Sketch) else Sketch(dim=CHECKED, threads=1)
-        self._received: set[str] = set()
+        self._received: Counter[str] = Counter()
+        self.added: Counter[str] = Counter()
         self._outside: set[str] = set()
         self._samples: dict[tuple[str, torch.device | None], Totals] = {}
         self._whole: dict[tuple[str, torch.device | None], Totals] = {}
         self._devices: dict[torch.device, DeviceAccumulator] = {}
+        self._probed: dict[str, Any] = {}
         self._layers: dict[str, str] = {}
         self._accumulator: Accumulator | FactoredAccumulator | None = None
         if batch is not None:
@@ -149,12 +152,17 @@ class Capture:
             gradient: Its gradient in this backward pass.
             expected: False where the layer's own use of the parameter takes no gradient.
         """
-        self._received.add(parameter.name)
+        self._received[parameter.name] += 1
         if not expected:
             self._outside.add(parameter.name)
         elif self.check != "no" and parameter.name in self.structure.parameters:
             name = parameter.name if self.check == "each" else ""
             gradient = gradient.detach()
+            factored = self._accumulator
+            if self.check == "probe" and isinstance(factored, FactoredAccumulator):
+                probed = factored.probe(parameter.name, to_array(gradient))
+                self._probed[parameter.name] = self._probed.get(parameter.name, 0) + probed
+                return
             device = None if gradient.is_sparse else self.device_of(gradient)
             if (name, device) not in self._whole:
                 self._whole[name, device] = self._checked(name or None, 1, device)
@@ -180,11 +188,15 @@ class Capture:
         self._gather()
         if self.failure is not None:  # a rule failed, and the loop went on: the rows are partial
             raise self.failure
-        missed = self._received - self.fired
+        missed = self._received.keys() - self.fired
         if uncovered := missed - set(self.structure.parameters):
             raise uncovered_error(sorted(uncovered))
         if outside := missed | self._outside:
             raise self._difference(sorted(outside))
+        # One that autograd computed for someone else than `.grad`, and once more for that.
+        again = [name for name, times in self.added.items() if self._received[name] > times]
+        if again:
+            raise self._difference(sorted(again))
         if not self.fired:
             raise LayerError(
                 "loss.backward() must be called inside the batch on a loss of the recorded model, "
@@ -240,6 +252,7 @@ class Capture:
             return False
         return not isinstance(self._map, Sketch) or (
             self._map.kind_of(weight) == self._map.kind_of(bias)
+            and (self._map.layout == "global" or layer_of(weight) == layer_of(bias))
         )
 
     def device_of(self, values: Tensor) -> torch.device | None:
@@ -278,12 +291,15 @@ class Capture:
         samples = _by_name(self._samples)
         if self.check == "total" and isinstance(self.accumulator, Accumulator):
             samples = {"": self.accumulator.totals}
+        wholes = _by_name(self._whole)
+        if self.check == "probe" and isinstance(self.accumulator, FactoredAccumulator):
+            samples, wholes = self.accumulator.probes(), self._probed
         norms = {name: np.linalg.norm(each, axis=1).sum() for name, each in samples.items()}
         # Some gradients are zero but for rounding (the bias of attention's keys, to which softmax
         # is blind): a difference also counts only if it is visible beside the whole gradient.
         floor = VISIBLE_SHARE * float(np.linalg.norm(list(norms.values())))
         wrong = []
-        for name, whole in _by_name(self._whole).items():
+        for name, whole in wholes.items():
             if name in samples:
                 difference = np.linalg.norm(whole[0] - samples[name].sum(axis=0))
                 size = max(norms[name], float(np.linalg.norm(whole)), floor)
@@ -393,7 +409,7 @@ class LayerSink:
             on_processor
             and weight in parameters
             and bias in parameters
-            and self._capture.is_fused(weight, bias)
+            and self._capture.is_fused(parameters[weight].name, parameters[bias].name)
         ):
             one, other = parameters[weight], parameters[bias]
             arrays = to_array(left), to_array(right)

@@ -55,20 +55,24 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class _FromSamples(torch.autograd.Function):
-    """The output of a layer, whose weight gradient comes with the samples' gradients.
+    """A linear layer, whose weight gradient comes with the samples' gradients.
 
-    The layer itself runs with weights that take no gradient; here they join the graph again, so
-    that autograd, its hooks and optimizers see the gradient as if the layer had computed it.
+    It stands in the graph for the layer, which has run already, with weights that took no
+    gradient: one node for all gradients, as the layer's own, which saves what that saves, so that
+    autograd, its hooks and optimizers see what they would without it.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, weight: Tensor, bias: Any, gradients: Any) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, weight: Tensor, bias: Any, output: Tensor, gradients: Any
+    ) -> Tensor:
+        ctx.save_for_backward(values, weight)
         ctx.gradients = gradients
-        return output.view_as(output)
+        return output.detach()  # no view, so that it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> Any:
-        return (delta, *ctx.gradients(delta, *ctx.needs_input_grad[1:3]), None)
+        return (*ctx.gradients(ctx, delta), None, None)
 
 
 class _Before:
@@ -166,6 +170,8 @@ class Hooks:
         ]:
             if parameter.tensor.requires_grad:
                 self._keep(parameter.tensor.register_hook(self._received(parameter)))
+                added = _Hook(self._added(parameter))
+                self._keep(parameter.tensor.register_post_accumulate_grad_hook(added))
 
     def _keep(self, handle: Any) -> None:
         self._stack.callback(handle.remove)
@@ -276,6 +282,13 @@ class Hooks:
 
         return received
 
+    def _added(self, parameter: Parameter) -> Callable[[Tensor], None]:
+        def added(tensor: Tensor) -> None:
+            if self._capture is not None and not self._quiet:
+                self._capture.added[parameter.name] += 1
+
+        return added
+
     def _before(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
         """Spares the layer its weight gradients, and watches inside attention.
 
@@ -287,7 +300,7 @@ class Hooks:
             capture = self._live()
             if capture is None:
                 return
-            spared = self._without or self._joins(capture, layer, args)
+            spared = self._without or self._joins(capture, layer, module, args)
             tensors: list[Tensor] = [
                 parameter.tensor
                 for parameter in layer.parameters.values()
@@ -358,10 +371,10 @@ class Hooks:
             if layer.rule is FUNCTIONAL:
                 feed = self._functional(capture, layer, inputs[0])
                 return self._watch(capture, layer, (), output, feed)
-            inputs = tuple(_kept(each, output) for each in inputs)
             running = [tensors for each, tensors, _ in self._running[-1:] if each is layer]
             if not self._without and running and running[0]:
                 return self._join(capture, layer, inputs[0], output)
+            inputs = tuple(_kept(each, output) for each in inputs)
 
             def feed_rule(delta: Tensor) -> None:
                 layer.rule.add(LayerSink(capture, layer), layer.module, inputs, delta)
@@ -370,7 +383,7 @@ class Hooks:
 
         return after
 
-    def _joins(self, capture: Capture, layer: Layer, inputs: Any) -> bool:
+    def _joins(self, capture: Capture, layer: Layer, module: nn.Module, inputs: Any) -> bool:
         """Whether the batch's own weight gradient is taken from the samples' gradients.
 
         Not where both are compared one by one; nor where a product of all samples at once takes
@@ -383,7 +396,10 @@ class Hooks:
             and capture.check == "total"
             and weight is not None
             and weight.tensor.requires_grad
+            and module.weight is weight.tensor  # not others, by torch.func.functional_call
+            and ("bias" not in layer.parameters or module.bias is layer.parameters["bias"].tensor)
             and isinstance(values, Tensor)
+            and capture.device_of(values) is None
             and all(
                 each.dtype == torch.float32 and each.device.type == "cpu"
                 for each in (values, weight.tensor)
@@ -397,14 +413,13 @@ class Hooks:
         self._let_go()
         weight = layer.parameters["weight"].tensor
         bias = layer.parameters["bias"].tensor if "bias" in layer.parameters else None
-        version = values._version
 
-        def gradients(delta: Tensor, for_weight: bool, for_bias: bool) -> tuple[Any, Any]:
+        def gradients(ctx: Any, delta: Tensor) -> tuple[Any, Any, Any]:
+            values, weight = ctx.saved_tensors
+            for_values, for_weight, for_bias = ctx.needs_input_grad[:3]
             with torch.no_grad():
                 total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
                 if capture is self._capture:
-                    if values._version != version:
-                        raise changed_in_place(layer.name)
                     LayerSink(capture, layer).linear(
                         delta.reshape(capture.batch, -1, weight.shape[0]),
                         values.reshape(capture.batch, -1, weight.shape[1]),
@@ -414,10 +429,14 @@ class Hooks:
                     )
                 elif for_weight:
                     total = delta.flatten(0, -2).mT @ values.flatten(0, -2)
-                return total, delta.flatten(0, -2).sum(0) if for_bias else None
+                return (
+                    delta @ weight if for_values else None,
+                    total,
+                    delta.flatten(0, -2).sum(0) if for_bias else None,
+                )
 
         guarded = capture.guard(gradients)
-        joined: Tensor = _FromSamples.apply(output, weight, bias, guarded)
+        joined: Tensor = _FromSamples.apply(values, weight, bias, output.detach(), guarded)
         return joined
 
     def _note(self, layer: Layer, output: Tensor) -> None:
@@ -527,7 +546,9 @@ class Hooks:
         if _matches(layer.name, capture.unbatched):
             return True
         row = indices[0] if indices.dim() == 2 and indices.shape[0] == 1 else indices
-        if row.dim() != 1 or capture.batch == 1 or _matches(layer.name, said):
+        # Of one example, [T] can only be positions, but for T = 1, which may be either.
+        either = capture.batch == 1 and (row is not indices or len(row) == 1)
+        if row.dim() != 1 or either or _matches(layer.name, said):
             self._batches.add(layer.name)
             return False
         counting = bool((row.diff() == 1).all())

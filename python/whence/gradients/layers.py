@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -296,10 +297,19 @@ def _layer_norm(sink: Sink, module: nn.LayerNorm, inputs: tuple[Any, ...], delta
         _affine(sink, F.layer_norm(inputs[0].float(), shape, eps=module.eps), delta, len(shape))
 
 
+@cache
+def _default_epsilon(dtype: torch.dtype) -> float:
+    """What an RMSNorm adds where eps is None: of 16 bits, torch's versions differ."""
+    value = torch.tensor([2.0**-10], dtype=dtype)
+    found = F.rms_norm(value, [1]).item()
+    known = (torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return min(known, key=lambda each: abs(found - 2.0**-10 / (2.0**-20 + each) ** 0.5))
+
+
 @_rule("rms_norm", *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
 def _rms_norm(sink: Sink, module: Any, inputs: tuple[Any, ...], delta: Tensor) -> None:
     shape = list(module.normalized_shape)
-    eps = module.eps if module.eps is not None else torch.finfo(inputs[0].dtype).eps
+    eps = module.eps if module.eps is not None else _default_epsilon(inputs[0].dtype)
     if len(shape) == 1 and _on_processor(inputs[0], delta):
         _last_dimension(sink, inputs[0], delta, eps, centred=False)
         return

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from whence import _arrays
+from whence._core import MAX_DIM
 from whence.errors import ArgumentError, DtypeError, LayerError, MismatchError
 from whence.factored import LAYOUT, Factored, Segment
 from whence.gradients.structure import Structure
@@ -65,7 +66,13 @@ def map_of(
     sketch = sketch.resolved(structure.parameters).with_threads(threads)
     spec = sketch.spec
     if sketch.layout == "per_layer":
-        spec["layers"] = sketch.layers(structure.parameters)
+        layers = sketch.layers(structure.parameters)
+        if len(layers) * sketch.dim > MAX_DIM:
+            raise ArgumentError(
+                f"dim must be at most {MAX_DIM // len(layers)} for layout='per_layer' and "
+                f"{len(layers)} layers, whose rows are at most {MAX_DIM} wide, got {sketch.dim}"
+            )
+        spec["layers"] = layers
     return sketch, spec
 
 

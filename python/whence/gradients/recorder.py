@@ -373,9 +373,9 @@ class Recorder:
         functional = any(layer.rule is FUNCTIONAL for layer in self._structure.layers)
         if functional or number & (number - 1) == 0:  # batches 1, 2, 4, 8 and so on
             return "each"
-        if isinstance(self._map, Factored):  # whose sum over the batch is a gradient of its own
+        if not self._weight_gradients:
             return "no"
-        return "total" if self._weight_gradients else "no"
+        return "probe" if isinstance(self._map, Factored) else "total"
 
     def _finish(
         self,

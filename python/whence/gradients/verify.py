@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.factored import Factored
-from whence.gradients.capture import CHECKED, Capture
+from whence.gradients.capture import CHECKED, Capture, not_finite
 from whence.gradients.hooks import Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.structure import Structure
@@ -159,6 +159,8 @@ def _recorded(
     with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
         _loss(closure, batch).backward()  # type: ignore[no-untyped-call]
     capture.verify()
+    if capture.bad:
+        raise not_finite([f"example {index}" for index in range(count)], capture.bad)
     return capture.sketched(sketch), capture.rounded
 
 

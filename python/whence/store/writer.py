@@ -351,7 +351,7 @@ def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
     Raises:
         MismatchError: If it is not; says in what.
     """
-    for name in [*found.sketch, *wanted.sketch]:
+    for name in ["layout", *found.sketch, *wanted.sketch]:
         there, here = (each.sketch.get(name, "the default") for each in (found, wanted))
         if here != there:
             raise MismatchError(f"{name} must be {there!r} as in the store {path}, got {here!r}")
