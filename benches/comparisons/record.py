@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,17 +74,24 @@ def record(folder: Path) -> Iterator[Row]:
             Transformer(width, layers),
             tokens[:, :-1],
             tokens[:, 1:],
-            goal=1.5,
+            goals=(1.05, 1.3),
         )
     torch.manual_seed(0)
-    yield from _recorded(
-        folder / "perceptron",
-        f"{PERCEPTRON}, batch 64",
-        perceptron(),
-        torch.randn(64, 784),
-        torch.randint(10, (64,)),
-        goal=None,
-    )
+    images, labels = torch.randn(64, 784), torch.randint(10, (64,))
+    for what, settings, goal in (
+        (", factored", {"layout": "factored"}, 1.15),
+        (f", dim {DIM}", {"dim": DIM}, None),
+        (f", dim {DIM}, tensorsketch", {"dim": DIM, "sketch": "tensorsketch"}, None),
+    ):
+        yield from _recorded(
+            folder / f"perceptron{len(what)}",
+            f"{PERCEPTRON}, batch 64{what}",
+            perceptron(),
+            images,
+            labels,
+            goals=(goal, None),
+            **settings,
+        )
     yield from beside_libraries(folder)
 
 
@@ -98,7 +106,13 @@ def perceptron() -> nn.Sequential:
 
 
 def _recorded(
-    folder: Path, name: str, model: nn.Module, values: Tensor, targets: Tensor, goal: float | None
+    folder: Path,
+    name: str,
+    model: nn.Module,
+    values: Tensor,
+    targets: Tensor,
+    goals: tuple[float | None, float | None],
+    **settings: Any,
 ) -> Iterator[Row]:
     """The rows of one model; the peer is a copy of it, which bears no hooks."""
     plain = copy.deepcopy(model)
@@ -115,14 +129,16 @@ def _recorded(
             F.cross_entropy(model(values), targets).backward()
         return recorded
 
-    settings = {"dim": DIM, "threads": 1}
+    settings = {"dim": DIM, **settings, "threads": 1}
+    if "layout" in settings:
+        del settings["dim"]
     with whence.record(model, folder / "collect", weight_gradients=False, **settings) as recorder:
         # The first batch, which is this one, also compares its sum with autograd's: not timed.
-        _check_rows(recorded_pass(recorder).rows, plain, values, targets)
+        _check_rows(recorder, recorded_pass(recorder), plain, values, targets)
         plain_pass()
         times = take_turns({"ours": lambda: recorded_pass(recorder), "peer": plain_pass})
     what = "collecting ÷ forward and backward"
-    yield compared(f"{name}: {what}", times["ours"], times["peer"], goal)
+    yield compared(f"{name}: {what}", times["ours"], times["peer"], goals[0])
 
     optimizers = {each: torch.optim.Adam(each.parameters(), lr=1e-4) for each in (model, plain)}
 
@@ -139,14 +155,29 @@ def _recorded(
         recorded_step(recorder)
         plain_step()
         times = take_turns({"ours": lambda: recorded_step(recorder), "peer": plain_step})
-    yield compared(f"{name}: training step recorded ÷ not", times["ours"], times["peer"])
+    what = "training step recorded ÷ not"
+    yield compared(f"{name}: {what}", times["ours"], times["peer"], goals[1])
 
 
 def _check_rows(
-    rows: np.ndarray, model: nn.Module, values: Tensor, targets: Tensor, examples: int = 2
+    recorder: whence.Recorder,
+    batch: whence.Batch,
+    model: nn.Module,
+    values: Tensor,
+    targets: Tensor,
+    examples: int = 2,
 ) -> None:
-    """Nothing, if the first rows are the sketches of the examples' own gradients by autograd."""
-    sketch = whence.Sketch(dim=DIM, threads=1)
+    """Nothing, if the first rows are the sketches of the examples' own gradients by autograd.
+
+    Factored rows are compared by their scores for each other.
+    """
+    recorder.commit()
+    store = whence.open(recorder.path)
+    if store.manifest.is_factored:
+        _check_scores(store, model, values, targets, examples)
+        return
+    rows = batch.rows
+    sketch = whence.Sketch(store.manifest.sketch["kind"], dim=DIM, threads=1)
     for example in range(examples):
         one = slice(example, example + 1)
         loss = F.cross_entropy(model(values[one]), targets[one])
@@ -158,10 +189,30 @@ def _check_rows(
             sys.exit(f"a row must be the sketch of the gradient to 1e-5, got {difference:.2g}")
 
 
+def _check_scores(
+    store: whence.Store, model: nn.Module, values: Tensor, targets: Tensor, examples: int
+) -> None:
+    """Nothing, if scores are the inner products of exact gradients, but for 16 bits."""
+    queries = slice(0, examples)
+    hits = whence.query(
+        model, store, lambda: F.cross_entropy(model(values[queries]), targets[queries]), len(values)
+    )
+    exact = []
+    for value, target in zip(values, targets, strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(model(value), target), model.parameters())
+        exact.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    wanted = (torch.stack(exact[:examples]) @ torch.stack(exact).T).numpy()
+    found = np.empty_like(wanted)
+    np.put_along_axis(found, hits.helpful.positions, hits.helpful.scores, 1)
+    difference = np.abs(found - wanted).max() / np.abs(wanted).max()
+    if not difference <= 2e-3:
+        sys.exit(f"a score must be the gradients' inner product to 2e-3, got {difference:.2g}")
+
+
 # ---- beside other libraries ----------------------------------------------------------------------
 
 EXAMPLES = 512
-"""All in one batch: best for libraries that make their projection anew for every batch."""
+"""In a batch: best for libraries that make their projection anew for every batch."""
 
 WIDTH = 512
 """Width of a row, and the most values a peer's features have."""
@@ -176,6 +227,7 @@ class Library:
         module: The file in `comparisons.features`.
         function: The function in it.
         layers: The layers it covers, as `whence.record` takes them, which are ours too then.
+        batches: How many batches: more for quick libraries, so that setting up counts less.
         gradients: The parameters whose gradients' inner products its features are to have, as a
             pattern; None if its features are something else.
     """
@@ -184,16 +236,25 @@ class Library:
     module: str
     function: str = "features"
     layers: str | None = None
+    batches: int = 1
     gradients: str | None = "*"
 
 
 LIBRARIES = (
     Library("TRAK featurize, normal projection", "trak"),
-    Library("captum TracInCPFastRandProj, last layer", "captum", layers="4", gradients="4.weight"),
+    Library(
+        "captum TracInCPFastRandProj, last layer",
+        "captum",
+        layers="4",
+        gradients="4.weight",
+        batches=8,
+    ),
     Library("dattri, normal projection", "dattri"),
-    Library("dattri-llm, LoGra 13 × 13 a layer", "dattri_llm"),
-    Library("dattri-llm, factors, 2,330 values", "dattri_llm", "factors", gradients=None),
-    Library("bergson, 13 × 13 a layer", "bergson"),
+    Library("dattri-llm, LoGra 13 × 13 a layer", "dattri_llm", batches=8),
+    Library(
+        "dattri-llm, factors, 2,330 values", "dattri_llm", "factors", gradients=None, batches=8
+    ),
+    Library("bergson, 13 × 13 a layer", "bergson", batches=8),
     Library("bergson, one projection", "bergson", "whole"),
     Library("kronfluence, EK-FAC factors and 16 queries' scores", "kronfluence", gradients=None),
 )
@@ -203,24 +264,33 @@ def beside_libraries(folder: Path) -> Iterator[Row]:
     """Examples a second from a model to features of all of them, setting up included."""
     torch.manual_seed(0)
     model = perceptron()
-    images, labels = torch.randn(EXAMPLES, 784), torch.randint(10, (EXAMPLES,))
+    most = max(library.batches for library in LIBRARIES) * EXAMPLES
+    all_images, all_labels = torch.randn(most, 784), torch.randint(10, (most,))
     numbers = itertools.count()
 
-    def ours(layers: str | None) -> np.ndarray:
+    def ours(library: Library) -> np.ndarray:
         path = folder / f"ours-{next(numbers)}"
         own = copy.deepcopy(model)  # as the others do
-        settings = {"dim": WIDTH, "threads": 1, "weight_gradients": False, "layers": layers}
-        with (
-            whence.record(own, path, **settings) as recorder,
-            recorder.batch(np.arange(EXAMPLES)) as batch,
-        ):
-            F.cross_entropy(own(images), labels).backward()
-        return batch.rows
+        settings = {"threads": 1, "weight_gradients": False, "layers": library.layers}
+        if library.gradients is None:  # factors beside factors
+            settings["layout"] = "factored"
+        else:  # the kind for layers that see one position an example
+            settings |= {"dim": WIDTH, "sketch": "tensorsketch"}
+        rows = []
+        with whence.record(own, path, **settings) as recorder:
+            for first in range(0, library.batches * EXAMPLES, EXAMPLES):
+                here = slice(first, first + EXAMPLES)
+                with recorder.batch(np.arange(first, first + EXAMPLES)) as batch:
+                    F.cross_entropy(own(all_images[here]), all_labels[here]).backward()
+                rows.append(batch.rows)
+        return np.concatenate(rows)
 
     def theirs(library: Library) -> np.ndarray:
         path = folder / f"{library.module}-{next(numbers)}"
         path.mkdir()
         own = copy.deepcopy(model)  # some of them change it
+        count = library.batches * EXAMPLES
+        images, labels = all_images[:count], all_labels[:count]
         collect = getattr(importlib.import_module(modules[library.module]), library.function)
         found = collect(own, images, labels, dim=WIDTH, batch=EXAMPLES, folder=path)
         return found.detach().numpy()
@@ -230,8 +300,11 @@ def beside_libraries(folder: Path) -> Iterator[Row]:
     for library in LIBRARIES:
         if library.module in skipped:
             continue
-        row = f"{PERCEPTRON}, {EXAMPLES} examples: collecting {WIDTH} values each ÷ {library.name}"
-        checked = _check_features("ours", ours(library.layers), model, images, labels, library)
+        count = library.batches * EXAMPLES
+        images, labels = all_images[:count], all_labels[:count]
+        what = f"{WIDTH} values" if library.gradients else "factors"
+        row = f"{PERCEPTRON}, {count:,} examples: collecting {what} each ÷ {library.name}"
+        checked = _check_features("ours", ours(library), model, images, labels, library)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries', about themselves
             try:
@@ -239,14 +312,14 @@ def beside_libraries(folder: Path) -> Iterator[Row]:
             except Exception as error:  # whatever a library does on a CPU is a finding
                 text = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"failed: {library.name}: {text}", file=sys.stderr)
-                alone = take_turns({"ours": lambda each=library: ours(each.layers)}, 2)["ours"]
-                rate = 1e3 * EXAMPLES / alone.median
+                alone = take_turns({"ours": lambda each=library: ours(each)}, 2)["ours"]
+                rate = 1e3 * count / alone.median
                 yield Row(row, rate, None, "samples/s", spread=f"the peer failed: {text}")
                 continue
             note = _check_features(library.name, found, model, images, labels, library)
             times = take_turns(
                 {
-                    "ours": lambda each=library: ours(each.layers),
+                    "ours": lambda each=library: ours(each),
                     "peer": lambda each=library: theirs(each),
                 },
                 rounds=(2, 20),
@@ -257,7 +330,7 @@ def beside_libraries(folder: Path) -> Iterator[Row]:
             times["peer"],
             5 if library.gradients else None,  # a goal for features of one length
             unit="samples/s",
-            amounts=(EXAMPLES, EXAMPLES),
+            amounts=(count, count),
             note=f"{note} (ours {checked.split()[-1]})" if library.gradients else note,
         )
 
