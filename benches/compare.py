@@ -53,17 +53,14 @@ def _figure(value: float, digits: int) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.{digits}g}".rstrip(".")
 
 
-MARKS = "<!-- results -->\n", "<!-- /results -->"
-"""What stands before and after the table in a README."""
-
-
-def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Puts the rows, as a Markdown table, between the marks of a README."""
+def write_table(path: Path, name: str, rows: Sequence[Row]) -> None:
+    """Puts the rows of a bench, as a Markdown table, between its marks in a README."""
+    marks = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     text = path.read_text(encoding="utf-8")
-    before, mark, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    before, mark, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not (mark and end):
-        sys.exit(f"{path} must hold {MARKS[0].strip()} and {MARKS[1]}, got a file without them")
+        sys.exit(f"{path} must hold {marks[0].strip()} and {marks[1]}, got a file without them")
     lines = ["| what | ours | peer | ratio | goal |", "|---|---|---|---|---|"]
     for row in rows:
         ours = f"{_figure(row.ours, 3)} {row.unit}"
@@ -82,19 +79,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=[*BENCHES, "all"], help="what to compare")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--readme", type=Path, help="also write them as a table into this file")
+    parser.add_argument("--readme", type=Path, help="also write tables of them into this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows: dict[str, list[Row]] = {}
     for name in BENCHES if options.name == "all" else [options.name]:
         with tempfile.TemporaryDirectory() as folder:
             for row in BENCHES[name](Path(folder)):
                 print(table([row]), flush=True)
-                rows.append(row)
+                rows.setdefault(name, []).append(row)
+        if options.readme:
+            write_table(options.readme, name, rows[name])
     if options.json:
-        options.json.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
-    if options.readme:
-        write_table(options.readme, rows)
+        found = [row.as_json() for each in rows.values() for row in each]
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -207,9 +207,16 @@ def test_the_manifest_says_how_the_rows_were_made(tmp_path, known, name):
 
 def test_a_manifest_of_the_defaults_is_that_of_a_plain_sketch(tmp_path):
     plain = {"kind": "chunked_sjlt", "dim": 4096, "seed": 0, "hash_version": whence.HASH_VERSION}
-    for name, options in (("a", {}), ("b", {"sketch": whence.Sketch(kinds={"none": "sjlt"})})):
+    same = whence.Sketch(kinds={"*": "chunked_sjlt"})
+    for name, options in (("a", {}), ("b", {"sketch": same})):
         fill(tmp_path / name, **options)
         assert whence.open(tmp_path / name).manifest.sketch == plain
+
+
+def test_kinds_that_fit_no_parameter_are_refused(tmp_path):
+    sketch = whence.Sketch(kinds={"*.bias": "sjlt", "none.*": "srht"})
+    with pytest.raises(errors.ArgumentError, match=r"kinds must each match .* got \['none.\*'\]"):
+        whence.record(mlp(), tmp_path / "s", sketch=sketch)
 
 
 # --- going on -------------------------------------------------------------------------------------

@@ -251,6 +251,15 @@ class Sketch:
             return [""]
         return sorted({layer_of(name) for name in names})
 
+    def unused_kinds(self, names: Iterable[str]) -> list[str]:
+        """The patterns of `kinds` that fit none of these names."""
+        names = list(names)
+        return [
+            pattern
+            for pattern in self._kinds
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in names)
+        ]
+
     def resolved(self, names: Iterable[str]) -> Sketch:
         """The same map for these parameters, with `kinds` by their names instead of patterns."""
         kinds = {name: self.kind_of(name) for name in sorted(names)}

@@ -72,7 +72,9 @@ class Capture:
         self.check = check
         self._map = rows
         # What samples and batch are compared by; factors of a batch cannot be.
-        self._checking = rows if isinstance(rows, Sketch) else Sketch("tensorsketch", dim=CHECKED, threads=1)
+        self._checking = (
+            rows if isinstance(rows, Sketch) else Sketch("tensorsketch", dim=CHECKED, threads=1)
+        )
         self._received: Counter[str] = Counter()
         self.added: Counter[str] = Counter()
         self._outside: set[str] = set()

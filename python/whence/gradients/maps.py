@@ -63,6 +63,9 @@ def map_of(
         raise DtypeError(
             f"sketch must be the name of a kind or a Sketch, got {_arrays.describe(sketch)}"
         )
+    unused = sketch.unused_kinds(structure.parameters)
+    if unused:
+        raise ArgumentError(f"kinds must each match a parameter's name, got {unused}")
     sketch = sketch.resolved(structure.parameters).with_threads(threads)
     spec = sketch.spec
     if sketch.layout == "per_layer":

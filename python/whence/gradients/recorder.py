@@ -72,7 +72,8 @@ class Batch:
 
     Attributes:
         ids: [batch] as given.
-        rows: [stored, dim] float32 rows as computed, before they are stored; None until the end
+        rows: [stored, dim] float32 rows as computed, before they are stored; with
+            layout="factored" the factors as stored, of gradients of norm one. None until the end
             of the batch.
         stored: [stored] the ids that were stored: without those skipped.
     """

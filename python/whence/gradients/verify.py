@@ -66,7 +66,9 @@ def verify(
             f"closure must be a function of the batch, got {_arrays.describe(closure)}"
         )
     # Factored rows are compared as sketches of the gradients that they stand for.
-    sketch = target if isinstance(target, Sketch) else Sketch("tensorsketch", dim=CHECKED, threads=1)
+    sketch = (
+        target if isinstance(target, Sketch) else Sketch("tensorsketch", dim=CHECKED, threads=1)
+    )
     counts = np.ones(2)
     if reduction == "token_mean":
         if tokens is None:

@@ -352,9 +352,12 @@ def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
         MismatchError: If it is not; says in what.
     """
     for name in ["layout", *found.sketch, *wanted.sketch]:
-        there, here = (each.sketch.get(name, "the default") for each in (found, wanted))
+        there, here = (
+            repr(each.sketch[name]) if name in each.sketch else "the default"
+            for each in (found, wanted)
+        )
         if here != there:
-            raise MismatchError(f"{name} must be {there!r} as in the store {path}, got {here!r}")
+            raise MismatchError(f"{name} must be {there} as in the store {path}, got {here}")
     if wanted.dtype not in DTYPES or found.dtype != wanted.dtype:
         raise MismatchError(
             f"dtype must be {found.dtype!r} as in the store {path}, got {wanted.dtype!r}"
