@@ -244,7 +244,7 @@ SAME = {
     ),
     "nonzeros": (with_settings(kind="sjlt", nonzeros=4), with_settings(kind="sjlt", nonzeros=4)),
     "nonzeros of no parameter": (
-        with_settings(kinds={"none": "sjlt"}, nonzeros=8),
+        with_settings(kinds={"*": "chunked_sjlt", "0.*": "sjlt"}, nonzeros=8),
         with_settings(),
     ),
     "one nonzero": (with_settings(kind="sjlt"), with_settings(kind="sjlt", nonzeros=1)),
