@@ -78,13 +78,15 @@ def record(folder: Path) -> Iterator[Row]:
         )
     torch.manual_seed(0)
     images, labels = torch.randn(64, 784), torch.randint(10, (64,))
-    for what, settings, goal in (
-        (", factored", {"layout": "factored"}, 1.15),
-        (f", dim {DIM}", {"dim": DIM}, None),
-        (f", dim {DIM}, tensorsketch", {"dim": DIM, "sketch": "tensorsketch"}, None),
+    for number, (what, settings, goal) in enumerate(
+        (
+            (", factored", {"layout": "factored"}, 1.15),
+            (f", dim {DIM}", {"dim": DIM}, None),
+            (f", dim {DIM}, tensorsketch", {"dim": DIM, "sketch": "tensorsketch"}, None),
+        )
     ):
         yield from _recorded(
-            folder / f"perceptron{len(what)}",
+            folder / f"perceptron-{number}",
             f"{PERCEPTRON}, batch 64{what}",
             perceptron(),
             images,

@@ -163,7 +163,7 @@ class FactoredAccumulator:
         """Takes [batch, values] of one parameter.
 
         Returns:
-            The rows in which a value is NaN or infinite.
+            Nothing; `bad_parameters` says which rows are not finite.
         """
         return self._take(name, math.prod(shape), start, (values,))
 
@@ -191,7 +191,7 @@ class FactoredAccumulator:
             bias: A parameter whose gradient is the left factor, which is kept anyway.
 
         Returns:
-            The rows in which a value is NaN or infinite.
+            Nothing; `bad_parameters` says which rows are not finite.
 
         Raises:
             LayerError: If there are several positions.
@@ -225,10 +225,16 @@ class FactoredAccumulator:
             )
         # Copies: the tensors' owners, autograd and the loop, may change them before the batch ends.
         self._given[name] = values = tuple(np.array(each, np.float32) for each in values)
-        with np.errstate(over="ignore", invalid="ignore"):
-            doubtful = [each for each in values if not np.isfinite(each.sum(axis=1)).all()]
-        bad = {row for each in doubtful for row in np.flatnonzero(~np.isfinite(each).all(axis=1))}
-        return sorted(map(int, bad))
+        return []
+
+    def bad_parameters(self) -> dict[int, str]:
+        """Row -> name of a parameter in which a value is NaN or infinite. O(values)."""
+        found: dict[int, str] = {}
+        for name, values in self._given.items():
+            for each in values:
+                for row in np.flatnonzero(~np.isfinite(each).all(axis=1)):
+                    found.setdefault(int(row), name)
+        return found
 
     def probe(self, name: str, gradient: NDArray[np.float32]) -> NDArray[np.float64]:
         """[1, n] a parameter's gradient times a fixed random direction, or a vector as it is."""

@@ -204,6 +204,8 @@ class Capture:
                 "loss.backward() must be called inside the batch on a loss of the recorded model, "
                 "got no gradient in any layer"
             )
+        if self.check != "no":
+            self._name_bad()
         if not self.bad:
             self._compare()
 
@@ -230,7 +232,10 @@ class Capture:
                     totals *= factor
                 norms = np.sqrt(np.einsum("ij,ij->i", totals, totals))
                 rows = self.accumulator.finish(totals)
-        for row in np.flatnonzero(~(norms <= np.finfo(np.float32).max)):
+        beyond = np.flatnonzero(~(norms <= np.finfo(np.float32).max))
+        if len(beyond):
+            self._name_bad()
+        for row in beyond:
             self.bad.setdefault(int(row), "the sum of all layers")
         return rows, scales
 
@@ -266,6 +271,17 @@ class Capture:
         if device not in self._devices:
             self._devices[device] = DeviceAccumulator(self._checking, self.batch, device)
         return self._devices[device]
+
+    def _name_bad(self) -> None:
+        """Notes the layers of factors that are not finite."""
+        if isinstance(self.accumulator, FactoredAccumulator):
+            layers = {
+                parameter.name: layer.name
+                for layer in self.structure.layers
+                for parameter in layer.parameters.values()
+            }
+            for row, name in self.accumulator.bad_parameters().items():
+                self.bad.setdefault(row, layers[name] or "the model")
 
     def _gather(self) -> None:
         """Brings what was summed on devices to the rows."""

@@ -61,12 +61,16 @@ def sync(handle: int) -> None:
         os.fsync(handle)
 
 
-def write_array(path: Path, array: NDArray[Any]) -> Written:
-    """Writes and syncs a new `.npy` file."""
-    array = np.ascontiguousarray(array)
+def write_array(path: Path, *parts: NDArray[Any]) -> Written:
+    """Writes and syncs a new `.npy` file of arrays that follow each other, of one type."""
+    arrays = [np.ascontiguousarray(part) for part in parts]
+    described = np.lib.format.header_data_from_array_1_0(arrays[0])
+    described["shape"] = (sum(map(len, arrays)), *arrays[0].shape[1:])
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return write(path, header.getvalue(), array.reshape(-1).view(np.uint8).data)
+    np.lib.format.write_array_header_1_0(header, described)
+    return write(
+        path, header.getvalue(), *(array.reshape(-1).view(np.uint8).data for array in arrays)
+    )
 
 
 def write_strings(folder: Path, stem: str, array: NDArray[Any]) -> dict[str, Written]:

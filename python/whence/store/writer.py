@@ -280,7 +280,7 @@ class Writer:
         folder.mkdir()
         ids, stored, scales, columns = zip(*waiting, strict=True)
         files: dict[str, Written] = {
-            "rows.npy": write_array(folder / "rows.npy", np.concatenate(stored)),
+            "rows.npy": write_array(folder / "rows.npy", *stored),
             "scales.npy": write_array(folder / "scales.npy", np.concatenate(scales)),
         }
         files |= _write_column(folder, "ids", np.concatenate(ids))
