@@ -28,7 +28,7 @@ from whence.gradients.capture import Capture, LayerSink
 from whence.gradients.functional import Call, add_functional
 from whence.gradients.layers import ATTENTION, FUNCTIONAL
 from whence.gradients.structure import Layer, Parameter, Structure
-from whence.gradients.weights import preserved
+from whence.gradients.weights import modules_of, parameters_of, preserved
 
 FEW_TERMS = 8
 """Positions a sample below which a batch's weight gradient is not summed from its samples'."""
@@ -671,7 +671,7 @@ def _without_compiled_code(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_gradients(model: nn.Module) -> Iterator[None]:
     """Leaves `.grad` as it is, whatever is computed meanwhile."""
-    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    before = [(parameter, parameter.grad) for parameter in parameters_of(model)]
     try:
         for parameter, _ in before:
             parameter.grad = None
@@ -687,6 +687,8 @@ def refuse_batch_statistics(model: nn.Module) -> None:
     Raises:
         LayerError: If a BatchNorm is in training mode; says why that cannot be.
     """
+    if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules_of(model)):
+        return
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None

@@ -34,7 +34,7 @@ from whence.gradients.maps import map_of
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_of
 from whence.gradients.verify import Verified, verify
-from whence.gradients.weights import digest, versions
+from whence.gradients.weights import digest, signature, versions
 from whence.sketch import Sketch
 from whence.store import Checkpoint, Manifest, Writer
 
@@ -129,6 +129,7 @@ class Recorder:
         self._hooks = Hooks(model, self._structure, strict=uncovered == "error")
         self._fired: set[str] = set()
         self._trainable = trainable(model)
+        self._signature = signature(model)
         self._batches = 0
         self._busy = False
         self._open = False
@@ -417,6 +418,8 @@ class Recorder:
         Raises:
             LayerError: If a parameter came, went, was frozen or unfrozen; names it.
         """
+        if signature(self._model) == self._signature:
+            return
         now = trainable(self._model)
         if now != self._trainable:
             name = min(

@@ -36,7 +36,39 @@ def digest(model: nn.Module) -> str:
 
 def versions(model: nn.Module) -> int:
     """A number that grows whenever an optimizer changes a parameter in place. O(parameters)."""
-    return sum(parameter._version for parameter in model.parameters())
+    return sum(parameter._version for parameter in parameters_of(model))
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules, each once: `model.modules()`, for what is asked in every batch."""
+    found = {id(model): model}
+    waiting = [model]
+    while waiting:
+        for module in waiting.pop()._modules.values():
+            if module is not None and id(module) not in found:
+                found[id(module)] = module
+                waiting.append(module)
+    return list(found.values())
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters, each once: `model.parameters()`, for what is asked in every batch."""
+    found = {}
+    for module in modules_of(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def signature(model: nn.Module) -> list[tuple[str, int, bool]]:
+    """Each parameter's name in its module, identity, and whether it takes a gradient."""
+    return [
+        (name, id(parameter), parameter.requires_grad)
+        for module in modules_of(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
