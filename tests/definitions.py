@@ -58,7 +58,7 @@ def strata(count, most):
 def chosen(key, first, count, most):
     """The coordinates that are kept, and the roots of their strata's sizes."""
     for index, (begin, size) in enumerate(strata(count, most)):
-        yield begin + below(value(key, first + index), size), size**0.5
+        yield begin + (value(key, first + index) * size >> 64), size**0.5
 
 
 def chunked(key, count, dim):

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from definitions import parameter_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from whence import errors
 from whence._core import MAX_DIM
 from whence._core import Sketch as CoreSketch
 from whence.gradients import device as module
-from whence.gradients.device import DeviceAccumulator, parameter_key, slots, supports
+from whence.gradients.device import DeviceAccumulator, slots, supports
 from whence.sketch import Accumulator
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def deterministic():
 )
 def test_offsets_and_signs_are_those_of_the_core(seed, name, shape, dim):
     expected_offsets, expected_signs = CoreSketch("chunked_sjlt", dim, seed).slots(name, shape)
-    key = parameter_key(seed, name, shape)
+    key = CoreSketch("chunked_sjlt", dim, seed).key(name, shape)
     offsets, signs = slots(key, torch.arange(len(expected_offsets)), dim)
     assert np.array_equal(offsets.numpy(), expected_offsets)
     assert np.array_equal(signs.numpy().view(np.uint16), expected_signs)
@@ -537,7 +538,7 @@ def test_cuda_gives_the_totals_of_the_core_and_the_same_bits_again(dim, slab, mo
 def test_cuda_makes_the_slots_of_the_core():
     expected_offsets, expected_signs = CoreSketch("chunked_sjlt", 1000, 9).slots("w", [300, 70])
     chunks = torch.arange(len(expected_offsets), device="cuda")
-    offsets, signs = slots(parameter_key(9, "w", (300, 70)), chunks, 1000)
+    offsets, signs = slots(CoreSketch("chunked_sjlt", 1000, 9).key("w", [300, 70]), chunks, 1000)
     assert np.array_equal(offsets.cpu().numpy(), expected_offsets)
     assert np.array_equal(signs.cpu().numpy().view(np.uint16), expected_signs)
 

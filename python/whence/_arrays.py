@@ -11,14 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from whence._core import MAX_COORDINATES, MAX_THREADS
 from whence.errors import ArgumentError, DtypeError, IdError, NotFiniteError, ShapeError
 
 Ids: TypeAlias = NDArray[Any]
 """int64 or str ids, one kind in an array."""
-
-
-MAX_THREADS = 256
-"""The most threads a call starts, whatever it was asked for."""
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -252,11 +249,11 @@ def shape_of(name: str, value: Sequence[Any]) -> list[int]:
 
     Raises:
         DtypeError: If it is not a list of integers.
-        ArgumentError: If a size is negative, or larger than 2**48.
+        ArgumentError: If a size is negative, or larger than the core allows.
     """
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise DtypeError(f"{name} must hold (name, shape) pairs, got the shape {value!r}")
-    return [integer(f"{name} sizes", size, 0, 2**48) for size in value]
+    return [integer(f"{name} sizes", size, 0, MAX_COORDINATES) for size in value]
 
 
 def describe(value: Any) -> str:

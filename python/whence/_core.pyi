@@ -6,7 +6,9 @@ from numpy.typing import NDArray
 
 __all__ = [
     "HASH_VERSION",
+    "MAX_COORDINATES",
     "MAX_DIM",
+    "MAX_THREADS",
     "Rows",
     "Sketch",
     "crc32",
@@ -18,8 +20,12 @@ __all__ = [
 
 HASH_VERSION: Final[int]
 """Version of the definition of randomness; rows of different versions do not compare."""
+MAX_COORDINATES: Final[int]
+"""The most coordinates a parameter may have."""
 MAX_DIM: Final[int]
 """The widest row a sketch makes."""
+MAX_THREADS: Final[int]
+"""The most threads a call starts, whatever it was asked for."""
 
 def instruction_set() -> str:
     """The instruction set the kernels use on this machine."""
@@ -88,6 +94,7 @@ class Sketch:
         threads: int,
         first: int = 0,
     ) -> list[int]: ...
+    def key(self, name: str, shape: list[int]) -> int: ...
     def slots(
         self, name: str, shape: list[int]
     ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]: ...

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from whence import _core
 from whence.errors import LayerError, MismatchError
-from whence.sketch import Accumulator, Sketch
+from whence.sketch import Sketch
 
 LAYOUT = "factored"
 """What a manifest calls it."""
@@ -120,7 +120,7 @@ class Factored:
             shapes: Name -> shape of every parameter.
             sketch: Any map.
         """
-        totals = Accumulator(sketch, len(rows))
+        totals = sketch.accumulator(len(rows), shapes)
         at = 0
         for segment in self.segments:
             left = rows[:, at : at + segment.left]

@@ -3,6 +3,8 @@
 structure   which parameters there are, under which names, in which layers
 layers      one rule per layer type: input and output gradient to per-sample gradient
 attention   the projections inside MultiheadAttention
+maps        which map from gradients to rows was asked for, or a store has
+device      the same sums as the core's, by torch on a GPU
 capture     what one forward and backward pass gathers, and whether it is whole
 functional  any other module, by torch.func
 hooks       what feeds the rules while a model runs

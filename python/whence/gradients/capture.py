@@ -48,7 +48,7 @@ class Capture:
         batch: Number of samples, if known; else that of the model's first tensor.
         unbatched: Patterns of embeddings whose output is shared by the batch.
         check: Whether to compare the samples' sums with the batch's own gradients: "no", "total"
-            for all parameters together, or "each".
+            for all parameters together, "each", or "probe" for factored rows along one direction.
     """
 
     def __init__(
@@ -120,8 +120,7 @@ class Capture:
         into = self.accumulator if device is None else self._on(device)
         for row in feed(into) or ():
             self.bad.setdefault(row, layer or "the model")
-        if device is not None:
-            self._layers[parameter.name] = layer
+        self._layers.update((each.name, layer) for each in (parameter, *others))
         if self.check == "each":
             if (parameter.name, device) not in self._samples:
                 self._samples[parameter.name, device] = self._checked(
@@ -275,19 +274,17 @@ class Capture:
     def _name_bad(self) -> None:
         """Notes the layers of factors that are not finite."""
         if isinstance(self.accumulator, FactoredAccumulator):
-            layers = {
-                parameter.name: layer.name
-                for layer in self.structure.layers
-                for parameter in layer.parameters.values()
-            }
-            for row, name in self.accumulator.bad_parameters().items():
-                self.bad.setdefault(row, layers[name] or "the model")
+            self._note_bad(self.accumulator)
+
+    def _note_bad(self, accumulator: FactoredAccumulator | DeviceAccumulator) -> None:
+        """Notes the rows that are not finite, by the layer where each first was."""
+        for row, name in accumulator.bad_parameters().items():
+            self.bad.setdefault(row, self._layers.get(name) or "the model")
 
     def _gather(self) -> None:
         """Brings what was summed on devices to the rows."""
         for accumulator in self._devices.values():
-            for row, name in accumulator.bad_parameters().items():
-                self.bad.setdefault(row, self._layers.get(name) or "the model")
+            self._note_bad(accumulator)
             if isinstance(self.accumulator, Accumulator):
                 self.accumulator.totals += accumulator.totals()
         self._devices.clear()

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from whence._core import MAX_COORDINATES
 from whence.errors import ArgumentError, DtypeError, ShapeError
 from whence.sketch import Sketch
 
@@ -45,7 +46,6 @@ CACHE_BYTES = 1 << 30
 _LANES = 16
 _MASK = (1 << 64) - 1
 _INCREMENT = 0x9E37_79B9_7F4A_7C15
-_MAX_COORDINATES = 1 << 48
 _DIRECT = 8
 """Runs of at most so many entries are summed without being cut into pieces."""
 
@@ -58,30 +58,6 @@ def supports(sketch: Sketch) -> bool:
     # Whether rows are normalized in the end changes no total.
     known = {"kind", "dim", "seed", "hash_version", "normalize"}
     return sketch.kind == "chunked_sjlt" and sketch.spec.keys() <= known
-
-
-def parameter_key(seed: int, name: str, shape: Sequence[int]) -> int:
-    """The key of a parameter's stream of randomness, as in `rust/core/src/random.rs`.
-
-    Args:
-        seed: The sketch's seed.
-        name: Canonical name of the parameter.
-        shape: Its shape.
-
-    Returns:
-        0 to 2**64 - 1, O(length of the name).
-    """
-    data = name.encode()
-    words = [seed]
-    words += [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)]
-    words += [len(data), *shape, len(shape)]
-    key = 0
-    for word in words:
-        bits = ((key ^ word) + _INCREMENT) & _MASK
-        bits = ((bits ^ bits >> 30) * 0xBF58_476D_1CE4_E5B9) & _MASK
-        bits = ((bits ^ bits >> 27) * 0x94D0_49BB_1331_11EB) & _MASK
-        key = bits ^ bits >> 31
-    return key
 
 
 def slots(key: int, chunks: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -499,7 +475,7 @@ class DeviceAccumulator:
                 ends = torch.stack((ends, before))
                 ends = torch.stack((ends[:, 0].amin(), ends[:, 1].amax()))
             self._indices[name] = shape[0], ends
-            key = parameter_key(self._sketch.seed, name, shape)
+            key = self._key(name, shape)
             chunks = -(-width // _LANES) if width % _LANES == 0 else (width + 30) // _LANES
             # A key of 64 bits and some places go with each value and each bucket of a sample.
             most = max(1, VALUES // (4 * chunks * _LANES))
@@ -577,15 +553,16 @@ class DeviceAccumulator:
         keys = sample + _keys(offsets, dim, lanes).flatten(1)
         return _Sums.of(keys, samples, dim, lanes)(entries.view(1, -1, lanes))
 
+    def _key(self, name: str, shape: Sequence[int]) -> int:
+        """What the offsets and signs of a parameter are computed from, by `slots`."""
+        return self._sketch._cores[self._sketch.kind].key(name, list(shape))
+
     def _plan(self, name: str, shape: Sequence[int], start: int, width: int) -> _Plan:
         """The plan of a slab. Streams do not share plans, which no stream waits for."""
         stream = None if self._stream is None else self._stream.cuda_stream
-        sketch = self._sketch
         return self._plans.get(
             (name, tuple(shape), start, width, self._device, stream),
-            lambda: _Plan.of(
-                parameter_key(sketch.seed, name, shape), start, width, sketch.dim, self._device
-            ),
+            lambda: _Plan.of(self._key(name, shape), start, width, self._sketch.dim, self._device),
         )
 
     def _rows(self, count: int, width: int) -> Iterator[slice]:
@@ -665,8 +642,8 @@ def _size(shape: Sequence[int]) -> int:
         ShapeError: If there are more than 2**48.
     """
     size = math.prod(shape)
-    if size > _MAX_COORDINATES or any(each < 0 for each in shape):
+    if size > MAX_COORDINATES or any(each < 0 for each in shape):
         raise ShapeError(
-            f"shape must be a shape of at most {_MAX_COORDINATES} values, got {list(shape)}"
+            f"shape must be a shape of at most {MAX_COORDINATES} values, got {list(shape)}"
         )
     return size

@@ -87,9 +87,7 @@ def map_of_store(spec: Mapping[str, Any], threads: int) -> Sketch | Factored:
     """
     if spec.get("layout") == LAYOUT:
         return Factored.from_spec(spec)
-    return Sketch.from_spec(
-        {name: value for name, value in spec.items() if name != "layers"}, threads=threads
-    )
+    return Sketch.from_spec(spec, threads=threads)
 
 
 def _segments(structure: Structure) -> list[Segment]:

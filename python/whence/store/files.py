@@ -6,7 +6,6 @@ import io
 import math
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -44,11 +43,16 @@ def write(path: Path, *parts: bytes | memoryview) -> Written:
     with path.open("wb") as file:
         for part in parts:
             file.write(part)
-            checksum = _core.crc32(np.frombuffer(part, np.uint8), checksum)
+            checksum = checksum_of(part, checksum)
             length += memoryview(part).nbytes
         file.flush()
         sync(file.fileno())
     return Written(length, checksum)
+
+
+def checksum_of(content: bytes | memoryview, before: int = 0) -> int:
+    """The CRC-32 of `content`, after bytes whose CRC-32 is `before`."""
+    return _core.crc32(np.frombuffer(content, np.uint8), before)
 
 
 def sync(handle: int) -> None:
@@ -108,10 +112,11 @@ def read(path: Path, written: Written) -> bytes:
                 f"{path} is damaged: it must be {written.length} bytes long, got {length}"
             )
         content = path.read_bytes()
-    if zlib.crc32(content) != written.checksum:
+    checksum = checksum_of(content)
+    if checksum != written.checksum:
         raise StoreError(
             f"{path} is damaged: its checksum must be {written.checksum:#010x}, "
-            f"got {zlib.crc32(content):#010x}"
+            f"got {checksum:#010x}"
         )
     return content
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from whence import _core
 from whence.errors import StoreError
-from whence.store.files import Written, store_errors, sync_directory, write
+from whence.store.files import Written, checksum_of, store_errors, sync_directory, write
 
 FORMAT = "whence store"
 VERSION = 0
@@ -107,7 +106,7 @@ class Manifest:
         final = self.path(folder, number)
         temporary = final.with_suffix(".part")
         with store_errors(final):
-            write(temporary, text, f"\n{zlib.crc32(text):08x}\n".encode())
+            write(temporary, text, f"\n{checksum_of(text):08x}\n".encode())
             temporary.replace(final)
             sync_directory(folder)
 
@@ -148,7 +147,7 @@ class Manifest:
                     if attempt == READ_ATTEMPTS - 1:
                         raise
         text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
-        if checksum != f"{zlib.crc32(text):08x}".encode():
+        if checksum != f"{checksum_of(text):08x}".encode():
             raise StoreError(f"{path} is damaged: its checksum does not fit its text")
         try:
             return cls._from_json(json.loads(text)), number

@@ -63,6 +63,12 @@ impl Error {
         Self::Argument { argument, must: must.into(), got: got.to_string() }
     }
 
+    /// The [`Error::Internal`] of what a worker thread left behind that panicked.
+    #[must_use]
+    pub fn panicked<T>(_: T) -> Self {
+        Self::Internal("a worker thread panicked".into())
+    }
+
     /// An [`Error::Shape`].
     pub fn shape(argument: &'static str, must: impl Into<String>, got: impl fmt::Display) -> Self {
         Self::Shape { argument, must: must.into(), got: got.to_string() }

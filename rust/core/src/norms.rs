@@ -45,8 +45,7 @@ pub fn gradients(
         asker,
         || (),
         |(), row, _| {
-            let broken = |_| Error::Internal("a worker thread panicked".into());
-            let mut sums = rows[row].lock().map_err(broken)?;
+            let mut sums = rows[row].lock().map_err(Error::panicked)?;
             let (weight, bias) = &mut *sums;
             let here = row * sample..(row + 1) * sample;
             let (values, delta) = (&values[here.clone()], &delta[here]);

@@ -58,7 +58,7 @@ pub fn share<S: Send>(
         for other in others {
             match other.join() {
                 Ok(theirs) => states.push(theirs),
-                Err(_) => return Err(Error::Internal("a worker thread panicked".into())),
+                Err(panic) => return Err(Error::panicked(panic)),
             }
         }
         Ok(states)

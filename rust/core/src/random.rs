@@ -27,6 +27,14 @@ pub const fn value(key: u64, counter: u64) -> u64 {
     mix(key.wrapping_add(counter.wrapping_add(1).wrapping_mul(INCREMENT)))
 }
 
+/// A number below `n`, from the upper half of `bits`: uniform, but for 32 bits.
+#[inline]
+#[must_use]
+pub const fn below(bits: u64, n: u32) -> u64 {
+    // The product of two 32-bit numbers: its upper half is below the second.
+    ((bits >> 32) * n as u64) >> 32
+}
+
 /// The key of a parameter's stream, from the seed, its canonical name and its shape.
 ///
 /// Words are absorbed one by one: the seed, the bytes of the name (eight to a word, little-endian,

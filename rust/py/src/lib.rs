@@ -26,6 +26,8 @@ mod _core {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("HASH_VERSION", whence_core::random::HASH_VERSION)?;
-        module.add("MAX_DIM", whence_core::sketch::MAX_DIM)
+        module.add("MAX_COORDINATES", whence_core::sketch::MAX_COORDINATES)?;
+        module.add("MAX_DIM", whence_core::sketch::MAX_DIM)?;
+        module.add("MAX_THREADS", whence_core::parallel::MAX_THREADS)
     }
 }

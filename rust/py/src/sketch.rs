@@ -134,6 +134,10 @@ impl Sketch {
         })
     }
 
+    fn key(&self, py: Python<'_>, name: &str, shape: Vec<u64>) -> PyResult<u64> {
+        Ok(self.parameter(py, name, &shape)?.key())
+    }
+
     fn slots<'py>(&self, py: Python<'py>, name: &str, shape: Vec<u64>) -> PyResult<Slots<'py>> {
         let parameter = self.parameter(py, name, &shape)?;
         let slots = compute(py, |_| Ok(self.0.slots(parameter)))?;

@@ -19,6 +19,8 @@ use super::{
 
 const WIDTH: usize = 8;
 
+compiled_forms!("avx2");
+
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load(values: &[f32; WIDTH]) -> __m256 {
@@ -55,36 +57,6 @@ pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
         store(out, _mm256_cvtph_ps(load_16_bits(halves)));
     }
     scalar::widen(rest, rest_out);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]) {
-    scalar::slots(key, dim, first, slots);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn columns(key: u64, part: usize, nonzeros: usize, first: u64, columns: &mut [Column]) {
-    scalar::columns(key, part, nonzeros, first, columns);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn add_columns<const L: usize>(
-    columns: &[Column],
-    nonzeros: usize,
-    values: &[[f32; L]],
-    block: &mut [[f32; L]],
-) {
-    scalar::add_columns(columns, nonzeros, values, block);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn draws(key: u64, things: usize, first: u64, draws: &mut [Column]) {
-    scalar::draws(key, things, first, draws);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn flips(key: u64, first: u64, flips: &mut [u32]) {
-    scalar::flips(key, first, flips);
 }
 
 #[target_feature(enable = "avx2")]
@@ -162,36 +134,6 @@ pub(super) fn sign_rows(
     }
 }
 
-#[target_feature(enable = "avx2")]
-pub(super) fn normal_rows(
-    key: u64,
-    dim: usize,
-    first: u64,
-    bucket: usize,
-    rows: &mut [[f32; TILE_COLUMNS]],
-) {
-    scalar::normal_rows(key, dim, first, bucket, rows);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn hadamard<const L: usize>(values: &mut [[f32; L]]) {
-    scalar::hadamard(values);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn add_picked<const L: usize>(
-    picks: &[Column],
-    values: &[[f32; L]],
-    sums: &mut [[f32; L]],
-) {
-    scalar::add_picked(picks, values, sums);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn shift_columns(by: Column, dim: usize, columns: &[Column], shifted: &mut [Column]) {
-    scalar::shift_columns(by, dim, columns, shifted);
-}
-
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn dots_of_pairs(
     rows: &[f32],
@@ -263,28 +205,6 @@ impl fourier::Vector<WIDTH> for __m256 {
         // SAFETY: as said above.
         *square = unsafe { transpose(*square) };
     }
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn spread<const W: usize>(values: &[f32], stride: usize, out: &mut [f32]) {
-    scalar::spread::<W>(values, stride, out);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool {
-    scalar::flush(sums, totals)
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn add_norm_terms(
-    values: &[f32],
-    delta: &[f32],
-    epsilon: f32,
-    centred: bool,
-    weight: &mut [f32],
-    bias: &mut [f32],
-) {
-    scalar::add_norm_terms(values, delta, epsilon, centred, weight, bias);
 }
 
 /// Adds a chunk, with its signs, at its offset.

@@ -4,6 +4,43 @@
 //! by lane, so all give the same bits; tests run each form this machine has against the scalar.
 #![allow(clippy::inline_always)] // what a vector form is made of has to become a part of it
 
+/// The forms that are the definition itself, compiled for other instructions: those kernels whose
+/// lanes the compiler puts side by side on its own, and in which nothing may be fused.
+#[cfg(target_arch = "x86_64")]
+macro_rules! compiled_forms {
+    ($features:literal) => {
+        compiled_forms! { $features,
+            fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]);
+            fn columns(key: u64, part: usize, nonzeros: usize, first: u64, columns: &mut [Column]);
+            fn add_columns[L](
+                columns: &[Column], nonzeros: usize, values: &[[f32; L]], block: &mut [[f32; L]]
+            );
+            fn draws(key: u64, things: usize, first: u64, draws: &mut [Column]);
+            fn flips(key: u64, first: u64, flips: &mut [u32]);
+            fn normal_rows(
+                key: u64, dim: usize, first: u64, bucket: usize, rows: &mut [[f32; TILE_COLUMNS]]
+            );
+            fn hadamard[L](values: &mut [[f32; L]]);
+            fn add_picked[L](picks: &[Column], values: &[[f32; L]], sums: &mut [[f32; L]]);
+            fn shift_columns(by: Column, dim: usize, columns: &[Column], shifted: &mut [Column]);
+            fn spread[W](values: &[f32], stride: usize, out: &mut [f32]);
+            fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool;
+            fn add_norm_terms(
+                values: &[f32], delta: &[f32], epsilon: f32, centred: bool,
+                weight: &mut [f32], bias: &mut [f32]
+            );
+        }
+    };
+    ($features:literal, $(
+        fn $kernel:ident $([$size:ident])? ($($argument:ident: $type:ty),*) $(-> $out:ty)?;
+    )*) => {$(
+        #[target_feature(enable = $features)]
+        pub(super) fn $kernel $(<const $size: usize>)? ($($argument: $type),*) $(-> $out)? {
+            scalar::$kernel $(::<$size>)? ($($argument),*)
+        }
+    )*};
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -51,9 +88,7 @@ impl Slot {
     #[must_use]
     pub const fn of(key: u64, dim: usize, chunk: u64) -> Self {
         let bits = random::value(key, chunk);
-        // The product of two 32-bit numbers: its upper half is uniform below dim.
-        let offset = ((bits >> 32) * (dim as u32 as u64)) >> 32;
-        Self((bits & 0xFFFF) << 32 | offset)
+        Self((bits & 0xFFFF) << 32 | random::below(bits, dim as u32))
     }
 
     /// The bucket of the first coordinate; the others follow it.
@@ -78,12 +113,11 @@ impl Slot {
 pub struct Column(u64);
 
 impl Column {
-    /// Bucket `bits >> 32` scaled to below `part`, plus `first`; the sign is the lowest bit.
+    /// A bucket below `part`, by [`random::below`], plus `first`; the sign is the lowest bit.
     #[inline(always)]
     #[must_use]
     pub const fn of(bits: u64, part: usize, first: u32) -> Self {
-        let bucket = (((bits >> 32) * part as u64) >> 32) + first as u64;
-        Self(bits << 63 | bucket)
+        Self(bits << 63 | (random::below(bits, part as u32) + first as u64))
     }
 
     /// The same sign, turned if `flip`, in this bucket.
@@ -120,17 +154,17 @@ impl Column {
 
 /// Calls the form of a kernel that a set stands for.
 macro_rules! in_set {
-    ($set:expr, $kernel:ident($($argument:expr),*)) => {
+    ($set:expr, $kernel:ident $(::<$size:ident>)? ($($argument:expr),*)) => {
         match $set.0 {
-            Set::Scalar => scalar::$kernel($($argument),*),
+            Set::Scalar => scalar::$kernel $(::<$size>)? ($($argument),*),
             // SAFETY: the set exists, so the processor has it.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Set::Avx2 => unsafe { avx2::$kernel($($argument),*) },
+            Set::Avx2 => unsafe { avx2::$kernel $(::<$size>)? ($($argument),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Set::Avx512 => unsafe { avx512::$kernel($($argument),*) },
+            Set::Avx512 => unsafe { avx512::$kernel $(::<$size>)? ($($argument),*) },
         }
     };
 }
@@ -424,17 +458,7 @@ impl InstructionSet {
     /// Puts `W` values after `W` values, as many times as `values` holds them, `stride` apart.
     #[inline]
     pub fn spread<const W: usize>(self, values: &[f32], stride: usize, out: &mut [f32]) {
-        match self.0 {
-            Set::Scalar => scalar::spread::<W>(values, stride, out),
-            // SAFETY: the set exists, so the processor has it.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Avx2 => unsafe { avx2::spread::<W>(values, stride, out) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Avx512 => unsafe { avx512::spread::<W>(values, stride, out) },
-        }
+        in_set!(self, spread::<W>(values, stride, out));
     }
 
     /// Adds f32 sums to f64 totals and clears them; `false` if one was NaN or infinite.

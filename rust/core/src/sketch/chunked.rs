@@ -95,7 +95,7 @@ pub(super) struct Adder<'a> {
     /// The sums of the current super-block: `dim` buckets and the overhang of the last chunk.
     block: &'a mut Vec<f32>,
     super_block: u64,
-    /// Values added by `add_tile` since the last flush.
+    /// Values that [`Adder::sums`] was asked for since the last flush.
     since_flush: u64,
     used: bool,
     finite: bool,

@@ -37,7 +37,7 @@ use std::sync::Mutex;
 
 use super::factors::COLUMNS;
 use super::grass::{Choice, Kept, add_kept};
-use super::outer::{Block, Sequences, broken};
+use super::outer::{Block, Sequences};
 use super::slab::Slab;
 use super::{Kind, Parameter, Row, Sketch, join};
 use crate::error::Error;
@@ -158,7 +158,7 @@ pub(super) fn add_outer(
             asker,
             || (),
             |(), sample, _| {
-                let mut part = parts[sample].lock().map_err(broken)?;
+                let mut part = parts[sample].lock().map_err(Error::panicked)?;
                 gather(block.left, from + sample, &rows, part.0);
                 gather(block.right, from + sample, &columns, part.1);
                 Ok(())

@@ -6,10 +6,8 @@
 
 use std::sync::Mutex;
 
-use super::flat::Matrix;
-use super::outer::{Block, GROUP, STRIP, Scratch, Sequences, broken, make_strip, sum_strips};
-use super::slab::{self, Slab};
-use super::{Kind, Row, Sketch, factgrass, grass, join, kronecker, tensorsketch};
+use super::outer::{Block, GROUP, STRIP, Scratch, Sequences, make_strip, sum_strips};
+use super::{Kind, Row, Sketch, factgrass, grass, kronecker, tensorsketch};
 use crate::error::Error;
 use crate::kernels::{InstructionSet, LANES, TILE_ROWS};
 use crate::parallel::share;
@@ -29,23 +27,6 @@ impl Block<'_> {
 }
 
 impl Sequences<'_> {
-    /// The values of a term; `buffer` is where they are put if they do not lie side by side.
-    pub(super) fn term<'v>(
-        &'v self,
-        sample: usize,
-        term: usize,
-        buffer: &'v mut Vec<f32>,
-    ) -> &'v [f32] {
-        let [across_samples, across_terms, across_width] = self.strides;
-        let at = sample * across_samples + term * across_terms;
-        if across_width == 1 {
-            return &self.values[at..at + self.shape[2]];
-        }
-        buffer.clear();
-        buffer.extend((0..self.shape[2]).map(|column| self.values[at + column * across_width]));
-        buffer
-    }
-
     /// One value.
     #[inline]
     pub(super) fn at(&self, sample: usize, term: usize, column: usize) -> f32 {
@@ -130,8 +111,7 @@ impl Sketch {
         if let Some(sum) = sum {
             self.add_sum(block, sum, threads, asker)?;
         }
-        let more = self.add_bias(block, totals, threads, asker)?;
-        Ok(Some(join([bad, more])))
+        Ok(Some(bad))
     }
 
     /// Adds the matrices of all samples to `sum`, four at a time, in order.
@@ -147,7 +127,7 @@ impl Sketch {
         let parts: Vec<_> = sum.chunks_mut(height * columns).map(Mutex::new).collect();
         let state = <(Scratch, Vec<f32>)>::default;
         share(parts.len(), threads, asker, state, |(scratch, strips), job, watch| {
-            let mut sum = parts[job].lock().map_err(broken)?;
+            let mut sum = parts[job].lock().map_err(Error::panicked)?;
             let width = sum.len();
             for first in (0..batch).step_by(GROUP) {
                 let samples = first..batch.min(first + GROUP);
@@ -160,42 +140,5 @@ impl Sketch {
             Ok(())
         })?;
         Ok(())
-    }
-
-    /// Adds the sums of the left factors to the bias, if there is one; returns the rows that are
-    /// not finite.
-    fn add_bias(
-        &self,
-        block: Block<'_>,
-        totals: &[Row<'_>],
-        threads: usize,
-        asker: &Asker<'_>,
-    ) -> Result<Vec<usize>, Error> {
-        let Some((parameter, start)) = block.bias else { return Ok(Vec::new()) };
-        let rows = block.rows();
-        let mut bad = Vec::new();
-        let mut sums = Vec::new();
-        for (first, totals) in (0..).step_by(slab::GROUP).zip(totals.chunks(slab::GROUP)) {
-            sums.clear();
-            sums.resize(totals.len() * rows, 0.0);
-            let parts: Vec<_> = sums.chunks_exact_mut(rows).map(Mutex::new).collect();
-            share(parts.len(), threads, asker, Vec::new, |values, sample, watch| {
-                let mut sums = parts[sample].lock().map_err(broken)?;
-                for term in 0..block.terms() {
-                    watch.check()?;
-                    let values = block.left.term(first + sample, term, values);
-                    for (sum, value) in sums.iter_mut().zip(values) {
-                        *sum += value;
-                    }
-                }
-                Ok(())
-            })?;
-            drop(parts);
-            let views: Vec<&[f32]> = sums.chunks_exact(rows).collect();
-            let slab = Slab { start, values: Matrix::new(&views)? };
-            let here = slab.add(self, parameter, totals, threads, asker)?;
-            bad.push(here.into_iter().map(|row| first + row).collect());
-        }
-        Ok(join(bad))
     }
 }

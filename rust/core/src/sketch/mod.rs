@@ -103,6 +103,14 @@ pub struct Parameter {
     columns: u64,
 }
 
+impl Parameter {
+    /// The key of its stream of randomness.
+    #[must_use]
+    pub fn key(self) -> u64 {
+        self.key
+    }
+}
+
 impl Sketch {
     /// A sketch of width `dim`.
     ///
@@ -205,7 +213,7 @@ impl<'a> Totals<'a> {
 type Row<'a> = Mutex<&'a mut [f64]>;
 
 fn take<'r, 'a>(row: &'r Row<'a>) -> Result<MutexGuard<'r, &'a mut [f64]>, Error> {
-    row.lock().map_err(|_| Error::Internal("a worker thread panicked".into()))
+    row.lock().map_err(Error::panicked)
 }
 
 /// Collects, from the states of all workers, the rows that were not finite, in order.

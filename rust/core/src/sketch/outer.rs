@@ -14,7 +14,7 @@ use std::sync::Mutex;
 
 use super::chunked::Adder;
 use super::flat::Matrix;
-use super::slab::Slab;
+use super::slab::{self, Slab};
 use super::{Kind, Parameter, Row, Sketch, Totals, join, take};
 use crate::error::Error;
 use crate::kernels::{InstructionSet, LANES, Slot, TILE_COLUMNS, TILE_ROWS, Tile};
@@ -65,6 +65,23 @@ impl<'a> Sequences<'a> {
             format!("{} values for shape {shape:?}", last.map_or(usize::MAX, |last| last + 1)),
             values.len(),
         ))
+    }
+
+    /// The values of a term; `buffer` is where they are put if they do not lie side by side.
+    pub(super) fn term<'v>(
+        &'v self,
+        sample: usize,
+        term: usize,
+        buffer: &'v mut Vec<f32>,
+    ) -> &'v [f32] {
+        let [across_samples, across_terms, across_width] = self.strides;
+        let at = sample * across_samples + term * across_terms;
+        if across_width == 1 {
+            return &self.values[at..at + self.shape[2]];
+        }
+        buffer.clear();
+        buffer.extend((0..self.shape[2]).map(|column| self.values[at + column * across_width]));
+        buffer
     }
 
     /// Replaces `packed` by columns `from..from + count` of sample `sample`, in panels of `W`
@@ -236,20 +253,33 @@ impl Sketch {
         threads: usize,
         asker: &Asker<'_>,
     ) -> Result<Vec<usize>, Error> {
-        let (batch, rows, columns) = (totals.len(), block.rows(), block.columns());
-        let work = batch.saturating_mul(block.terms()).saturating_mul(rows).saturating_mul(columns);
+        let sizes = [block.terms(), block.rows(), block.columns()];
+        let work = sizes.into_iter().fold(totals.len(), usize::saturating_mul);
         // Threads cost more than the work below about 2^22 products each.
         let threads = threads.min(1 + (work >> 22));
-        let own = self.add_factors(block, totals, sum.as_deref_mut(), threads, asker)?;
-        if let Some(bad) = own {
-            return Ok(bad);
-        }
         let tiled = self.kind == Kind::ChunkedSjlt
-            && columns.is_multiple_of(LANES)
+            && block.columns().is_multiple_of(LANES)
             && block.start.is_multiple_of(LANES as u64);
-        if !tiled {
-            return self.add_strips(block, totals, sum.as_deref_mut(), threads, asker);
-        }
+        let own = self.add_factors(block, totals, sum.as_deref_mut(), threads, asker)?;
+        let bad = match own {
+            Some(bad) => bad,
+            None if tiled => self.add_all_tiles(block, totals, sum, threads, asker)?,
+            None => self.add_strips(block, totals, sum, threads, asker)?,
+        };
+        let more = self.add_bias(block, totals, threads, asker)?;
+        Ok(join([bad, more]))
+    }
+
+    /// Adds the gradients of all samples tile by tile, and their sum to `sum`.
+    fn add_all_tiles(
+        &self,
+        block: Block<'_>,
+        totals: &[Row<'_>],
+        mut sum: Option<&mut [f32]>,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Vec<usize>, Error> {
+        let (batch, rows, columns) = (totals.len(), block.rows(), block.columns());
         // Without a sum, groups are smaller: all threads have work, and the cache holds more.
         let group = if sum.is_some() { GROUP } else { batch.div_ceil(threads).min(PAIR) };
         let groups = batch.div_ceil(group);
@@ -270,7 +300,7 @@ impl Sketch {
                     return Ok(());
                 }
                 if sum_is_direct {
-                    let mut direct = direct.lock().map_err(broken)?;
+                    let mut direct = direct.lock().map_err(Error::panicked)?;
                     return self.add_tiles(block, totals, here, direct.as_deref_mut(), mine, watch);
                 }
                 self.add_tiles(block, totals, here, None, mine, watch)
@@ -308,7 +338,7 @@ impl Sketch {
             scratch.resize(GROUP, Vec::new());
         }
         let mut locked = totals[samples.clone()].iter().map(take).collect::<Result<Vec<_>, _>>()?;
-        let pairs = locked.iter_mut().zip(blocks.iter_mut());
+        let pairs = locked.iter_mut().zip(blocks);
         let mut adders: Vec<_> =
             pairs.map(|(total, sums)| Adder::new(self, block.parameter, total, sums)).collect();
         // The shorter side is packed whole, the longer one as it is needed.
@@ -369,16 +399,8 @@ impl Sketch {
                 }
             }
         }
-        let finite: Vec<bool> = adders.into_iter().map(Adder::finish).collect();
-        for (index, sample) in samples.enumerate() {
-            let mut finite = finite[index];
-            if let Some((parameter, start)) = block.bias {
-                sum_terms(block.left, sample, band);
-                let mut adder = Adder::new(self, parameter, &mut locked[index], &mut blocks[index]);
-                adder.add(start, &band[..rows], slots, watch)?;
-                finite &= adder.finish();
-            }
-            if !finite {
+        for (adder, sample) in adders.into_iter().zip(samples) {
+            if !adder.finish() {
                 bad.push(sample);
             }
         }
@@ -399,6 +421,43 @@ impl Sketch {
             let start = block.start + (row * block.columns() + columns.start) as u64;
             self.set.slots(block.parameter.key, self.dim, start / LANES as u64, slots);
         }
+    }
+
+    /// Adds the sums of the left factors to the bias, if there is one; returns the rows that are
+    /// not finite.
+    fn add_bias(
+        &self,
+        block: Block<'_>,
+        totals: &[Row<'_>],
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Vec<usize>, Error> {
+        let Some((parameter, start)) = block.bias else { return Ok(Vec::new()) };
+        let rows = block.rows();
+        let mut bad = Vec::new();
+        let mut sums = Vec::new();
+        for (first, totals) in (0..).step_by(slab::GROUP).zip(totals.chunks(slab::GROUP)) {
+            sums.clear();
+            sums.resize(totals.len() * rows, 0.0);
+            let parts: Vec<_> = sums.chunks_exact_mut(rows).map(Mutex::new).collect();
+            share(parts.len(), threads, asker, Vec::new, |values, sample, watch| {
+                let mut sums = parts[sample].lock().map_err(Error::panicked)?;
+                for term in 0..block.terms() {
+                    watch.check()?;
+                    let values = block.left.term(first + sample, term, values);
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum += value;
+                    }
+                }
+                Ok(())
+            })?;
+            drop(parts);
+            let views: Vec<&[f32]> = sums.chunks_exact(rows).collect();
+            let slab = Slab { start, values: Matrix::new(&views)? };
+            let here = slab.add(self, parameter, totals, threads, asker)?;
+            bad.push(here.into_iter().map(|row| first + row).collect());
+        }
+        Ok(join(bad))
     }
 
     /// Adds the gradients of all samples strip by strip.
@@ -423,7 +482,7 @@ impl Sketch {
                 let strips = &mut strips[..batch * width];
                 let parts: Vec<_> = strips.chunks_exact_mut(width).map(Mutex::new).collect();
                 share(batch, threads, asker, Scratch::default, |mine, index, watch| {
-                    let mut strip = parts[index].lock().map_err(broken)?;
+                    let mut strip = parts[index].lock().map_err(Error::panicked)?;
                     make_strip(self, block, first + index, top, &mut strip, mine, watch)
                 })?;
                 drop(parts);
@@ -437,23 +496,9 @@ impl Sketch {
                 let here = slab.add(self, block.parameter, totals, threads, asker)?;
                 bad.push(here.into_iter().map(|row| first + row).collect());
             }
-            if let Some((parameter, start)) = block.bias {
-                let mut sums = vec![Vec::new(); batch];
-                for (sums, sample) in sums.iter_mut().zip(first..) {
-                    sum_terms(block.left, sample, sums);
-                }
-                let views: Vec<&[f32]> = sums.iter().map(|sums| &sums[..]).collect();
-                let slab = Slab { start, values: Matrix::new(&views)? };
-                let here = slab.add(self, parameter, totals, threads, asker)?;
-                bad.push(here.into_iter().map(|row| first + row).collect());
-            }
         }
         Ok(join(bad))
     }
-}
-
-pub(super) fn broken<T>(_: std::sync::PoisonError<T>) -> Error {
-    Error::Internal("a worker thread panicked".into())
 }
 
 /// Adds strips to their sum: those of [`GROUP`] samples are summed first.
@@ -468,26 +513,6 @@ pub(super) fn sum_strips(strips: &[f32], width: usize, sum: &mut [f32]) {
         }
         for (sum, four) in sum.iter_mut().zip(&four) {
             *sum += four;
-        }
-    }
-}
-
-/// Replaces `sums` by the sums over terms of a sample's columns, term by term.
-fn sum_terms(sequences: Sequences<'_>, sample: usize, sums: &mut Vec<f32>) {
-    let [_, terms, width] = sequences.shape;
-    let [across_samples, across_terms, across_width] = sequences.strides;
-    sums.clear();
-    sums.resize(width, 0.0);
-    for term in 0..terms {
-        let at = sample * across_samples + term * across_terms;
-        if across_width == 1 {
-            for (sum, value) in sums.iter_mut().zip(&sequences.values[at..at + width]) {
-                *sum += value;
-            }
-        } else {
-            for (column, sum) in sums.iter_mut().enumerate() {
-                *sum += sequences.values[at + column * across_width];
-            }
         }
     }
 }
