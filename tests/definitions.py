@@ -65,8 +65,16 @@ def chunked(key, count, dim):
     matrix = np.zeros((count, dim))
     for c in range(count):
         bits = value(key, c // 16)
-        matrix[c, (below(bits, dim) + c % 16) % dim] = -1 if bits >> c % 16 & 1 else 1
+        matrix[c, bucket(below(bits, dim), c % 16, dim)] = -1 if bits >> c % 16 & 1 else 1
     return matrix
+
+
+def bucket(offset, lane, dim):
+    """Where lane `lane` of a chunk with this offset goes."""
+    ring = dim if dim % 16 == 0 else max(dim // 16 - 1, 0) * 16
+    if offset < ring:
+        return offset ^ lane
+    return ring + (offset - ring + lane) % (dim - ring)
 
 
 def matrix_of(kind, dim, seed, name, shape, nonzeros=1):

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from definitions import parameter_key
+from definitions import bucket, parameter_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -406,16 +406,17 @@ def test_no_product_is_larger_than_a_slab_of_some_samples():
 
 @pytest.mark.parametrize("longest", [1, 8, 9, 300])
 @pytest.mark.parametrize("lanes", [1, 16])
-def test_runs_of_any_length_are_summed(longest, lanes):
-    keys = torch.tensor([2] * longest + [0, 4, 4, 6])
+@pytest.mark.parametrize("dim", [4, 32, 37])
+def test_runs_of_any_length_are_summed(longest, lanes, dim):
+    keys = torch.tensor([2] * longest + [0, dim, dim, 2 * dim - 2])
     entries = torch.randint(-9, 9, (2, len(keys) + 1, lanes)).float()
     entries[:, -1] = 0
-    found = module._Sums.of(keys, 2, 4, lanes)(entries)
-    expected = torch.zeros(2, 2, 4, dtype=torch.float64)
+    found = module._Sums.of(keys, 2, dim, lanes)(entries)
+    expected = torch.zeros(2, 2, dim, dtype=torch.float64)
     for place, key in enumerate(keys.tolist()):
         for lane in range(lanes):
-            expected[:, key // 4, (key + lane) % 4] += entries[:, place, lane]
-    assert torch.equal(found, expected.view(4, 4))
+            expected[:, key // dim, bucket(key % dim, lane, dim)] += entries[:, place, lane]
+    assert torch.equal(found, expected.view(4, dim))
 
 
 def accumulator(batch=2):

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from definitions import bucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ def defined(gradients, dim, seed):
         for index in range(flat.shape[1]):
             chunk, lane = divmod(index, 16)
             sign = -1 if signs[chunk] >> lane & 1 else 1
-            rows[:, (int(offsets[chunk]) + lane) % dim] += sign * flat[:, index]
+            rows[:, bucket(int(offsets[chunk]), lane, dim)] += sign * flat[:, index]
     return rows
 
 

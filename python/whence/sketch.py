@@ -70,8 +70,9 @@ class Sketch:
     `chunked_sjlt`, O(1), at the speed of memory
         The sparse Johnson-Lindenstrauss transform with one nonzero a column (Kane and Nelson,
         "Sparser Johnson-Lindenstrauss transforms", JACM 2014; also known as CountSketch), hashed
-        by chunks: 16 neighbouring coordinates of a parameter share an offset and have a sign
-        each. Variance `(1/dim) Σ (x_i² y_j² + x_i y_i x_j y_j)` over i, j in different chunks.
+        by chunks: 16 neighbouring coordinates of a parameter go to 16 neighbouring buckets, in one
+        of 16 orders, with a sign each. Variance `(1/dim) Σ (x_i² y_j² + x_i y_i x_j y_j)` over
+        i, j in different chunks.
     `sjlt`, O(nonzeros)
         Every coordinate has an offset of its own in each of `nonzeros` equal parts of the row,
         and values ±1/√nonzeros (Kane and Nelson). The same sum over all i ≠ j, for any number of

@@ -97,10 +97,31 @@ def _factors(signs: Tensor) -> Tensor:
 
 
 def _keys(offsets: Tensor, dim: int, lanes: int) -> Tensor:
-    """The bucket of each entry: that of a chunk's first coordinate, or of each coordinate."""
+    """The key of each entry: the offset of a chunk, or the bucket of each coordinate."""
     if lanes > 1:
         return offsets
-    return (offsets.unsqueeze(-1) + torch.arange(_LANES, device=offsets.device)) % dim
+    ring = _ring(dim)
+    offsets, lane = offsets.unsqueeze(-1), torch.arange(_LANES, device=offsets.device)
+    if ring == dim:
+        return offsets ^ lane
+    return torch.where(
+        offsets < ring, offsets ^ lane, ring + (offsets - ring + lane) % (dim - ring)
+    )
+
+
+def _sources(dim: int, device: torch.device) -> Tensor:
+    """[dim, 16]: the offset at which each lane of a chunk goes to a bucket."""
+    ring = _ring(dim)
+    bucket = torch.arange(dim, device=device).unsqueeze(-1)
+    lane = torch.arange(_LANES, device=device)
+    if ring == dim:
+        return bucket ^ lane
+    return torch.where(bucket < ring, bucket ^ lane, ring + (bucket - ring - lane) % (dim - ring))
+
+
+def _ring(dim: int) -> int:
+    """The first bucket of the ring, as in `rust/core/src/sketch/chunked.rs`."""
+    return dim if dim % _LANES == 0 else max(dim // _LANES - 1, 0) * _LANES
 
 
 def _lanes(chunks: int, dim: int) -> int:
@@ -117,8 +138,7 @@ class _Sums:
 
     Attributes:
         levels: int32 [pieces, size] each: the entries of a piece. One past the last is the zero.
-        last: int32 [samples, width, size]: the entries of a bucket. For chunks, the first 15
-            buckets are the last 15 again.
+        last: int32 [samples, dim, size]: the entries of a bucket, or of an offset for chunks.
         lanes: Values in an entry, 16 or 1.
     """
 
@@ -128,7 +148,7 @@ class _Sums:
 
     @classmethod
     def of(cls, keys: Tensor, samples: int, dim: int, lanes: int) -> _Sums:
-        """How to sum entries with these keys, sample · dim + bucket.
+        """How to sum entries with these keys, sample · dim + bucket or offset.
 
         O(entries · log entries + samples · dim) time. Waits for the device, once a level and once
         more, for sizes depend on the keys.
@@ -160,9 +180,7 @@ class _Sums:
             nth = places(total) - (ends - pieces)[run]
             levels.append(index(starts[run] + nth * size, (starts + counts)[run], size))
             starts, counts, entries = ends - pieces, pieces, places(total)
-        buckets = places(dim) if lanes == 1 else (places(dim + _LANES - 1) - (_LANES - 1)) % dim
-        buckets = places(samples).unsqueeze(-1) * dim + buckets
-        last = index(starts[buckets], (starts + counts)[buckets], longest)
+        last = index(starts, starts + counts, longest).view(samples, dim, longest)
         return cls(tuple(levels), last, lanes)
 
     def __call__(self, entries: Tensor) -> Tensor:
@@ -183,16 +201,13 @@ class _Sums:
             entries = gathered.new_empty((batch, pieces + 1, lanes))
             entries[:, pieces].zero_()
             torch.sum(gathered, 2, out=entries[:, :pieces])
-        samples, width, size = self.last.shape
+        samples, dim, size = self.last.shape
         gathered = entries.index_select(1, self.last.view(-1))
-        sums = gathered.view(batch * samples, width, size, lanes).sum(2).contiguous()
+        sums = gathered.view(batch * samples, dim, size, lanes).sum(2)
         if lanes == 1:
             return sums.squeeze(2).double()
-        # Lane i of offset h belongs to bucket h + i. With the rows of `sums` for offsets -15, -14
-        # and so on, that is lane 15 - j of row h + j: a view that goes down as it goes left.
-        view = (batch * samples, width - (_LANES - 1), _LANES)
-        skewed = sums.as_strided(view, (width * _LANES, _LANES, _LANES - 1), _LANES - 1)
-        return skewed.sum(2, dtype=torch.float64)
+        sources = _sources(dim, sums.device).expand(len(sums), -1, -1)
+        return sums.gather(1, sources).sum(2, dtype=torch.float64)
 
     @property
     def bytes(self) -> int:

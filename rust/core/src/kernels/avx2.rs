@@ -2,12 +2,13 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m128i, __m256, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_ps, _mm256_and_si256,
-    _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_or_si256,
-    _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
-    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_sub_ps,
-    _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps, _mm256_xor_ps,
+    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_ps,
+    _mm256_and_si256, _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_load_si256, _mm256_loadu_ps,
+    _mm256_mul_ps, _mm256_or_si256, _mm256_permute2f128_ps, _mm256_permutevar8x32_ps,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_slli_epi32,
+    _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_pd, _mm256_unpackhi_ps,
+    _mm256_unpacklo_pd, _mm256_unpacklo_ps, _mm256_xor_ps,
 };
 
 use half::{bf16, f16};
@@ -207,24 +208,66 @@ impl fourier::Vector<WIDTH> for __m256 {
     }
 }
 
-/// Adds a chunk, with its signs, at its offset.
+/// A slot, as what is done with a chunk.
+struct Target {
+    place: usize,
+    /// Half of the sums that the first half of a chunk goes to.
+    half: usize,
+    flips: [__m256; 2],
+    lanes: __m256i,
+}
+
+impl Target {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn of(slot: Slot) -> Self {
+        // Shifting the sign bits left by 31 - lane brings lane's bit to the top.
+        let shifts = [
+            _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24),
+            _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16),
+        ];
+        let signs = _mm256_set1_epi32(i32::from(slot.signs()));
+        let flips = shifts.map(|shift| {
+            let top = _mm256_set1_epi32(i32::MIN);
+            _mm256_castsi256_ps(_mm256_and_si256(_mm256_sllv_epi32(signs, shift), top))
+        });
+        let (place, turn) = (slot.place(), slot.turn());
+        Self { place, half: turn / WIDTH, flips, lanes: load_turn(turn % WIDTH) }
+    }
+
+    /// Adds a chunk, with its signs, to its sums.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn add(&self, chunk: [__m256; 2], block: &mut [f32]) {
+        let sums = block[self.place..][..LANES].as_chunks_mut::<WIDTH>().0;
+        for (half, (values, flip)) in chunk.into_iter().zip(self.flips).enumerate() {
+            let turned = _mm256_permutevar8x32_ps(_mm256_xor_ps(values, flip), self.lanes);
+            let sum = &mut sums[half ^ self.half];
+            store(sum, _mm256_add_ps(load(sum), turned));
+        }
+    }
+}
+
+/// The lane that each lane of half a chunk is taken from, for every turn of the lowest three bits.
+#[repr(align(32))]
+struct Turns([[u32; WIDTH]; WIDTH]);
+
+static TURNS: Turns = {
+    let mut turns = [[0; WIDTH]; WIDTH];
+    let mut at = 0;
+    while at < WIDTH * WIDTH {
+        turns[at / WIDTH][at % WIDTH] = ((at / WIDTH) ^ (at % WIDTH)) as u32;
+        at += 1;
+    }
+    Turns(turns)
+};
+
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_chunk(slot: Slot, chunk: [__m256; 2], block: &mut [f32]) {
-    // Shifting the sign bits left by 31 - lane brings lane's bit to the top.
-    let shifts = [
-        _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24),
-        _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16),
-    ];
-    let top = _mm256_set1_epi32(i32::MIN);
-    let target = &mut block[slot.offset() as usize..][..LANES];
-    let signs = _mm256_set1_epi32(i32::from(slot.signs()));
-    let halves = target.as_chunks_mut::<WIDTH>().0.iter_mut().zip(chunk);
-    for ((sum, values), shift) in halves.zip(shifts) {
-        let flip = _mm256_and_si256(_mm256_sllv_epi32(signs, shift), top);
-        let signed = _mm256_xor_ps(values, _mm256_castsi256_ps(flip));
-        store(sum, _mm256_add_ps(load(sum), signed));
-    }
+fn load_turn(turn: usize) -> __m256i {
+    let lanes = &TURNS.0[turn];
+    // SAFETY: the reference covers the eight lanes, and their address is a multiple of 32.
+    unsafe { _mm256_load_si256(lanes.as_ptr().cast()) }
 }
 
 /// Asks for the values [`AHEAD`] bytes on.
@@ -247,10 +290,20 @@ fn scatter_loaded<const N: usize, T>(
     let count = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
     let slots = slots.map(|slots| &slots[..count]);
     let rows = values.map(|values| &values.as_chunks::<LANES>().0[..count]);
+    if slots.iter().all(|each| std::ptr::eq(*each, slots[0])) {
+        for index in 0..count {
+            let target = Target::of(slots[0][index]);
+            for (row, block) in rows.iter().zip(&mut blocks) {
+                fetch_ahead(&row[index]);
+                target.add(load(&row[index]), block);
+            }
+        }
+        return;
+    }
     for index in 0..count {
         for ((slots, row), block) in slots.iter().zip(&rows).zip(&mut blocks) {
             fetch_ahead(&row[index]);
-            add_chunk(slots[index], load(&row[index]), block);
+            Target::of(slots[index]).add(load(&row[index]), block);
         }
     }
 }
@@ -340,7 +393,7 @@ pub(super) fn outer_scatter(
     for (slots, values) in rows.clone().zip(&tile) {
         for (slot, chunk) in slots.iter().zip(values.as_chunks::<LANES>().0) {
             let halves = eights(chunk);
-            add_chunk(*slot, [load(&halves[0]), load(&halves[1])], block);
+            Target::of(*slot).add([load(&halves[0]), load(&halves[1])], block);
         }
     }
     if let Some((sum, stride)) = sum {

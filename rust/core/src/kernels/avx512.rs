@@ -2,12 +2,13 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m256i, __m512, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
+    __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
     _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_blend_ps,
-    _mm512_mask_xor_epi32, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd,
-    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps, _mm512_xor_ps,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps,
+    _mm512_mask_blend_ps, _mm512_mask_xor_epi32, _mm512_mul_ps, _mm512_permutexvar_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
+    _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps, _mm512_xor_ps,
 };
 
 use half::{bf16, f16};
@@ -199,15 +200,52 @@ impl fourier::Vector<LANES> for __m512 {
     }
 }
 
-/// Adds a chunk, with its signs, at its offset.
+/// A slot, as what is done with a chunk.
+struct Target {
+    place: usize,
+    signs: u16,
+    turn: __m512i,
+}
+
+impl Target {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn of(slot: Slot) -> Self {
+        Self { place: slot.place(), signs: slot.signs(), turn: load_turn(slot.turn()) }
+    }
+
+    /// Adds a chunk, with its signs, to its sums.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add(&self, chunk: __m512, block: &mut [f32]) {
+        let (bits, top) = (_mm512_castps_si512(chunk), _mm512_set1_epi32(i32::MIN));
+        let signed = _mm512_mask_xor_epi32(bits, self.signs, bits, top);
+        let turned = _mm512_permutexvar_ps(self.turn, _mm512_castsi512_ps(signed));
+        let sums = &mut block[self.place..][..LANES].as_chunks_mut::<LANES>().0[0];
+        store(sums, _mm512_add_ps(load(sums), turned));
+    }
+}
+
+/// The lane that each lane of a chunk is taken from, for every turn.
+#[repr(align(64))]
+struct Turns([[u32; LANES]; LANES]);
+
+static TURNS: Turns = {
+    let mut turns = [[0; LANES]; LANES];
+    let mut at = 0;
+    while at < LANES * LANES {
+        turns[at / LANES][at % LANES] = ((at / LANES) ^ (at % LANES)) as u32;
+        at += 1;
+    }
+    Turns(turns)
+};
+
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_chunk(slot: Slot, chunk: __m512, block: &mut [f32]) {
-    let bits = _mm512_castps_si512(chunk);
-    let top = _mm512_set1_epi32(i32::MIN);
-    let signed = _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, slot.signs(), bits, top));
-    let target = &mut block[slot.offset() as usize..][..LANES].as_chunks_mut::<LANES>().0[0];
-    store(target, _mm512_add_ps(load(target), signed));
+fn load_turn(turn: usize) -> __m512i {
+    let lanes = &TURNS.0[turn];
+    // SAFETY: the reference covers the sixteen lanes, which begin a line.
+    unsafe { _mm512_load_si512(lanes.as_ptr().cast()) }
 }
 
 /// Asks for the values [`AHEAD`] bytes on.
@@ -230,10 +268,20 @@ fn scatter_loaded<const N: usize, T>(
     let count = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
     let slots = slots.map(|slots| &slots[..count]);
     let rows = values.map(|values| &values.as_chunks::<LANES>().0[..count]);
+    if slots.iter().all(|each| std::ptr::eq(*each, slots[0])) {
+        for index in 0..count {
+            let target = Target::of(slots[0][index]);
+            for (row, block) in rows.iter().zip(&mut blocks) {
+                fetch_ahead(&row[index]);
+                target.add(load(&row[index]), block);
+            }
+        }
+        return;
+    }
     for index in 0..count {
         for ((slots, row), block) in slots.iter().zip(&rows).zip(&mut blocks) {
             fetch_ahead(&row[index]);
-            add_chunk(slots[index], load(&row[index]), block);
+            Target::of(slots[index]).add(load(&row[index]), block);
         }
     }
 }
@@ -313,8 +361,8 @@ pub(super) fn outer_scatter(
     add_terms(left, right, &mut sums);
     let rows = slots.0.chunks(slots.1);
     for (slots, sums) in rows.clone().zip(&sums) {
-        add_chunk(slots[0], sums[0], block);
-        add_chunk(slots[1], sums[1], block);
+        Target::of(slots[0]).add(sums[0], block);
+        Target::of(slots[1]).add(sums[1], block);
     }
     if let Some((sum, stride)) = sum {
         for (row, values) in sums.iter().take(rows.len()).enumerate() {

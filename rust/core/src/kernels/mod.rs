@@ -71,31 +71,60 @@ pub const DOT_ROWS: usize = 4;
 pub const DOT_QUERIES: usize = 3;
 
 /// Where the 16 coordinates of a chunk are added, and with which signs: 64 bits of which the lower
-/// half is the bucket of the first coordinate, and the next 16 the signs.
+/// half is the place of the 16 sums, the next 16 are the signs, and 4 more how the lanes are
+/// exchanged: lane `i` is added to sum `i ^ turn`.
+///
+/// Places are multiples of 16, so that the sums are one line of the cache, wherever `dim` allows:
+/// those of a `dim` that is no multiple begin anywhere in its last 16 to 31 buckets, the ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
 pub struct Slot(u64);
 
 impl Slot {
-    /// A slot with these parts.
-    #[must_use]
-    pub const fn new(offset: u32, signs: u16) -> Self {
-        Self((signs as u64) << 32 | offset as u64)
-    }
-
-    /// The slot of chunk `chunk` of the stream `key`, for rows of width `dim`.
+    /// The slot of these random bits, for rows of width `dim` whose ring begins at `ring`.
     #[inline(always)]
     #[must_use]
-    pub const fn of(key: u64, dim: usize, chunk: u64) -> Self {
-        let bits = random::value(key, chunk);
-        Self((bits & 0xFFFF) << 32 | random::below(bits, dim as u32))
+    pub const fn of(bits: u64, dim: usize, ring: usize) -> Self {
+        let offset = random::below(bits, dim as u32);
+        // The upper four bits of what is less than zero are ones: those of an offset before the ring.
+        let turn = offset & (offset.wrapping_sub(ring as u64) >> 60);
+        Self(turn << 48 | (bits & 0xFFFF) << 32 | (offset - turn))
     }
 
-    /// The bucket of the first coordinate; the others follow it.
+    /// The first bucket of the ring of rows of width `dim`.
+    #[inline]
+    #[must_use]
+    pub const fn ring(dim: usize) -> usize {
+        if dim.is_multiple_of(LANES) { dim } else { (dim - dim % LANES).saturating_sub(LANES) }
+    }
+
+    /// The bucket of the first coordinate.
     #[inline(always)]
     #[must_use]
     pub const fn offset(self) -> u32 {
-        self.0 as u32
+        self.place() as u32 + self.turn() as u32
+    }
+
+    /// The bucket of coordinate `lane`, for rows of width `dim`.
+    #[inline]
+    #[must_use]
+    pub const fn bucket(self, lane: usize, dim: usize) -> usize {
+        let (bucket, ring) = (self.place() + (lane ^ self.turn()), Self::ring(dim));
+        if bucket < ring { bucket } else { ring + (bucket - ring) % (dim - ring) }
+    }
+
+    /// Where the sums begin.
+    #[inline(always)]
+    #[must_use]
+    pub(super) const fn place(self) -> usize {
+        self.0 as u32 as usize
+    }
+
+    /// What the number of a lane is combined with, by exclusive or, to be that of its sum.
+    #[inline(always)]
+    #[must_use]
+    pub(super) const fn turn(self) -> usize {
+        (self.0 >> 48) as usize % LANES
     }
 
     /// Bit `i` set: coordinate `i` is subtracted.
@@ -568,6 +597,10 @@ mod tests {
 
     use super::*;
 
+    fn slot(bits: u64, dim: usize) -> Slot {
+        Slot::of(bits, dim, Slot::ring(dim))
+    }
+
     fn wide() -> Vec<InstructionSet> {
         InstructionSet::available().split_off(1)
     }
@@ -587,11 +620,11 @@ mod tests {
     proptest! {
         #[test]
         fn scatter_is_the_same_in_every_set(
-            chunks in prop::collection::vec((0u32..50, any::<u16>(), prop::array::uniform16(-1e3f32..1e3)), 0..40),
+            chunks in prop::collection::vec((any::<u64>(), prop::array::uniform16(-1e3f32..1e3)), 0..40),
+            dim in 17usize..51,
         ) {
-            let slots: Vec<Slot> =
-                chunks.iter().map(|&(offset, signs, _)| Slot::new(offset, signs)).collect();
-            let values: Vec<f32> = chunks.iter().flat_map(|chunk| chunk.2).collect();
+            let slots: Vec<Slot> = chunks.iter().map(|chunk| slot(chunk.0, dim)).collect();
+            let values: Vec<f32> = chunks.iter().flat_map(|chunk| chunk.1).collect();
             let halves: Vec<f16> = values.iter().map(|&value| f16::from_f32(value)).collect();
             let brains: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
             let scattered = |set: InstructionSet| {
@@ -603,8 +636,7 @@ mod tests {
                 set.scatter_bf16([&slots], [&brains], [third]);
                 // Two rows at a time, in either order, are two rows one by one.
                 let [one, two, three] = &mut others[..] else { unreachable!() };
-                let turned: Vec<Slot> =
-                    slots.iter().map(|slot| Slot::new(slot.offset() / 2, !slot.signs())).collect();
+                let turned: Vec<Slot> = chunks.iter().map(|chunk| slot(!chunk.0, dim)).collect();
                 let negative: Vec<f32> = values.iter().map(|value| -value).collect();
                 set.scatter([&turned, &slots], [&negative, &values], [one, two]);
                 set.scatter([&turned], [&negative], [three]);
@@ -622,6 +654,23 @@ mod tests {
                 let mut found = vec![0.5; 66];
                 InstructionSet::SCALAR.scatter([&slots], [&values], [&mut found]);
                 prop_assert_eq!(&found, expected);
+            }
+        }
+
+        #[test]
+        fn a_chunk_goes_to_buckets_of_its_own_each_as_often_as_any_other(dim in 1usize..100) {
+            // For every lane, each of `dim` offsets leads to another bucket.
+            for lane in 0..LANES {
+                let mut met = vec![false; dim];
+                for offset in 0..dim as u64 {
+                    let bits = (offset << 32).div_ceil(dim as u64) << 32;
+                    let slot = slot(bits, dim);
+                    prop_assert_eq!(u64::from(slot.offset()), offset);
+                    met[slot.bucket(lane, dim)] = true;
+                    let others = (0..lane).map(|other| slot.bucket(other, dim));
+                    prop_assert!(dim < LANES || !others.into_iter().any(|b| b == slot.bucket(lane, dim)));
+                }
+                prop_assert!(met.into_iter().all(|met| met));
             }
         }
 
@@ -709,6 +758,14 @@ mod tests {
                     prop_assert_eq!(slot.signs(), bits as u16);
                     let offset = (u128::from(bits >> 32) * dim as u128) >> 32;
                     prop_assert_eq!(u128::from(slot.offset()), offset);
+                    // By exclusive or, but in the last buckets of a width that is no multiple.
+                    let end = if dim % 16 == 0 { dim } else { (dim / 16).saturating_sub(1) * 16 };
+                    for lane in 0..16 {
+                        let offset = offset as usize;
+                        let ring = || end + (offset - end + lane) % (dim - end);
+                        let expected = if offset < end { offset ^ lane } else { ring() };
+                        prop_assert_eq!(slot.bucket(lane, dim), expected);
+                    }
                 }
             }
         }
@@ -835,14 +892,12 @@ mod tests {
         fn outer_scatter_is_outer_tile_then_scatter_in_every_set(
             terms in prop::collection::vec(
                 (prop::array::uniform8(-4f32..4.0), prop::array::uniform32(-4f32..4.0)), 0..20),
-            places in prop::collection::vec((0u32..50, any::<u16>()), 0..=8), summed in any::<bool>(),
+            places in prop::collection::vec(any::<u64>(), 0..=8), dim in 17usize..51, summed in any::<bool>(),
         ) {
             let left: Vec<f32> = terms.iter().flat_map(|term| term.0).collect();
             let right: Vec<f32> = terms.iter().flat_map(|term| term.1).collect();
-            let slots: Vec<Slot> = places
-                .iter()
-                .flat_map(|&(offset, signs)| [Slot::new(offset, signs), Slot::new(offset / 2, !signs)])
-                .collect();
+            let slots: Vec<Slot> =
+                places.iter().flat_map(|&bits| [slot(bits, dim), slot(!bits, dim)]).collect();
             let mut tile: Tile = [[0.0; TILE_COLUMNS]; TILE_ROWS];
             InstructionSet::SCALAR.outer_tile(&left, &right, &mut tile);
             let mut expected = vec![0.5; 66];
@@ -860,7 +915,7 @@ mod tests {
                 let into = summed.then_some((&mut sum[..], stride));
                 // Rows of slots three apart, as in a wider panel.
                 let wide: Vec<Slot> =
-                    slots.chunks(2).flat_map(|pair| [pair[0], pair[1], Slot::new(9, 9)]).collect();
+                    slots.chunks(2).flat_map(|pair| [pair[0], pair[1], slot(9, dim)]).collect();
                 let wide = &wide[..wide.len().saturating_sub(1)];
                 set.outer_scatter(&left, &right, (wide, 3), &mut found, into);
                 prop_assert_eq!(&found, &expected);

@@ -18,8 +18,9 @@ pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
 /// Inlined into the vector forms too, whose compiler makes vectors of it: whole numbers only.
 #[inline(always)]
 pub(super) fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]) {
+    let ring = Slot::ring(dim);
     for (index, slot) in slots.iter_mut().enumerate() {
-        *slot = Slot::of(key, dim, first.wrapping_add(index as u64));
+        *slot = Slot::of(random::value(key, first.wrapping_add(index as u64)), dim, ring);
     }
 }
 
@@ -349,10 +350,10 @@ fn scatter_widened<const N: usize, T: Copy>(
 ) {
     for ((slots, values), block) in slots.into_iter().zip(values).zip(blocks) {
         for (slot, chunk) in slots.iter().zip(values.chunks_exact(LANES)) {
-            let target = &mut block[slot.offset() as usize..][..LANES];
-            for (lane, (sum, &value)) in target.iter_mut().zip(chunk).enumerate() {
+            let target = &mut block[slot.place()..][..LANES];
+            for (lane, &value) in chunk.iter().enumerate() {
                 let sign = u32::from(slot.signs() >> lane & 1) << 31;
-                *sum += f32::from_bits(widen(value).to_bits() ^ sign);
+                target[lane ^ slot.turn()] += f32::from_bits(widen(value).to_bits() ^ sign);
             }
         }
     }

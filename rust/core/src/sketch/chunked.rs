@@ -2,10 +2,16 @@
 //!
 //! The coordinates of a parameter, in row-major order, form chunks of 16. Chunk `c` has one offset
 //! `h(c)`, uniform over the `dim` buckets, and 16 signs; coordinate `16 c + i` is added to bucket
-//! `(h(c) + i) mod dim` with sign `i`. Inner products of such rows are unbiased estimates of those
-//! of the gradients, with variance
-//! `(1/dim) sum over i, j in different chunks of (x_i^2 y_j^2 + x_i y_i x_j y_j)`,
-//! which is at most `(|x|^2 |y|^2 + (x.y)^2) / dim`.
+//! `h(c) xor i` with sign `i`. So a chunk goes to 16 neighbouring sums that begin at a multiple of
+//! 16, one line of the cache, in one of 16 orders. Two coordinates of different chunks meet with
+//! probability `1/dim`, for one of all `h` takes the second to where the first is; two of one chunk
+//! never do. Inner products of such rows are unbiased estimates of those of the gradients, with
+//! variance `(1/dim) sum over i, j in different chunks of (x_i^2 y_j^2 + x_i y_i x_j y_j)`, which is
+//! at most `(|x|^2 |y|^2 + (x.y)^2) / dim`.
+//!
+//! Where `dim` is no multiple of 16, its last 16 to 31 buckets form a ring (all of them, if there are
+//! fewer than 32): with an offset there, coordinate `16 c + i` is added `i` buckets on, around the
+//! ring. The law is the same, but for a `dim` below 16, where a chunk meets itself.
 //!
 //! Sums: a parameter is cut into super-blocks of 2^18 coordinates (or of 64 rows' worth, if that
 //! is more); each is summed in f32 from zero, chunk by chunk, then added to the row's f64 total.
@@ -87,13 +93,29 @@ impl Sketch {
     }
 }
 
+/// Sums from zero, which begin a line of the cache as 16 of them do.
+#[derive(Default)]
+pub(super) struct Sums(Vec<f32>);
+
+impl Sums {
+    /// The sums, of which there are as many as in an earlier call.
+    fn of(&mut self, count: usize) -> &mut [f32] {
+        if self.0.is_empty() {
+            self.0.resize(count + LANES, 0.0);
+        }
+        // Past the end, if the address is not known: only speed depends on it.
+        let first = self.0.as_ptr().align_offset(LANES * size_of::<f32>()).min(LANES);
+        &mut self.0[first..first + count]
+    }
+}
+
 /// Adds values of one parameter to one row.
 pub(super) struct Adder<'a> {
     sketch: &'a Sketch,
     parameter: Parameter,
     total: &'a mut [f64],
-    /// The sums of the current super-block: `dim` buckets and the overhang of the last chunk.
-    block: &'a mut Vec<f32>,
+    /// The sums of the current super-block: `dim` buckets and the overhang of the ring.
+    block: &'a mut [f32],
     super_block: u64,
     /// Values that [`Adder::sums`] was asked for since the last flush.
     since_flush: u64,
@@ -102,21 +124,18 @@ pub(super) struct Adder<'a> {
 }
 
 impl<'a> Adder<'a> {
-    /// `block` is scratch: empty, or as an earlier adder of the same sketch left it.
+    /// `sums` is scratch: new, or as an earlier adder of the same sketch left it.
     pub(super) fn new(
         sketch: &'a Sketch,
         parameter: Parameter,
         total: &'a mut [f64],
-        block: &'a mut Vec<f32>,
+        sums: &'a mut Sums,
     ) -> Self {
-        if block.is_empty() {
-            block.resize(sketch.dim + LANES, 0.0);
-        }
         Self {
             sketch,
             parameter,
             total,
-            block,
+            block: sums.of(sketch.dim + LANES),
             super_block: 0,
             since_flush: 0,
             used: false,
@@ -206,15 +225,8 @@ impl<'a> Adder<'a> {
                 *signed = f32::from_bits(value.widen().to_bits() ^ sign);
             }
             self.finite &= signed.iter().all(|value| value.is_finite());
-            let offset = slot.offset() as usize;
-            if let Some(total) = self.total.get_mut(offset..offset + LANES) {
-                for (total, signed) in total.iter_mut().zip(signed) {
-                    *total += f64::from(signed);
-                }
-            } else {
-                for (lane, signed) in signed.into_iter().enumerate() {
-                    self.total[(offset + lane) % dim] += f64::from(signed);
-                }
+            for (lane, signed) in signed.into_iter().enumerate() {
+                self.total[slot.bucket(lane, dim)] += f64::from(signed);
             }
         }
     }
@@ -225,9 +237,10 @@ impl<'a> Adder<'a> {
             return;
         }
         let dim = self.sketch.dim;
-        for lane in 0..LANES {
+        let ring = Slot::ring(dim);
+        for lane in (0..LANES).take_while(|_| ring < dim) {
             let overhang = std::mem::take(&mut self.block[dim + lane]);
-            self.block[lane % dim] += overhang;
+            self.block[ring + lane % (dim - ring)] += overhang;
         }
         self.finite &= self.sketch.set.flush(&mut self.block[..dim], self.total);
         self.used = false;
@@ -244,7 +257,7 @@ impl<'a> Adder<'a> {
 /// What a worker keeps between jobs.
 #[derive(Default)]
 struct Scratch {
-    blocks: Vec<Vec<f32>>,
+    blocks: Vec<Sums>,
     slots: Vec<Slot>,
     bad: Vec<usize>,
 }
@@ -272,7 +285,7 @@ pub(super) fn add_flat<T: Value>(
             let first = job * group;
             let here = first..batch.min(first + group);
             let mut totals = rows[here.clone()].iter().map(take).collect::<Result<Vec<_>, _>>()?;
-            mine.blocks.resize(group, Vec::new());
+            mine.blocks.resize_with(group, Sums::default);
             let pairs = totals.iter_mut().zip(&mut mine.blocks);
             let mut adders: Vec<_> =
                 pairs.map(|(total, block)| Adder::new(sketch, parameter, total, block)).collect();
@@ -306,7 +319,7 @@ pub(super) fn add_flat<T: Value>(
 /// What a worker keeps that sums super-blocks side by side.
 #[derive(Default)]
 struct Side {
-    scratch: [Vec<f32>; ABREAST],
+    scratch: [Sums; ABREAST],
     slots: [Vec<Slot>; ABREAST],
     /// Super-blocks, their sums, and whether these are finite.
     done: Vec<(u64, Vec<f64>, bool)>,
@@ -419,7 +432,7 @@ fn add_long<T: Value>(
                 asker,
                 || true,
                 |finite, _, watch| {
-                    let mut scratch = Vec::new();
+                    let mut scratch = Sums::default();
                     let mut total = take(totals)?;
                     let mut adder = Adder::new(sketch, parameter, &mut total, &mut scratch);
                     adder.add(from, values, &mut Vec::new(), watch)?;

@@ -91,7 +91,7 @@ pub(super) fn add(
             let place = a * matrix.columns + b;
             let slot = sketch.slot(matrix, place / LANES as u64);
             let lane = place as usize % LANES;
-            let bucket = (slot.offset() as usize + lane) % sketch.dim;
+            let bucket = slot.bucket(lane, sketch.dim);
             kept.push(Kept {
                 coordinate: row * columns + column,
                 column: Column::default().moved(bucket as u32, slot.signs() >> lane & 1 == 1),

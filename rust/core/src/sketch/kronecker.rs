@@ -27,7 +27,7 @@
 //!
 //! Sums over rows, columns and terms are fused, in order, in f32.
 
-use super::chunked::Adder;
+use super::chunked::{Adder, Sums};
 use super::factors::COLUMNS;
 use super::outer::{Block, Sequences};
 use super::slab::Slab;
@@ -238,9 +238,9 @@ pub(super) fn add(
     let Slab { start, values } = piece;
     let mut guards = rows.iter().map(take).collect::<Result<Vec<_>, _>>()?;
     if parameter.columns == 1 {
-        let (mut block, mut slots) = (Vec::new(), Vec::new());
+        let (mut sums, mut slots) = (Sums::default(), Vec::new());
         let added = guards.iter_mut().enumerate().map(|(row, total)| {
-            let mut adder = Adder::new(sketch, parameter, total, &mut block);
+            let mut adder = Adder::new(sketch, parameter, total, &mut sums);
             adder.add(start, values.row(row), &mut slots, watch)?;
             Ok(adder.finish())
         });

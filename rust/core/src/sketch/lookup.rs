@@ -1,6 +1,6 @@
 //! Embeddings: gradients that touch few rows of a table.
 
-use super::chunked::Adder;
+use super::chunked::{Adder, Sums};
 use super::flat::Matrix;
 use super::slab::Slab;
 use super::{Kind, Parameter, Sketch, Totals, join, take};
@@ -57,7 +57,7 @@ impl Sketch {
             batch,
             threads,
             asker,
-            || (Vec::new(), Vec::new(), Vec::new()),
+            || (Sums::default(), Vec::new(), Vec::new()),
             |(block, slots, bad), sample, watch| {
                 let indices = &indices[sample * terms..][..terms];
                 let values = &values[sample * terms * width..][..terms * width];

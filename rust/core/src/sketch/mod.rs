@@ -169,7 +169,7 @@ impl Sketch {
     #[inline]
     #[must_use]
     pub fn slot(&self, parameter: Parameter, chunk: u64) -> Slot {
-        Slot::of(parameter.key, self.dim, chunk)
+        Slot::of(random::value(parameter.key, chunk), self.dim, Slot::ring(self.dim))
     }
 
     /// The slots of all chunks of `parameter` in a chunked sketch.

@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
-use super::chunked::Adder;
+use super::chunked::{Adder, Sums};
 use super::flat::Matrix;
 use super::slab::{self, Slab};
 use super::{Kind, Parameter, Row, Sketch, Totals, join, take};
@@ -169,7 +169,7 @@ impl Block<'_> {
 /// What a worker keeps between jobs.
 #[derive(Default)]
 pub(super) struct Scratch {
-    blocks: Vec<Vec<f32>>,
+    blocks: Vec<Sums>,
     left: Vec<Vec<f32>>,
     right: Vec<Vec<f32>>,
     tiles: Vec<Tile>,
@@ -334,7 +334,8 @@ impl Sketch {
     ) -> Result<(), Error> {
         let (terms, rows, columns) = (block.terms(), block.rows(), block.columns());
         let Scratch { blocks, left, right, tiles, slots, band, bad, .. } = scratch;
-        for scratch in [&mut *blocks, &mut *left, &mut *right] {
+        blocks.resize_with(GROUP, Sums::default);
+        for scratch in [&mut *left, &mut *right] {
             scratch.resize(GROUP, Vec::new());
         }
         let mut locked = totals[samples.clone()].iter().map(take).collect::<Result<Vec<_>, _>>()?;

@@ -11,7 +11,14 @@ fn defined(sketch: &Sketch, parameter: Parameter, gradient: &[f64]) -> Vec<f64> 
         let slot = sketch.slot(parameter, (index / LANES) as u64);
         let lane = index % LANES;
         let sign = if slot.signs() >> lane & 1 == 1 { -1.0 } else { 1.0 };
-        row[(slot.offset() as usize + lane) % sketch.dim()] += sign * value;
+        let (offset, dim) = (slot.offset() as usize, sketch.dim());
+        let ring = if dim % 16 == 0 { dim } else { (dim / 16).saturating_sub(1) * 16 };
+        let bucket = if offset < ring {
+            offset ^ lane
+        } else {
+            ring + (offset - ring + lane) % (dim - ring)
+        };
+        row[bucket] += sign * value;
     }
     row
 }

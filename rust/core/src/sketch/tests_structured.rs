@@ -28,8 +28,11 @@ fn sign(bit: u64) -> f64 {
 /// Coordinate `c` of a chunked sketch.
 fn chunk(key: u64, dim: usize, c: u64, weight: f64) -> Vec<f64> {
     let bits = random::value(key, c / 16);
-    let bucket = (((bits >> 32) * dim as u64) >> 32) + c % 16;
-    at(dim, bucket % dim as u64, sign(bits >> (c % 16)) * weight)
+    let (offset, lane, dims) = (((bits >> 32) * dim as u64) >> 32, c % 16, dim as u64);
+    let ring = if dims.is_multiple_of(16) { dims } else { (dims / 16).saturating_sub(1) * 16 };
+    let bucket =
+        if offset < ring { offset ^ lane } else { ring + (offset - ring + lane) % (dims - ring) };
+    at(dim, bucket, sign(bits >> lane) * weight)
 }
 
 /// The bounds of `m` strata of `n` things.
