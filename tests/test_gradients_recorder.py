@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from oracle import per_sample_gradients
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import whence
 from whence import errors
@@ -56,6 +57,56 @@ def close(found, expected, tolerance=1e-3):
 
 
 # --- hooks and gradients leave no trace ---------------------------------------------------------
+
+
+def test_inputs_are_let_go_as_the_backward_pass_goes_on(tmp_path):
+    hidden, gone = [], []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            values = self.first(x)
+            values.register_hook(lambda _: gone.append(hidden[-1].expired()))
+            values = values.tanh()
+            hidden.append(StorageWeakRef(values.untyped_storage()))
+            return self.second(values)
+
+    model, (x, y) = Watched(), data()
+    with record(model, tmp_path / "s", weight_gradients=False) as rec:
+        for first in (0, 4, 8):  # the third batch is the first that is not compared
+            part = slice(first, first + 4)
+            with rec.batch(range(first, first + 4)):
+                F.cross_entropy(model(x[part]), y[part]).backward()
+    assert gone[2]
+
+
+def test_a_graph_that_is_kept_counts_twice(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s", weight_gradients=False) as rec:
+        fill(rec, model, x[:8], y[:8])
+        with rec.batch(range(100, 104), label=y[:4]) as batch:
+            loss = F.cross_entropy(model(x[:4]), y[:4])
+            loss.backward(retain_graph=True)
+            loss.backward()
+    assert close(batch.rows, 2 * exact_rows(model, x[:4], y[:4]))
+
+
+def test_a_graph_that_is_let_go_is_not_counted_twice(tmp_path):
+    model = nn.Embedding(7, 3)
+    with record(model, tmp_path / "s", weight_gradients=False) as rec:
+        for first in (0, 4):
+            with rec.batch(range(first, first + 4)):
+                model(torch.tensor([3, 1, 2, 0])).mean().backward()
+        with contextlib.suppress(errors.LayerError), rec.batch(range(8, 12)):
+            # Nothing in its graph is saved by autograd, which lets it be.
+            loss = model(torch.tensor([3, 1, 2, 0])).mean()
+            loss.backward()
+            with pytest.raises(errors.LayerError, match="retain_graph=True"):
+                loss.backward()
+    assert len(whence.open(tmp_path / "s")) == 8
 
 
 def hook_counts(model):

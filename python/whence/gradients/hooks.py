@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ from whence.gradients.weights import modules_of, parameters_of, preserved
 
 FEW_TERMS = 8
 """Positions a sample below which a batch's weight gradient is not summed from its samples'."""
+
+
+Feed: TypeAlias = Callable[[tuple[Any, ...], Tensor], None]
+"""(inputs of a layer, gradient of its output) -> the rows."""
 
 
 class _Hook:
@@ -376,7 +380,7 @@ class Hooks:
                 return self._join(capture, layer, inputs[0], output)
             inputs = tuple(_kept(each, output) for each in inputs)
 
-            def feed_rule(delta: Tensor) -> None:
+            def feed_rule(inputs: tuple[Any, ...], delta: Tensor) -> None:
                 layer.rule.add(LayerSink(capture, layer), layer.module, inputs, delta)
 
             return self._watch(capture, layer, inputs, output, feed_rule)
@@ -445,8 +449,8 @@ class Hooks:
         if capture is not None and layer.name not in capture.shared:
             self._prints.append(_print(layer.name, output.detach()))
 
-    def _functional(self, capture: Capture, layer: Layer, call: Call) -> Callable[[Tensor], None]:
-        def feed(delta: Tensor) -> None:
+    def _functional(self, capture: Capture, layer: Layer, call: Call) -> Feed:
+        def feed(_: tuple[Any, ...], delta: Tensor) -> None:
             with self.quiet():
                 add_functional(LayerSink(capture, layer), layer, call, delta)
 
@@ -461,10 +465,8 @@ class Hooks:
             bias: str | None,
             value: int,
         ) -> Tensor:
-            values = _kept(values, output)
-
-            def feed(delta: Tensor) -> None:
-                sink = LayerSink(capture, layer)
+            def feed(kept: tuple[Any, ...], delta: Tensor) -> None:
+                sink, values = LayerSink(capture, layer), kept[0]
                 # [terms, batch, features], perhaps flattened, to [batch, terms, features]
                 delta = delta.reshape(-1, capture.batch, delta.shape[-1]).transpose(0, 1)
                 if weight is not None:
@@ -474,7 +476,7 @@ class Hooks:
                 elif bias is not None:
                     sink.flat(bias, delta.sum(1, dtype=torch.float32), start=value)
 
-            return self._watch(capture, layer, (values,), output, feed)
+            return self._watch(capture, layer, (_kept(values, output),), output, feed)
 
         return record
 
@@ -484,23 +486,35 @@ class Hooks:
         layer: Layer,
         inputs: tuple[Any, ...],
         output: Tensor,
-        feed: Callable[[Tensor], None],
+        feed: Feed,
     ) -> Tensor:
-        """Hangs `feed` on the output's gradient; returns the output to go on with."""
+        """Hangs `feed` on the output's gradient; returns the output to go on with.
+
+        The inputs are let go as early as autograd lets go of what it saved: the backward pass needs
+        their memory.
+        """
         if not output.requires_grad:
             # Nothing before this layer takes a gradient: the graph of this pass begins here.
             output = output + self._anchor.to(output.device, output.dtype)
-        tensors = [each for each in inputs if isinstance(each, Tensor)]
-        versions = [each._version for each in tensors]
+        kept: tuple[Any, ...] | None = inputs
+        versions = _versions(inputs)
         capture.rounded |= output.dtype in (torch.float16, torch.bfloat16)
 
         def backward(delta: Tensor) -> None:
+            nonlocal kept
             if capture is not self._capture:
                 return
-            if [each._version for each in tensors] != versions:
+            if kept is None:
+                raise LayerError(
+                    "backward must be told retain_graph=True to go through a graph twice, got "
+                    f"{layer.name or 'the model'} a second time"
+                )
+            if _versions(kept) != versions:
                 raise changed_in_place(layer.name)
             with torch.no_grad():
-                feed(delta)
+                feed(kept, delta)
+            if not _keeps_graph():
+                kept = None
 
         output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]
         return output
@@ -583,6 +597,17 @@ def changed_in_place(layer: str) -> LayerError:
         f"the input of {layer} must not be changed in place between forward and backward, got one "
         "that was"
     )
+
+
+def _versions(values: tuple[Any, ...]) -> list[int]:
+    """How often each tensor has been changed in place."""
+    return [each._version for each in values if isinstance(each, Tensor)]
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass that runs may be followed by another; yes where torch can't say."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

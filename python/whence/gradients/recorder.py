@@ -394,19 +394,21 @@ class Recorder:
         if bad and self._nonfinite == "error":
             names = [f"id {id_!r}" for id_ in batch.ids.tolist()]
             raise not_finite(names, {row: capture.bad[row] for row in bad})
-        good = keep.copy()
-        good[bad] = False
         if bad:
             self._writer.skip(batch.ids[bad])
         self._fired |= capture.fired
         self._batches += not capture.bad  # a batch with NaN could not be compared
-        batch.stored, batch.rows = batch.ids[good], rows[good]
-        self._writer.append(
-            batch.stored,
-            batch.rows,
-            {name: column[good] for name, column in columns.items()},
-            None if scales is None else scales[good],
-        )
+        good = keep.copy()
+        good[bad] = False
+        # Copies, for the loop's own arrays may change before they are written.
+        batch.stored = batch.ids[good]
+        columns = {name: column[good] for name, column in columns.items()}
+        if not good.all():
+            rows, scales = rows[good], None if scales is None else scales[good]
+        if scales is not None:
+            rows.flags.writeable = False  # they wait to be written as they are
+        batch.rows = rows
+        self._writer.append(batch.stored, rows, columns, scales)
 
     def _check_idle(self, call: str) -> None:
         if self._busy:

@@ -484,6 +484,22 @@ impl InstructionSet {
         in_set!(self, scatter_bf16(slots, values, blocks));
     }
 
+    /// Asks for values that will be read soon.
+    #[inline]
+    pub fn fetch(values: &[f32]) {
+        #[cfg(target_arch = "x86_64")]
+        for line in values.chunks(LANES) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            #[allow(unsafe_code)]
+            // SAFETY: a hint, which every x86-64 has; the address is one of ours.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = values;
+    }
+
     /// Puts `W` values after `W` values, as many times as `values` holds them, `stride` apart.
     #[inline]
     pub fn spread<const W: usize>(self, values: &[f32], stride: usize, out: &mut [f32]) {

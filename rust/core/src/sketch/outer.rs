@@ -96,6 +96,8 @@ impl<'a> Sequences<'a> {
     ) {
         /// Columns that are copied term by term together: 1 KiB of a row is read at a time.
         const BESIDE: usize = 256;
+        /// Terms by which they are asked for before, for pieces of rows are no stream.
+        const FETCHED: usize = 8;
         let terms = self.shape[1];
         let [across_samples, across_terms, across_width] = self.strides;
         packed.resize(count.div_ceil(W) * panel_len::<W>(terms), 0.0);
@@ -117,6 +119,8 @@ impl<'a> Sequences<'a> {
                     }
                     continue;
                 }
+                let soon = at + FETCHED * across_terms;
+                InstructionSet::fetch(self.values.get(soon..soon + here).unwrap_or_default());
                 let (values, out) = (&self.values[at..at + here], &mut panels[term * W..]);
                 set.spread::<W>(values, panel_len::<W>(terms), out);
                 let rest = values.as_chunks::<W>().1;
