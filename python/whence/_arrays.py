@@ -137,10 +137,10 @@ def ids(name: str, value: Any) -> Ids:
         raise IdError(f"{name} must be all integers or all strings, got {kind}")
     if kind == "str":
         array = array.astype(np.str_)
-    unique, counts = np.unique(array, return_counts=True)
-    if len(unique) < len(array):
-        twice = unique[counts > 1][0]
-        raise IdError(f"{name} must be distinct, got {twice.item()!r} twice")
+    ordered = np.sort(array)
+    same = ordered[1:] == ordered[:-1]
+    if same.any():
+        raise IdError(f"{name} must be distinct, got {ordered[:-1][same][0].item()!r} twice")
     return array
 
 

@@ -301,7 +301,11 @@ class _KnownIds:
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
         found = np.zeros(len(ids), np.bool_)
+        numbers = ids.dtype.kind == "i" and len(ids) > 0
+        first, last = (ids.min(), ids.max()) if numbers else (None, None)
         for run in self._runs:
+            if numbers and (run[-1] < first or last < run[0]):  # as where a loop counts up
+                continue
             at = np.searchsorted(run, ids).clip(max=len(run) - 1)
             found |= run[at] == ids
         return found

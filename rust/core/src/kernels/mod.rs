@@ -25,6 +25,8 @@ macro_rules! compiled_forms {
             fn shift_columns(by: Column, dim: usize, columns: &[Column], shifted: &mut [Column]);
             fn spread[W](values: &[f32], stride: usize, out: &mut [f32]);
             fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool;
+            fn squares(row: &[f32]) -> f64;
+            fn multiply(row: &[f32], factor: f64, out: &mut [f32]);
             fn add_norm_terms(
                 values: &[f32], delta: &[f32], epsilon: f32, centred: bool,
                 weight: &mut [f32], bias: &mut [f32]
@@ -512,6 +514,19 @@ impl InstructionSet {
         in_set!(self, flush(sums, totals))
     }
 
+    /// The sum of squares, in eight lanes that are added up in order.
+    #[inline]
+    #[must_use]
+    pub fn squares(self, row: &[f32]) -> f64 {
+        in_set!(self, squares(row))
+    }
+
+    /// The values of a row times `factor`, multiplied as f64.
+    #[inline]
+    pub fn multiply(self, row: &[f32], factor: f64, out: &mut [f32]) {
+        in_set!(self, multiply(row, factor, out));
+    }
+
     /// The gradients of a norm's elementwise weight and bias: for each row of `values` and `delta`
     /// adds `delta * normalised` to `weight` and `delta` to `bias`.
     ///
@@ -708,6 +723,23 @@ mod tests {
                 prop_assert!(cleared.iter().all(|sum| *sum == 0.0));
                 for ((found, expected), sum) in totals.iter().zip(&expected).zip(&sums) {
                     prop_assert!(sum.is_nan() || found.to_bits() == *expected);
+                }
+            }
+        }
+
+        #[test]
+        fn squares_and_multiples_are_the_same_in_every_set(
+            row in prop::collection::vec(-1e3f32..1e3, 0..70), factor in -2f64..2.0,
+        ) {
+            let expected = InstructionSet::SCALAR.squares(&row);
+            let exact: f64 = row.iter().map(|&value| f64::from(value).powi(2)).sum();
+            prop_assert!((expected - exact).abs() <= 1e-14 * exact);
+            for set in InstructionSet::available() {
+                prop_assert_eq!(set.squares(&row), expected);
+                let mut out = vec![9.0; row.len()];
+                set.multiply(&row, factor, &mut out);
+                for (found, value) in out.iter().zip(&row) {
+                    prop_assert_eq!(*found, (f64::from(*value) * factor) as f32);
                 }
             }
         }

@@ -279,6 +279,28 @@ pub(super) fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool {
 
 /// As `add_columns`.
 #[inline(always)]
+pub(super) fn squares(row: &[f32]) -> f64 {
+    let mut lanes = [0.0; 8];
+    let (whole, rest) = row.as_chunks::<8>();
+    for chunk in whole {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(value) * f64::from(value);
+        }
+    }
+    let rest: f64 = rest.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
+    lanes.iter().sum::<f64>() + rest
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn multiply(row: &[f32], factor: f64, out: &mut [f32]) {
+    for (out, &value) in out.iter_mut().zip(row) {
+        *out = (f64::from(value) * factor) as f32;
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
 pub(super) fn add_norm_terms(
     values: &[f32],
     delta: &[f32],

@@ -4,6 +4,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::error::Error;
+use crate::kernels::InstructionSet;
 
 /// A type that stored rows have.
 pub trait Stored: Copy + Default + Send + Sync {
@@ -18,9 +19,7 @@ impl Stored for f32 {
         value as f32
     }
     fn round_all(row: &[f32], factor: f64, stored: &mut [Self]) {
-        for (stored, &value) in stored.iter_mut().zip(row) {
-            *stored = (f64::from(value) * factor) as f32;
-        }
+        InstructionSet::best().multiply(row, factor, stored);
     }
 }
 
@@ -40,19 +39,6 @@ impl Stored for f16 {
     }
 }
 
-/// The sum of squares, in eight lanes that are added up in order.
-fn squares(row: &[f32]) -> f64 {
-    let mut lanes = [0.0; 8];
-    let (whole, rest) = row.as_chunks::<8>();
-    for chunk in whole {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(value) * f64::from(value);
-        }
-    }
-    let rest: f64 = rest.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
-    lanes.iter().sum::<f64>() + rest
-}
-
 /// Unit rows and scales of `rows`, `[n, dim]`. A row of zeros has scale 0.
 ///
 /// # Errors
@@ -64,10 +50,11 @@ pub fn encode<T: Stored>(rows: &[f32], dim: usize) -> Result<(Vec<T>, Vec<f32>),
     }
     let mut stored = vec![T::default(); rows.len()];
     let mut scales = Vec::with_capacity(rows.len() / dim);
+    let set = InstructionSet::best();
     for (index, (row, stored)) in
         rows.chunks_exact(dim).zip(stored.chunks_exact_mut(dim)).enumerate()
     {
-        let squares = squares(row);
+        let squares = set.squares(row);
         let scale = squares.sqrt() as f32;
         if !scale.is_finite() {
             let column = row.iter().position(|value| !value.is_finite());
@@ -130,13 +117,15 @@ pub fn encode_factors<T: Stored>(
     let width: usize = parts.iter().flat_map(Part::lengths).sum();
     let mut stored = vec![T::default(); batch * width];
     let mut norms = Vec::with_capacity(batch);
+    let set = InstructionSet::best();
     let mut sizes = Vec::with_capacity(parts.len());
     for row in 0..batch {
         sizes.clear();
         sizes.extend(parts.iter().map(|part| {
             let [left, right] = part.ones.map(|one| f64::from(u8::from(one)));
-            let left = part.left.as_ref().map_or(1.0, |rows| (squares(rows[row]) + left).sqrt());
-            [left, (squares(part.right[row]) + right).sqrt()]
+            let left =
+                part.left.as_ref().map_or(1.0, |rows| (set.squares(rows[row]) + left).sqrt());
+            [left, (set.squares(part.right[row]) + right).sqrt()]
         }));
         let norm = sizes.iter().map(|[left, right]| (left * right).powi(2)).sum::<f64>().sqrt();
         norms.push(norm as f32);
