@@ -1,8 +1,11 @@
 """The store on disk: what is confirmed is there, what is damaged is refused."""
 
+import contextlib
 import json
 import shutil
 import zlib
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -112,6 +115,34 @@ def test_an_interrupted_commit_is_neither_lost_nor_done_twice(tmp_path, monkeypa
     writer.append(np.array([8]), random_rows(1), {})
     writer.close()
     assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3, 4, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@settings(max_examples=30, deadline=None)
+@given(steps=st.lists(st.sampled_from([1, 2, 5, "commit", "fail", "lost answer"]), max_size=25))
+def test_waiting_rows_stay_what_they_were(tmp_path_factory, dtype, steps):
+    path, wanted = tmp_path_factory.mktemp("store") / "s", []
+    with mock.patch("whence.store.writer.SHARD_BYTES", 400):  # six rows of 16 floats and some
+        writer = Writer(path, manifest(dim=16, dtype=dtype))
+        writer.set_checkpoint(Checkpoint("0"))
+        for step in steps:
+            if step == "commit":
+                writer.commit()
+            elif step in ("fail", "lost answer"):
+                # Before the manifest appears, or after: the caller sees an error in both.
+                name = "replace" if step == "fail" else "prune"
+                owner = Path if step == "fail" else Manifest
+                broken = mock.patch.object(owner, name, side_effect=OSError(28, "full"))
+                with broken, contextlib.suppress(OSError, errors.StoreError):
+                    writer.commit()
+            else:
+                rows = random_rows(step, 16, seed=len(wanted))
+                with contextlib.suppress(OSError, errors.StoreError):
+                    writer.append(np.arange(len(wanted), len(wanted) + step), rows, {})
+                wanted += list(rows)
+        writer.close()
+    if wanted:
+        assert np.allclose(whence.open(path).rows(), wanted, rtol=2e-3, atol=1e-2)
 
 
 def test_columns_keep_their_names_in_any_order(tmp_path):

@@ -180,7 +180,7 @@ def _items(name: str, value: Any, error: type[ArgumentError]) -> NDArray[Any]:
             raise ShapeError(f"{name} must have one dimension, got shape {list(value.shape)}")
         kind = value.dtype.kind
         if kind in "iu":
-            if value.size and int(value.max()) > np.iinfo(np.int64).max:
+            if kind == "u" and value.size and int(value.max()) > np.iinfo(np.int64).max:
                 raise error(f"{name} must fit in 64 bits with a sign, got {value.max()}")
             return value.astype(np.int64)
         if kind in "bf":

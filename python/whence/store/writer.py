@@ -95,6 +95,8 @@ class Writer:
         # The last attempt to commit: number, shards, how many waiting batches it covers.
         self._attempt: tuple[int, list[Shard], int] = (0, [], 0)
         self._waiting_bytes = 0
+        # Where waiting rows lie, and how many bytes of it are taken.
+        self._memory, self._taken = np.empty(0, np.uint8), 0
         self._checkpoint = max(len(self.manifest.checkpoints) - 1, 0)
         self._last_commit = time.monotonic()
         self._changed = False
@@ -204,6 +206,7 @@ class Writer:
         if self.manifest.columns is None:
             kinds = {name: _arrays.kind_of_array(column) for name, column in columns.items()}
             self.manifest.columns = kinds
+        stored = self._kept(stored)
         # Known first: an interrupt here loses the rows, as any before the commit does; the other
         # way round it would let them in twice.
         self._known[self._checkpoint].add(ids)
@@ -214,6 +217,23 @@ class Writer:
         elapsed = time.monotonic() - self._last_commit
         if self._waiting_bytes >= SHARD_BYTES or elapsed >= COMMIT_SECONDS:
             self.commit()
+
+    def _kept(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """A copy in memory that serves again after every commit; itself, where there is no room.
+
+        Fresh memory for each batch costs several times what the copy does.
+        """
+        if not len(self._memory):
+            self._memory = np.empty(SHARD_BYTES, np.uint8)
+        if not self._state.waiting:
+            self._taken = 0
+        place = self._memory[self._taken : self._taken + stored.nbytes]
+        if place.nbytes < stored.nbytes:
+            return stored
+        self._taken += stored.nbytes  # at once: an interrupt wastes the place, and no more
+        found = place.view(stored.dtype).reshape(stored.shape)
+        found[:] = stored
+        return found
 
     def skip(self, ids: Ids) -> None:
         """Notes ids that were left out because their gradient is not finite."""
