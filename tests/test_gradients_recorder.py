@@ -101,12 +101,48 @@ def test_a_graph_that_is_let_go_is_not_counted_twice(tmp_path):
             with rec.batch(range(first, first + 4)):
                 model(torch.tensor([3, 1, 2, 0])).mean().backward()
         with contextlib.suppress(errors.LayerError), rec.batch(range(8, 12)):
-            # Nothing in its graph is saved by autograd, which lets it be.
+            # Without the recording, autograd has saved the indices, and refuses the second.
             loss = model(torch.tensor([3, 1, 2, 0])).mean()
             loss.backward()
             with pytest.raises(errors.LayerError, match="retain_graph=True"):
                 loss.backward()
     assert len(whence.open(tmp_path / "s")) == 8
+
+
+@pytest.mark.parametrize("weight_gradients", [False, True])
+def test_two_losses_may_share_a_layer_of_which_autograd_saves_nothing(tmp_path, weight_gradients):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+            self.first.weight.requires_grad_(False)
+
+        def forward(self, x, y):
+            hidden = self.first(x)
+            return hidden.square().sum(1).mean(), F.cross_entropy(self.second(hidden), y)
+
+    model, (x, y) = Model(), data()
+    with record(model, tmp_path / "s", weight_gradients=weight_gradients) as rec:
+        for first in (0, 4, 8):
+            part = slice(first, first + 4)
+            with rec.batch(range(first, first + 4)) as batch:
+                for loss in model(x[part], y[part]):
+                    loss.backward()
+    exact = per_sample_gradients(model, lambda m, x, y: sum(m(x, y)), x[8:], y[8:])
+    assert close(batch.rows, whence.Sketch(dim=DIM)(exact))
+
+
+def test_ids_that_wait_cannot_be_changed(tmp_path):
+    model, (x, y) = model_of(), data()
+    with record(model, tmp_path / "s") as rec:
+        ids = np.arange(4)
+        with rec.batch(ids) as batch:
+            F.cross_entropy(model(x[:4]), y[:4]).backward()
+        ids[:] = 9
+        for array in (batch.ids, batch.stored):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 9
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3]
 
 
 def hook_counts(model):

@@ -374,7 +374,7 @@ class Hooks:
                 self._note(layer, output)
             if layer.rule is FUNCTIONAL:
                 feed = self._functional(capture, layer, inputs[0])
-                return self._watch(capture, layer, (), output, feed)
+                return self._watch(capture, layer, (), output, feed, saved=False)
             running = [tensors for each, tensors, _ in self._running[-1:] if each is layer]
             if not self._without and running and running[0]:
                 return self._join(capture, layer, inputs[0], output)
@@ -383,7 +383,9 @@ class Hooks:
             def feed_rule(inputs: tuple[Any, ...], delta: Tensor) -> None:
                 layer.rule.add(LayerSink(capture, layer), layer.module, inputs, delta)
 
-            return self._watch(capture, layer, inputs, output, feed_rule)
+            own = not layer.rule.kind.startswith("registered:")
+            saved = own and "weight" in layer.parameters
+            return self._watch(capture, layer, inputs, output, feed_rule, saved=saved)
 
         return after
 
@@ -476,7 +478,8 @@ class Hooks:
                 elif bias is not None:
                     sink.flat(bias, delta.sum(1, dtype=torch.float32), start=value)
 
-            return self._watch(capture, layer, (_kept(values, output),), output, feed)
+            inputs = (_kept(values, output),)
+            return self._watch(capture, layer, inputs, output, feed, saved=weight is not None)
 
         return record
 
@@ -487,11 +490,14 @@ class Hooks:
         inputs: tuple[Any, ...],
         output: Tensor,
         feed: Feed,
+        *,
+        saved: bool,
     ) -> Tensor:
         """Hangs `feed` on the output's gradient; returns the output to go on with.
 
-        The inputs are let go as early as autograd lets go of what it saved: the backward pass needs
-        their memory.
+        Inputs that autograd would have saved for the weight's gradient are let go when it would
+        have let them go: the backward pass needs their memory. Without the recording a second pass
+        would be an error there.
         """
         if not output.requires_grad:
             # Nothing before this layer takes a gradient: the graph of this pass begins here.
@@ -513,7 +519,7 @@ class Hooks:
                 raise changed_in_place(layer.name)
             with torch.no_grad():
                 feed(kept, delta)
-            if not _keeps_graph():
+            if saved and not _keeps_graph():
                 kept = None
 
         output.register_hook(capture.guard(backward))  # type: ignore[no-untyped-call]

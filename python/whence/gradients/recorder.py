@@ -347,6 +347,7 @@ class Recorder:
                 f"{twice!r}, which is recorded; pass on_duplicate='skip' to leave it out, or "
                 "start a new checkpoint with rec.checkpoint(name)"
             )
+        array.flags.writeable = False  # it waits to be written, and stands for what was checked
         batch = Batch(array)
         if not keep.any():
             batch.rows = np.empty((0, self._writer.manifest.dim), np.float32)
@@ -402,6 +403,7 @@ class Recorder:
         good[bad] = False
         # Copies, for the loop's own arrays may change before they are written.
         batch.stored = batch.ids[good]
+        batch.stored.flags.writeable = False
         columns = {name: column[good] for name, column in columns.items()}
         if not good.all():
             rows, scales = rows[good], None if scales is None else scales[good]
