@@ -6,16 +6,16 @@ use std::arch::x86_64::{
     _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castsi512_ps,
     _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps,
     _mm512_mask_blend_ps, _mm512_mask_xor_epi32, _mm512_mul_ps, _mm512_permutexvar_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
-    _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
-    _mm512_unpacklo_ps, _mm512_xor_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
+    _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+    _mm512_unpacklo_pd, _mm512_unpacklo_ps, _mm512_xor_ps,
 };
 
 use half::{bf16, f16};
 
 use super::{
-    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, LeafTurns, Slot, TILE_CHUNKS, TILE_COLUMNS,
-    TILE_ROWS, Tile, Turn, for_each_dot_tile, fourier, scalar, sum_lanes,
+    AHEAD, Column, DOT_ROWS, LANES, LeafTurns, Slot, TILE_CHUNKS, TILE_COLUMNS, TILE_ROWS, Tile,
+    Turn, fourier, scalar, sum_lanes,
 };
 
 compiled_forms!("avx512f,avx512dq");
@@ -374,63 +374,86 @@ pub(super) fn outer_scatter(
     }
 }
 
+/// Queries whose products with [`DOT_ROWS`] rows fill 16 registers.
+const SQUARE: usize = LANES / DOT_ROWS;
+
 #[target_feature(enable = "avx512f")]
 pub(super) fn dots(rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
-    let width = queries.len() / dim;
-    for_each_dot_tile(rows.len() / dim, width, |row, query, height, span| {
-        if height == DOT_ROWS {
+    let (height, width) = (rows.len() / dim, queries.len() / dim);
+    for row in (0..height).step_by(DOT_ROWS) {
+        for query in (0..width).step_by(SQUARE) {
             let (rows, queries) = (&rows[row * dim..], &queries[query * dim..]);
+            let (high, wide) = (DOT_ROWS.min(height - row), SQUARE.min(width - query));
             let out = &mut out[row * width + query..];
-            match span {
-                DOT_QUERIES => tile::<DOT_QUERIES>(rows, queries, dim, width, out),
-                2 => tile::<2>(rows, queries, dim, width, out),
-                _ => tile::<1>(rows, queries, dim, width, out),
+            if high == DOT_ROWS && wide == SQUARE {
+                square(rows, queries, dim, width, out);
+                continue;
             }
-        } else {
-            for row in row..row + height {
-                for query in query..query + span {
-                    out[row * width + query] =
-                        dot(&rows[row * dim..][..dim], &queries[query * dim..][..dim]);
+            for r in 0..high {
+                for q in 0..wide {
+                    out[r * width + q] = dot(&rows[r * dim..][..dim], &queries[q * dim..][..dim]);
                 }
             }
         }
-    });
+    }
 }
 
-/// The products of four rows with `QUERIES` queries; those of a row stand `width` apart in `out`.
+/// The products of four rows with four queries; those of a row stand `width` apart in `out`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn tile<const QUERIES: usize>(
-    rows: &[f32],
-    queries: &[f32],
-    dim: usize,
-    width: usize,
-    out: &mut [f32],
-) {
+fn square(rows: &[f32], queries: &[f32], dim: usize, width: usize, out: &mut [f32]) {
     let steps = dim / LANES;
-    let mut sums = [[_mm512_setzero_ps(); QUERIES]; DOT_ROWS];
+    let mut sums = [_mm512_setzero_ps(); LANES];
     let rows: [&[f32]; DOT_ROWS] = std::array::from_fn(|r| &rows[r * dim..][..dim]);
-    let queries: [&[f32]; QUERIES] = std::array::from_fn(|q| &queries[q * dim..][..dim]);
+    let queries: [&[f32]; SQUARE] = std::array::from_fn(|q| &queries[q * dim..][..dim]);
     let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..steps]);
     let query_chunks = queries.map(|query| &query.as_chunks::<LANES>().0[..steps]);
     for step in 0..steps {
-        let mut right = [_mm512_setzero_ps(); QUERIES];
-        for (right, query) in right.iter_mut().zip(query_chunks) {
-            *right = load(&query[step]);
-        }
-        for (sums, row) in sums.iter_mut().zip(row_chunks) {
+        let right = query_chunks.map(|query| load(&query[step]));
+        for (sums, row) in sums.as_chunks_mut::<SQUARE>().0.iter_mut().zip(row_chunks) {
             let left = load(&row[step]);
             for (sum, right) in sums.iter_mut().zip(right) {
                 *sum = _mm512_fmadd_ps(left, right, *sum);
             }
         }
     }
-    for r in 0..DOT_ROWS {
-        for q in 0..QUERIES {
-            out[r * width + q] =
-                finish(sums[r][q], &rows[r][steps * LANES..], &queries[q][steps * LANES..]);
-        }
+    let found = if dim.is_multiple_of(LANES) {
+        sums_of_lanes(&sums)
+    } else {
+        std::array::from_fn(|at| {
+            let (row, query) = (rows[at / SQUARE], queries[at % SQUARE]);
+            finish(sums[at], &row[steps * LANES..], &query[steps * LANES..])
+        })
+    };
+    for (r, found) in found.as_chunks::<SQUARE>().0.iter().enumerate() {
+        out[r * width..][..SQUARE].copy_from_slice(found);
     }
+}
+
+/// [`sum_lanes`] of 16 registers: what is added is the same, for several of them at once.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sums_of_lanes(sums: &[__m512; LANES]) -> [f32; LANES] {
+    // Lanes i and i + 8, of two registers: a register holds 8 of each.
+    let eights: [__m512; 8] = std::array::from_fn(|at| {
+        let (a, b) = (sums[2 * at], sums[2 * at + 1]);
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b))
+    });
+    let fours: [__m512; 4] = std::array::from_fn(|at| {
+        let (a, b) = (eights[2 * at], eights[2 * at + 1]);
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b))
+    });
+    let twos: [__m512; 2] = std::array::from_fn(|at| {
+        let (a, b) = (_mm512_castps_pd(fours[2 * at]), _mm512_castps_pd(fours[2 * at + 1]));
+        let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+    });
+    let (even, odd) =
+        (_mm512_shuffle_ps::<0x88>(twos[0], twos[1]), _mm512_shuffle_ps::<0xDD>(twos[0], twos[1]));
+    let mut lanes = [0.0; LANES];
+    store(&mut lanes, _mm512_add_ps(even, odd));
+    // Quarter `q` has register `q` of each four, in the order 0, 8 / 4, 12 of fours.
+    std::array::from_fn(|at| lanes[at % 4 * 4 + at / 4])
 }
 
 #[inline]
