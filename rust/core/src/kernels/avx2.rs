@@ -14,8 +14,8 @@ use std::arch::x86_64::{
 use half::{bf16, f16};
 
 use super::{
-    AHEAD, Column, DOT_QUERIES, DOT_ROWS, LANES, LeafTurns, Slot, TILE_COLUMNS, TILE_ROWS, Tile,
-    Turn, for_each_dot_tile, fourier, scalar, sum_lanes,
+    AHEAD, Column, DOT_ROWS, LANES, LeafTurns, Slot, TILE_COLUMNS, TILE_ROWS, Tile, Turn, fourier,
+    scalar, sum_lanes,
 };
 
 const WIDTH: usize = 8;
@@ -402,6 +402,24 @@ pub(super) fn outer_scatter(
             for (into, values) in into.iter_mut().zip(eights(values)) {
                 store(into, _mm256_add_ps(load(into), load(values)));
             }
+        }
+    }
+}
+
+/// Queries whose products with [`DOT_ROWS`] rows are taken together.
+const DOT_QUERIES: usize = 3;
+
+/// Calls `block` for tiles of at most [`DOT_ROWS`] rows by [`DOT_QUERIES`] queries that cover
+/// all; each call gets the first row, the first query, and the sizes of the tile.
+#[inline]
+fn for_each_dot_tile(
+    rows: usize,
+    queries: usize,
+    mut block: impl FnMut(usize, usize, usize, usize),
+) {
+    for row in (0..rows).step_by(DOT_ROWS) {
+        for query in (0..queries).step_by(DOT_QUERIES) {
+            block(row, query, DOT_ROWS.min(rows - row), DOT_QUERIES.min(queries - query));
         }
     }
 }

@@ -67,10 +67,8 @@ const TILE_CHUNKS: usize = TILE_COLUMNS / LANES;
 /// How far ahead, in bytes, values are fetched that are read once, in order: half a page, for at
 /// the end of a page the processor itself does not look further.
 const AHEAD: usize = 2048;
-/// Rows whose products with [`DOT_QUERIES`] queries are taken together.
+/// Rows whose products with several queries are taken together.
 pub const DOT_ROWS: usize = 4;
-/// Queries whose products with [`DOT_ROWS`] rows are taken together.
-pub const DOT_QUERIES: usize = 3;
 
 /// Where the 16 coordinates of a chunk are added, and with which signs: 64 bits of which the lower
 /// half is the place of the 16 sums, the next 16 are the signs, and 4 more how the lanes are
@@ -605,21 +603,6 @@ fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
         half /= 2;
     }
     lanes[0]
-}
-
-/// Calls `block` for tiles of at most [`DOT_ROWS`] rows by [`DOT_QUERIES`] queries that cover
-/// all; each call gets the first row, the first query, and the sizes of the tile.
-#[inline]
-fn for_each_dot_tile(
-    rows: usize,
-    queries: usize,
-    mut block: impl FnMut(usize, usize, usize, usize),
-) {
-    for row in (0..rows).step_by(DOT_ROWS) {
-        for query in (0..queries).step_by(DOT_QUERIES) {
-            block(row, query, DOT_ROWS.min(rows - row), DOT_QUERIES.min(queries - query));
-        }
-    }
 }
 
 #[cfg(test)]
