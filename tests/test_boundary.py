@@ -209,8 +209,11 @@ def test_a_repeated_array_is_not_written_out(core_rows):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise on Windows")
 def test_ctrl_c_ends_a_long_call():
     script = """
+        import signal
         import numpy as np
         from whence._core import Sketch
+        # A shell lets what it starts in the background ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sketch = Sketch("chunked_sjlt", 64, 0)
         totals, factor = np.zeros((1, 64)), np.ones((1, 8000, 1024), "f4")
         print("ready", flush=True)
