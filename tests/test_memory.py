@@ -30,33 +30,30 @@ print((peak() - before) / {MEGABYTES})
     return float(done.stdout)
 
 
-def test_recording_a_wide_layer_holds_no_gradient_of_an_example(tmp_path):
-    # A gradient of one example has 64 MB, those of the batch 512 MB; the batch's own, with which
-    # the first batches are compared, is one of them.
-    grown = peak_growth(
-        "layer = torch.nn.Linear(4096, 4096, bias=False)\nx = torch.randn(8, 20, 4096)",
+def recording(path, prepare, batches, size):
+    """Megabytes by which the peak grows as `layer` and `x` are recorded."""
+    return peak_growth(
+        prepare,
         f"""
-        with whence.record(layer, {str(tmp_path / "s")!r}, weight_gradients=False) as rec:
-            for batch in range(4):
-                with rec.batch(range(8 * batch, 8 * batch + 8)):
+        with whence.record(layer, {str(path)!r}, weight_gradients=False) as rec:
+            for batch in range({batches}):
+                with rec.batch(range({size} * batch, {size} * batch + {size})):
                     layer(x).square().mean().backward()
         """,
     )
-    assert grown < 256
+
+
+def test_recording_a_wide_layer_holds_no_gradient_of_an_example(tmp_path):
+    # A gradient of one example has 64 MB, those of the batch 512 MB; the batch's own, with which
+    # the first batches are compared, is one of them.
+    layer = "layer = torch.nn.Linear(4096, 4096, bias=False)\nx = torch.randn(8, 20, 4096)"
+    assert recording(tmp_path / "s", layer, batches=4, size=8) < 256
 
 
 def test_recording_a_convolution_unfolds_in_blocks(tmp_path):
     # Unfolded, the batch's input has 2.3 GB; what a block of it may have is 64 MB.
-    grown = peak_growth(
-        "layer = torch.nn.Conv2d(64, 8, 3, padding=1)\nx = torch.randn(16, 64, 250, 250)",
-        f"""
-        with whence.record(layer, {str(tmp_path / "s")!r}, weight_gradients=False) as rec:
-            for batch in range(3):
-                with rec.batch(range(16 * batch, 16 * batch + 16)):
-                    layer(x).square().mean().backward()
-        """,
-    )
-    assert grown < 1100
+    layer = "layer = torch.nn.Conv2d(64, 8, 3, padding=1)\nx = torch.randn(16, 64, 250, 250)"
+    assert recording(tmp_path / "s", layer, batches=3, size=16) < 1100
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -96,7 +96,7 @@ class Writer:
         self._attempt: tuple[int, list[Shard], int] = (0, [], 0)
         self._waiting_bytes = 0
         # Where waiting rows lie, and how many bytes of it are taken.
-        self._memory, self._taken = np.empty(0, np.uint8), 0
+        self._memory, self._taken = np.empty(SHARD_BYTES, np.uint8), 0
         self._checkpoint = max(len(self.manifest.checkpoints) - 1, 0)
         self._last_commit = time.monotonic()
         self._changed = False
@@ -223,8 +223,6 @@ class Writer:
 
         Fresh memory for each batch costs several times what the copy does.
         """
-        if not len(self._memory):
-            self._memory = np.empty(SHARD_BYTES, np.uint8)
         if not self._state.waiting:
             self._taken = 0
         place = self._memory[self._taken : self._taken + stored.nbytes]

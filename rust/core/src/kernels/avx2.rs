@@ -2,20 +2,19 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_ps,
-    _mm256_and_si256, _mm256_castpd_ps, _mm256_castps_pd, _mm256_castsi256_ps,
-    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_load_si256, _mm256_loadu_ps,
-    _mm256_mul_ps, _mm256_or_si256, _mm256_permute2f128_ps, _mm256_permutevar8x32_ps,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_slli_epi32,
-    _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_pd, _mm256_unpackhi_ps,
-    _mm256_unpacklo_pd, _mm256_unpacklo_ps, _mm256_xor_ps,
+    __m128i, __m256, __m256i, _mm_loadu_si128, _mm256_add_ps, _mm256_and_si256, _mm256_castpd_ps,
+    _mm256_castps_pd, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps,
+    _mm256_load_si256, _mm256_loadu_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2f128_ps,
+    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
+    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_sub_ps,
+    _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps, _mm256_xor_ps,
 };
 
 use half::{bf16, f16};
 
 use super::{
     AHEAD, Column, DOT_ROWS, LANES, LeafTurns, Slot, TILE_COLUMNS, TILE_ROWS, Tile, Turn, fourier,
-    scalar, sum_lanes,
+    prefetch, scalar, sum_lanes, turns,
 };
 
 const WIDTH: usize = 8;
@@ -252,15 +251,7 @@ impl Target {
 #[repr(align(32))]
 struct Turns([[u32; WIDTH]; WIDTH]);
 
-static TURNS: Turns = {
-    let mut turns = [[0; WIDTH]; WIDTH];
-    let mut at = 0;
-    while at < WIDTH * WIDTH {
-        turns[at / WIDTH][at % WIDTH] = ((at / WIDTH) ^ (at % WIDTH)) as u32;
-        at += 1;
-    }
-    Turns(turns)
-};
+static TURNS: Turns = Turns(turns());
 
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -270,43 +261,7 @@ fn load_turn(turn: usize) -> __m256i {
     unsafe { _mm256_load_si256(lanes.as_ptr().cast()) }
 }
 
-/// Asks for the values [`AHEAD`] bytes on.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn fetch_ahead<T>(values: &[T; LANES]) {
-    // A hint: the address need not be one of ours.
-    _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(AHEAD));
-}
-
-/// Adds chunk after chunk of all rows, each as `load` reads it.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn scatter_loaded<const N: usize, T>(
-    slots: [&[Slot]; N],
-    values: [&[T]; N],
-    mut blocks: [&mut [f32]; N],
-    load: impl Fn(&[T; LANES]) -> [__m256; 2],
-) {
-    let count = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
-    let slots = slots.map(|slots| &slots[..count]);
-    let rows = values.map(|values| &values.as_chunks::<LANES>().0[..count]);
-    if slots.iter().all(|each| std::ptr::eq(*each, slots[0])) {
-        for index in 0..count {
-            let target = Target::of(slots[0][index]);
-            for (row, block) in rows.iter().zip(&mut blocks) {
-                fetch_ahead(&row[index]);
-                target.add(load(&row[index]), block);
-            }
-        }
-        return;
-    }
-    for index in 0..count {
-        for ((slots, row), block) in slots.iter().zip(&rows).zip(&mut blocks) {
-            fetch_ahead(&row[index]);
-            Target::of(slots[index]).add(load(&row[index]), block);
-        }
-    }
-}
+scatter_loaded!("avx2,fma,f16c", [__m256; 2]);
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn scatter<const N: usize>(
@@ -409,34 +364,22 @@ pub(super) fn outer_scatter(
 /// Queries whose products with [`DOT_ROWS`] rows are taken together.
 const DOT_QUERIES: usize = 3;
 
-/// Calls `block` for tiles of at most [`DOT_ROWS`] rows by [`DOT_QUERIES`] queries that cover
-/// all; each call gets the first row, the first query, and the sizes of the tile.
-#[inline]
-fn for_each_dot_tile(
-    rows: usize,
-    queries: usize,
-    mut block: impl FnMut(usize, usize, usize, usize),
-) {
-    for row in (0..rows).step_by(DOT_ROWS) {
-        for query in (0..queries).step_by(DOT_QUERIES) {
-            block(row, query, DOT_ROWS.min(rows - row), DOT_QUERIES.min(queries - query));
-        }
-    }
-}
-
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn dots(rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
-    let width = queries.len() / dim;
-    for_each_dot_tile(rows.len() / dim, width, |row, query, height, span| {
-        if height == DOT_ROWS && span == DOT_QUERIES {
-            // Rows in pairs: 2 x 3 products in two registers each fill 12 of the 16 registers.
-            for row in [row, row + 2] {
-                let sums = pair_tile(&rows[row * dim..], &queries[query * dim..], dim);
-                for (r, sums) in sums.iter().enumerate() {
-                    out[(row + r) * width + query..][..DOT_QUERIES].copy_from_slice(sums);
+    let (all_rows, width) = (rows.len() / dim, queries.len() / dim);
+    for row in (0..all_rows).step_by(DOT_ROWS) {
+        for query in (0..width).step_by(DOT_QUERIES) {
+            let (height, span) = (DOT_ROWS.min(all_rows - row), DOT_QUERIES.min(width - query));
+            if height == DOT_ROWS && span == DOT_QUERIES {
+                // Rows in pairs: 2 x 3 products in two registers each fill 12 of the 16 registers.
+                for row in [row, row + 2] {
+                    let sums = pair_tile(&rows[row * dim..], &queries[query * dim..], dim);
+                    for (r, sums) in sums.iter().enumerate() {
+                        out[(row + r) * width + query..][..DOT_QUERIES].copy_from_slice(sums);
+                    }
                 }
+                continue;
             }
-        } else {
             for row in row..row + height {
                 for query in query..query + span {
                     out[row * width + query] =
@@ -444,7 +387,7 @@ pub(super) fn dots(rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
                 }
             }
         }
-    });
+    }
 }
 
 #[inline]

@@ -2,20 +2,20 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
-    _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps,
-    _mm512_mask_blend_ps, _mm512_mask_xor_epi32, _mm512_mul_ps, _mm512_permutexvar_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
-    _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
-    _mm512_unpacklo_pd, _mm512_unpacklo_ps, _mm512_xor_ps,
+    __m256i, __m512, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_castpd_ps,
+    _mm512_castps_pd, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps, _mm512_mask_blend_ps,
+    _mm512_mask_xor_epi32, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi32,
+    _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps, _mm512_xor_ps,
 };
 
 use half::{bf16, f16};
 
 use super::{
     AHEAD, Column, DOT_ROWS, LANES, LeafTurns, Slot, TILE_CHUNKS, TILE_COLUMNS, TILE_ROWS, Tile,
-    Turn, fourier, scalar, sum_lanes,
+    Turn, fourier, prefetch, scalar, sum_lanes, turns,
 };
 
 compiled_forms!("avx512f,avx512dq");
@@ -230,15 +230,7 @@ impl Target {
 #[repr(align(64))]
 struct Turns([[u32; LANES]; LANES]);
 
-static TURNS: Turns = {
-    let mut turns = [[0; LANES]; LANES];
-    let mut at = 0;
-    while at < LANES * LANES {
-        turns[at / LANES][at % LANES] = ((at / LANES) ^ (at % LANES)) as u32;
-        at += 1;
-    }
-    Turns(turns)
-};
+static TURNS: Turns = Turns(turns());
 
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -248,43 +240,7 @@ fn load_turn(turn: usize) -> __m512i {
     unsafe { _mm512_load_si512(lanes.as_ptr().cast()) }
 }
 
-/// Asks for the values [`AHEAD`] bytes on.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn fetch_ahead<T>(values: &[T; LANES]) {
-    // A hint: the address need not be one of ours.
-    _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(AHEAD));
-}
-
-/// Adds chunk after chunk of all rows, each as `load` reads it.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn scatter_loaded<const N: usize, T>(
-    slots: [&[Slot]; N],
-    values: [&[T]; N],
-    mut blocks: [&mut [f32]; N],
-    load: impl Fn(&[T; LANES]) -> __m512,
-) {
-    let count = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
-    let slots = slots.map(|slots| &slots[..count]);
-    let rows = values.map(|values| &values.as_chunks::<LANES>().0[..count]);
-    if slots.iter().all(|each| std::ptr::eq(*each, slots[0])) {
-        for index in 0..count {
-            let target = Target::of(slots[0][index]);
-            for (row, block) in rows.iter().zip(&mut blocks) {
-                fetch_ahead(&row[index]);
-                target.add(load(&row[index]), block);
-            }
-        }
-        return;
-    }
-    for index in 0..count {
-        for ((slots, row), block) in slots.iter().zip(&rows).zip(&mut blocks) {
-            fetch_ahead(&row[index]);
-            Target::of(slots[index]).add(load(&row[index]), block);
-        }
-    }
-}
+scatter_loaded!("avx512f", __m512);
 
 #[target_feature(enable = "avx512f")]
 pub(super) fn scatter<const N: usize>(

@@ -43,6 +43,42 @@ macro_rules! compiled_forms {
     )*};
 }
 
+/// `scatter_loaded` of a set whose chunks are `$chunk`: adds chunk after chunk of all rows, each as
+/// `load` reads it. What the slots of rows that share them say is worked out once.
+#[cfg(target_arch = "x86_64")]
+macro_rules! scatter_loaded {
+    ($features:literal, $chunk:ty) => {
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn scatter_loaded<const N: usize, T>(
+            slots: [&[Slot]; N],
+            values: [&[T]; N],
+            mut blocks: [&mut [f32]; N],
+            load: impl Fn(&[T; LANES]) -> $chunk,
+        ) {
+            let count = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
+            let slots = slots.map(|slots| &slots[..count]);
+            let rows = values.map(|values| &values.as_chunks::<LANES>().0[..count]);
+            if slots.iter().all(|each| std::ptr::eq(*each, slots[0])) {
+                for index in 0..count {
+                    let target = Target::of(slots[0][index]);
+                    for (row, block) in rows.iter().zip(&mut blocks) {
+                        prefetch(row[index].as_ptr().cast::<i8>().wrapping_add(AHEAD));
+                        target.add(load(&row[index]), block);
+                    }
+                }
+                return;
+            }
+            for index in 0..count {
+                for ((slots, row), block) in slots.iter().zip(&rows).zip(&mut blocks) {
+                    prefetch(row[index].as_ptr().cast::<i8>().wrapping_add(AHEAD));
+                    Target::of(slots[index]).add(load(&row[index]), block);
+                }
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -69,6 +105,28 @@ const TILE_CHUNKS: usize = TILE_COLUMNS / LANES;
 const AHEAD: usize = 2048;
 /// Rows whose products with several queries are taken together.
 pub const DOT_ROWS: usize = 4;
+
+/// Asks for the line of an address, which need not be one of ours.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+#[allow(unsafe_code)]
+fn prefetch(address: *const i8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint, which every x86-64 has, and which touches no memory.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(address) }
+}
+
+/// The lane that each of `W` lanes is taken from, for every turn.
+#[cfg(target_arch = "x86_64")]
+const fn turns<const W: usize>() -> [[u32; W]; W] {
+    let mut turns = [[0; W]; W];
+    let mut at = 0;
+    while at < W * W {
+        turns[at / W][at % W] = ((at / W) ^ (at % W)) as u32;
+        at += 1;
+    }
+    turns
+}
 
 /// Where the 16 coordinates of a chunk are added, and with which signs: 64 bits of which the lower
 /// half is the place of the 16 sums, the next 16 are the signs, and 4 more how the lanes are
@@ -489,12 +547,7 @@ impl InstructionSet {
     pub fn fetch(values: &[f32]) {
         #[cfg(target_arch = "x86_64")]
         for line in values.chunks(LANES) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            #[allow(unsafe_code)]
-            // SAFETY: a hint, which every x86-64 has; the address is one of ours.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-            }
+            prefetch(line.as_ptr().cast());
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = values;

@@ -2,9 +2,9 @@
 //!
 //! The gradient is made a tile of 8 x 32 at a time. Where its rows are whole chunks of the sketch,
 //! tiles go straight from the registers into the chunked sketch: part by part of 256 x 256, and in
-//! it 32 rows after 32 rows, down each tile column; the sum in f32 has that order then. Else strips of rows are put together first, and go
-//! in as a flat gradient would. Which it is depends on kind and shape alone. No buffer of the
-//! parameter's size exists for a sample.
+//! it 16 rows after 16 rows, down each tile column; the sum in f32 has that order then. Else strips
+//! of rows are put together first, and go in as a flat gradient would. Which it is depends on kind
+//! and shape alone. No buffer of the parameter's size exists for a sample.
 //!
 //! The sum of all samples' gradients is the batch's own weight gradient, and comes from the same
 //! tiles if it is asked for.
