@@ -302,6 +302,7 @@ class Store(Reader):
             np.ascontiguousarray(numbers[:, examples], np.uint64),
             np.ascontiguousarray(rows),
             width,
+            (True, True),
             excluded,
             threads,
             places,

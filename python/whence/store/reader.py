@@ -100,7 +100,7 @@ class Reader:
             shape = (shard.rows, self.dim)
             offset = data_offset(path, DTYPES[self.manifest.dtype], shape)
             files.append((path, offset, shard.rows))
-        return _core.Rows(files, self.dim, self.manifest.dtype == "float16", self.scales)
+        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales)
 
     def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
         """[checkpoints, examples] the number of the row of each example; -1 where it has none.

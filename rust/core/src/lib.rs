@@ -1,4 +1,4 @@
-//! The core of whence: gradient sketching, row storage and exact search, without Python.
+//! The core of whence: gradient sketching, row storage and search, without Python.
 //!
 //! The map, in the order data flows and in which modules may use each other:
 //!

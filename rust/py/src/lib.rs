@@ -17,7 +17,7 @@ mod _core {
     #[pymodule_export]
     use super::norms::norm_gradients;
     #[pymodule_export]
-    use super::search::Rows;
+    use super::search::{Codes, Rows};
     #[pymodule_export]
     use super::sketch::{Sketch, instruction_set};
     #[pymodule_export]

@@ -2,22 +2,27 @@
 #![allow(unsafe_code)] // loads and stores through pointers into checked slices
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _mm_loadu_si128, _mm256_add_ps, _mm256_and_si256, _mm256_castpd_ps,
-    _mm256_castps_pd, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps,
-    _mm256_load_si256, _mm256_loadu_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2f128_ps,
-    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
-    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_storeu_ps, _mm256_sub_ps,
+    __m128i, __m256, __m256i, _mm_add_epi32, _mm_cvtsi128_si32, _mm_loadu_si128, _mm_shuffle_epi32,
+    _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castpd_ps,
+    _mm256_castps_pd, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepu16_epi32,
+    _mm256_cvtph_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_load_si256, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_or_si256,
+    _mm256_permute2f128_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps,
     _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps, _mm256_xor_ps,
 };
 
 use half::{bf16, f16};
 
 use super::{
-    AHEAD, Column, DOT_ROWS, LANES, LeafTurns, Slot, TILE_COLUMNS, TILE_ROWS, Tile, Turn, fourier,
-    prefetch, scalar, sum_lanes, turns,
+    AHEAD, Column, DOT_ROWS, FAR, LANES, LeafTurns, Slot, TILE_COLUMNS, TILE_ROWS, Tile, Turn,
+    fourier, prefetch, scalar, sum_lanes, turns,
 };
 
 const WIDTH: usize = 8;
+/// Bytes of a register.
+const BYTES: usize = 32;
 
 compiled_forms!("avx2");
 
@@ -443,4 +448,90 @@ fn finish(sums: [__m256; 2], row_tail: &[f32], query_tail: &[f32]) -> f32 {
     }
     scalar::add_step(&mut lanes, row_tail, query_tail);
     sum_lanes(lanes)
+}
+
+/// Steps whose sums of 16 bits cannot overflow: each adds at most 4 · 15 · 127 to one.
+const NIBBLE_STEPS: usize = 4;
+
+/// The products of `R` rows with `Q` queries; `[q][r]` is that of row `r` with query `q`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibble_tile<const R: usize, const Q: usize>(
+    rows: [&[u8]; R],
+    queries: [(&[i8], &[i8]); Q],
+    width: usize,
+) -> [[i32; R]; Q] {
+    let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+    let mut sums = [[_mm256_setzero_si256(); R]; Q];
+    for begin in (0..width).step_by(NIBBLE_STEPS * BYTES) {
+        let mut parts = [[_mm256_setzero_si256(); R]; Q];
+        for at in (begin..width.min(begin + NIBBLE_STEPS * BYTES)).step_by(BYTES) {
+            let pairs = rows.map(|row| {
+                if Q == 1 {
+                    prefetch(row[at..].as_ptr().cast::<i8>().wrapping_add(FAR));
+                }
+                load_bytes(row, at)
+            });
+            let low = pairs.map(|pairs| _mm256_and_si256(pairs, mask));
+            let high = pairs.map(|pairs| _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), mask));
+            for (parts, query) in parts.iter_mut().zip(queries) {
+                let factors = (load_bytes(query.0, at), load_bytes(query.1, at));
+                for ((part, low), high) in parts.iter_mut().zip(low).zip(high) {
+                    let both = _mm256_add_epi16(
+                        _mm256_maddubs_epi16(low, factors.0),
+                        _mm256_maddubs_epi16(high, factors.1),
+                    );
+                    *part = _mm256_add_epi16(*part, both);
+                }
+            }
+        }
+        for (sums, parts) in sums.iter_mut().zip(parts) {
+            for (sum, part) in sums.iter_mut().zip(parts) {
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(part, ones));
+            }
+        }
+    }
+    sums.map(|sums| sums.map(|sum| sum_of_lanes(sum)))
+}
+
+/// The bytes of a register from `at` on.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_bytes<T: Copy>(values: &[T], at: usize) -> __m256i {
+    const { assert!(size_of::<T>() == 1) };
+    let values = &values[at..][..BYTES];
+    // SAFETY: the slice is 32 bytes long.
+    unsafe { _mm256_loadu_si256(values.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum_of_lanes(lanes: __m256i) -> i32 {
+    let halves = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256::<1>(lanes));
+    let pairs = _mm_add_epi32(halves, _mm_shuffle_epi32::<0b00_00_11_10>(halves));
+    _mm_cvtsi128_si32(_mm_add_epi32(pairs, _mm_shuffle_epi32::<0b00_00_00_01>(pairs)))
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn nibble_dots(rows: &[u8], width: usize, queries: &[&[i8]], out: &mut [i32]) {
+    let count = rows.len() / width;
+    let row = |r: usize| &rows[r * width..][..width];
+    let (pairs, single) = queries.as_chunks::<2>();
+    for first in (0..count).step_by(2) {
+        // A row past the last is the last again.
+        let here = [row(first), row((first + 1).min(count - 1))];
+        let height = 2.min(count - first);
+        for (index, queries) in pairs.iter().enumerate() {
+            let found = nibble_tile(here, queries.map(|query| query.split_at(width)), width);
+            for (q, found) in found.iter().enumerate() {
+                let at = (2 * index + q) * count + first;
+                out[at..at + height].copy_from_slice(&found[..height]);
+            }
+        }
+        for query in single {
+            let [found] = nibble_tile(here, [query.split_at(width)], width);
+            let at = 2 * pairs.len() * count + first;
+            out[at..at + height].copy_from_slice(&found[..height]);
+        }
+    }
 }

@@ -10,6 +10,7 @@
 macro_rules! compiled_forms {
     ($features:literal) => {
         compiled_forms! { $features,
+            fn widen_bytes(bytes: &[i8], out: &mut [f32]);
             fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]);
             fn columns(key: u64, part: usize, nonzeros: usize, first: u64, columns: &mut [Column]);
             fn add_columns[L](
@@ -27,6 +28,16 @@ macro_rules! compiled_forms {
             fn flush(sums: &mut [f32], totals: &mut [f64]) -> bool;
             fn squares(row: &[f32]) -> f64;
             fn multiply(row: &[f32], factor: f64, out: &mut [f32]);
+            fn add_estimates(
+                products: &[i32], offset: i32, scales: &[f32], factor: f32, out: &mut [f32]
+            );
+            fn add_multiple(values: &[f32], factor: f32, out: &mut [f32]);
+            fn sift(
+                estimates: &[f32], bounds: &[f32], above: f32, below: f32,
+                survivors: &mut Vec<u32>
+            );
+            fn reflect(direction: &[f64], factor: f64, values: &mut [f64]);
+            fn butterflies(values: &mut [f64]);
             fn add_norm_terms(
                 values: &[f32], delta: &[f32], epsilon: f32, centred: bool,
                 weight: &mut [f32], bias: &mut [f32]
@@ -85,6 +96,8 @@ mod avx2;
 mod avx512;
 mod fourier;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use std::sync::OnceLock;
 
@@ -103,6 +116,8 @@ const TILE_CHUNKS: usize = TILE_COLUMNS / LANES;
 /// How far ahead, in bytes, values are fetched that are read once, in order: half a page, for at
 /// the end of a page the processor itself does not look further.
 const AHEAD: usize = 2048;
+/// The same for codes, of which several rows are read side by side: a page.
+const FAR: usize = 4096;
 /// Rows whose products with several queries are taken together.
 pub const DOT_ROWS: usize = 4;
 
@@ -251,7 +266,7 @@ macro_rules! in_set {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Set::Avx512 => unsafe { avx512::$kernel $(::<$size>)? ($($argument),*) },
+            Set::Avx512 | Set::Vnni => unsafe { avx512::$kernel $(::<$size>)? ($($argument),*) },
         }
     };
 }
@@ -273,6 +288,9 @@ enum Set {
     /// AVX-512 F and DQ.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same with BW and VNNI, for products of codes.
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
 }
 
 impl InstructionSet {
@@ -292,6 +310,11 @@ impl InstructionSet {
                 sets.push(Self(Set::Avx2));
                 if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
                     sets.push(Self(Set::Avx512));
+                    if is_x86_feature_detected!("avx512bw")
+                        && is_x86_feature_detected!("avx512vnni")
+                    {
+                        sets.push(Self(Set::Vnni));
+                    }
                 }
             }
         }
@@ -299,7 +322,7 @@ impl InstructionSet {
     }
 
     /// The widest set this machine has, or the one that the environment variable
-    /// `WHENCE_INSTRUCTION_SET` names (`scalar`, `avx2`, `avx512`), if the machine has it.
+    /// `WHENCE_INSTRUCTION_SET` names (`scalar`, `avx2`, `avx512`, `avx512vnni`), if the machine has it.
     #[must_use]
     pub fn best() -> Self {
         static BEST: OnceLock<InstructionSet> = OnceLock::new();
@@ -320,6 +343,8 @@ impl InstructionSet {
             Set::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Set::Vnni => "avx512vnni",
         }
     }
 
@@ -328,6 +353,13 @@ impl InstructionSet {
     pub fn widen(self, halves: &[f16], out: &mut [f32]) {
         debug_assert_eq!(halves.len(), out.len());
         in_set!(self, widen(halves, out));
+    }
+
+    /// The same numbers as f32, exactly; the slices are of one length.
+    #[inline]
+    pub fn widen_bytes(self, bytes: &[i8], out: &mut [f32]) {
+        debug_assert_eq!(bytes.len(), out.len());
+        in_set!(self, widen_bytes(bytes, out));
     }
 
     /// The slots of the chunks from `first` on of the stream `key`, for rows of width `dim`.
@@ -634,6 +666,80 @@ impl InstructionSet {
     pub fn dots(self, rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
         debug_assert_eq!(out.len(), (rows.len() / dim) * (queries.len() / dim));
         in_set!(self, dots(rows, queries, dim, out));
+    }
+
+    /// `out[q * rows + r]`: the product of every row of 4-bit numbers with every query. A row is
+    /// `width` bytes, a multiple of 32; a query first has the factors of their lower halves, then
+    /// those of their upper halves, none of them -128.
+    #[inline]
+    pub fn nibble_dots(self, rows: &[u8], width: usize, queries: &[&[i8]], out: &mut [i32]) {
+        debug_assert!(width > 0 && width.is_multiple_of(32) && rows.len().is_multiple_of(width));
+        debug_assert!(queries.iter().all(|query| query.len() == 2 * width));
+        debug_assert_eq!(out.len() * width, rows.len() * queries.len());
+        if rows.is_empty() {
+            return;
+        }
+        match self.0 {
+            Set::Scalar => scalar::nibble_dots(rows, width, queries, out),
+            // SAFETY: the set exists, so the processor has it, and AVX2 with AVX-512.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx2 | Set::Avx512 => unsafe { avx2::nibble_dots(rows, width, queries, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Vnni => unsafe { vnni::nibble_dots(rows, width, queries, out) },
+        }
+    }
+
+    /// Adds `scale * factor * (2 product - offset)`, row by row.
+    #[inline]
+    pub fn add_estimates(
+        self,
+        products: &[i32],
+        offset: i32,
+        scales: &[f32],
+        factor: f32,
+        out: &mut [f32],
+    ) {
+        debug_assert!(products.len() == out.len() && scales.len() == out.len());
+        in_set!(self, add_estimates(products, offset, scales, factor, out));
+    }
+
+    /// Adds `value * factor`, row by row.
+    #[inline]
+    pub fn add_multiple(self, values: &[f32], factor: f32, out: &mut [f32]) {
+        debug_assert_eq!(values.len(), out.len());
+        in_set!(self, add_multiple(values, factor, out));
+    }
+
+    /// Appends the places at which `estimate + bound` may reach `above`, or `estimate - bound`
+    /// fall to `below`; in rising order.
+    #[inline]
+    pub fn sift(
+        self,
+        estimates: &[f32],
+        bounds: &[f32],
+        above: f32,
+        below: f32,
+        survivors: &mut Vec<u32>,
+    ) {
+        debug_assert_eq!(estimates.len(), bounds.len());
+        in_set!(self, sift(estimates, bounds, above, below, survivors));
+    }
+
+    /// Takes `factor` times the product with `direction`, along it, off `values`.
+    #[inline]
+    pub fn reflect(self, direction: &[f64], factor: f64, values: &mut [f64]) {
+        debug_assert_eq!(direction.len(), values.len());
+        in_set!(self, reflect(direction, factor, values));
+    }
+
+    /// The Walsh-Hadamard transform of a power of two of values, not scaled.
+    #[inline]
+    pub fn butterflies(self, values: &mut [f64]) {
+        debug_assert!(values.len().is_power_of_two());
+        in_set!(self, butterflies(values));
     }
 }
 
@@ -1092,6 +1198,88 @@ mod tests {
             let expected = transformed(InstructionSet::SCALAR);
             for set in wide() {
                 prop_assert_eq!(&transformed(set), &expected);
+            }
+        }
+
+        #[test]
+        fn products_of_codes_are_those_of_their_halves_in_every_set(
+            halves in 1usize..10, rows in 0usize..39, queries in 0usize..9, seed in any::<u64>(),
+            extreme in any::<bool>(),
+        ) {
+            let width = 32 * halves;
+            let random = |stream: u64, i: usize| crate::random::value(seed ^ stream, i as u64) >> 40;
+            // The largest sums there are, or any.
+            let codes: Vec<u8> =
+                (0..rows * width).map(|i| if extreme { 255 } else { random(1, i) as u8 }).collect();
+            let factors: Vec<i8> = (0..queries * 2 * width)
+                .map(|i| if extreme { 127 } else { (random(2, i) as u8).cast_signed().max(-127) })
+                .collect();
+            let views: Vec<&[i8]> = factors.chunks(2 * width).collect();
+            for set in InstructionSet::available() {
+                let mut found = vec![0; rows * queries];
+                set.nibble_dots(&codes, width, &views, &mut found);
+                for (q, query) in views.iter().enumerate() {
+                    for (r, row) in codes.chunks(width).enumerate() {
+                        let numbers = row.iter().map(|byte| byte % 16).chain(row.iter().map(|byte| byte / 16));
+                        let product: i32 =
+                            numbers.zip(*query).map(|(x, y)| i32::from(x) * i32::from(*y)).sum();
+                        prop_assert_eq!(found[q * rows + r], product);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn estimates_and_what_passes_are_the_same_in_every_set(
+            values in prop::collection::vec((-1000i32..1000, 0f32..2.0, prop::num::f32::ANY, 0f32..1.0), 0..50),
+            above in -2f32..2.0, below in -2f32..2.0,
+        ) {
+            let products: Vec<i32> = values.iter().map(|value| value.0).collect();
+            let scales: Vec<f32> = values.iter().map(|value| value.1).collect();
+            let estimates: Vec<f32> = values.iter().map(|value| value.2).collect();
+            let bounds: Vec<f32> = values.iter().map(|value| value.3).collect();
+            for set in InstructionSet::available() {
+                let (mut found, mut sums) = (vec![0.25; values.len()], bounds.clone());
+                set.add_estimates(&products, 7, &scales, 0.375, &mut found);
+                set.add_multiple(&scales, 3.0, &mut sums);
+                let mut survivors = vec![99];
+                set.sift(&estimates, &bounds, above, below, &mut survivors);
+                let mut expected = vec![99];
+                for (at, &(product, scale, estimate, bound)) in values.iter().enumerate() {
+                    prop_assert_eq!(found[at], 0.25 + scale * 0.375 * (2 * product - 7) as f32);
+                    prop_assert_eq!(sums[at], bound + scale * 3.0);
+                    if estimate.is_nan() || estimate + bound >= above || estimate - bound <= below {
+                        expected.push(at as u32);
+                    }
+                }
+                prop_assert_eq!(survivors, expected);
+            }
+        }
+
+        #[test]
+        fn reflections_and_butterflies_are_the_same_in_every_set(
+            values in prop::collection::vec((-1f64..1.0, -1f64..1.0), 1..70), log in 0u32..6,
+        ) {
+            let (values, direction): (Vec<f64>, Vec<f64>) = values.into_iter().unzip();
+            let size = 1 << log;
+            let wide: Vec<f64> = values.iter().copied().cycle().take(size).collect();
+            let mut first = None;
+            for set in InstructionSet::available() {
+                let (mut reflected, mut transformed) = (values.clone(), wide.clone());
+                let square: f64 = direction.iter().map(|x| x * x).sum();
+                set.reflect(&direction, 2.0 / square, &mut reflected);
+                set.butterflies(&mut transformed);
+                let along: f64 = values.iter().zip(&direction).map(|(x, y)| x * y).sum();
+                for ((found, value), direction) in reflected.iter().zip(&values).zip(&direction) {
+                    prop_assert!((found - (value - 2.0 * along / square * direction)).abs() < 1e-9);
+                }
+                for (i, found) in transformed.iter().enumerate() {
+                    let sign = |j: usize| if (i & j).count_ones() % 2 == 1 { -1.0 } else { 1.0 };
+                    let expected: f64 = wide.iter().enumerate().map(|(j, x)| sign(j) * x).sum();
+                    prop_assert!((found - expected).abs() < 1e-9);
+                }
+                let both = (reflected, transformed);
+                prop_assert_eq!(first.get_or_insert_with(|| both.clone()), &both);
             }
         }
 

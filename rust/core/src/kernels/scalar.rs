@@ -15,6 +15,14 @@ pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
     }
 }
 
+/// As `slots`.
+#[inline(always)]
+pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
+    for (&byte, out) in bytes.iter().zip(out) {
+        *out = f32::from(byte);
+    }
+}
+
 /// Inlined into the vector forms too, whose compiler makes vectors of it: whole numbers only.
 #[inline(always)]
 pub(super) fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]) {
@@ -439,5 +447,111 @@ fn dot(row: &[f32], query: &[f32]) -> f32 {
 pub(super) fn add_step(lanes: &mut [f32; LANES], row: &[f32], query: &[f32]) {
     for (sum, (x, y)) in lanes.iter_mut().zip(row.iter().zip(query)) {
         *sum = x.mul_add(*y, *sum);
+    }
+}
+
+/// As `slots`.
+#[inline(always)]
+pub(super) fn nibble_dots(rows: &[u8], width: usize, queries: &[&[i8]], out: &mut [i32]) {
+    let count = rows.len() / width;
+    for (query, out) in queries.iter().zip(out.chunks_exact_mut(count)) {
+        let (low, high) = query.split_at(width);
+        for (row, out) in rows.chunks_exact(width).zip(out) {
+            let mut sum = 0;
+            for ((&pair, &low), &high) in row.iter().zip(low).zip(high) {
+                sum +=
+                    i32::from(pair & 15) * i32::from(low) + i32::from(pair >> 4) * i32::from(high);
+            }
+            *out = sum;
+        }
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn add_estimates(
+    products: &[i32],
+    offset: i32,
+    scales: &[f32],
+    factor: f32,
+    out: &mut [f32],
+) {
+    for ((out, &product), &scale) in out.iter_mut().zip(products).zip(scales) {
+        *out += (scale * factor) * ((2 * product - offset) as f32);
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn add_multiple(values: &[f32], factor: f32, out: &mut [f32]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out += value * factor;
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn sift(
+    estimates: &[f32],
+    bounds: &[f32],
+    above: f32,
+    below: f32,
+    survivors: &mut Vec<u32>,
+) {
+    // What is no number passes: it is for the exact score to say what it is.
+    let passes =
+        |estimate: f32, bound: f32| !(estimate + bound < above && estimate - bound > below);
+    let (whole, rest) = estimates.as_chunks::<LANES>();
+    let (whole_bounds, rest_bounds) = bounds.as_chunks::<LANES>();
+    for (index, (estimates, bounds)) in whole.iter().zip(whole_bounds).enumerate() {
+        let mut any = false;
+        for (&estimate, &bound) in estimates.iter().zip(bounds) {
+            any |= passes(estimate, bound);
+        }
+        if any {
+            for (lane, (&estimate, &bound)) in estimates.iter().zip(bounds).enumerate() {
+                if passes(estimate, bound) {
+                    survivors.push((index * LANES + lane) as u32);
+                }
+            }
+        }
+    }
+    for (lane, (&estimate, &bound)) in rest.iter().zip(rest_bounds).enumerate() {
+        if passes(estimate, bound) {
+            survivors.push((whole.len() * LANES + lane) as u32);
+        }
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn reflect(direction: &[f64], factor: f64, values: &mut [f64]) {
+    let mut lanes = [0.0; 8];
+    let (whole, rest) = values.as_chunks::<8>();
+    let (directions, rest_direction) = direction.as_chunks::<8>();
+    for (values, direction) in whole.iter().zip(directions) {
+        for (lane, (value, direction)) in lanes.iter_mut().zip(values.iter().zip(direction)) {
+            *lane += value * direction;
+        }
+    }
+    let rest: f64 = rest.iter().zip(rest_direction).map(|(value, along)| value * along).sum();
+    let along = (lanes.iter().sum::<f64>() + rest) * factor;
+    for (value, direction) in values.iter_mut().zip(direction) {
+        *value -= along * direction;
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn butterflies(values: &mut [f64]) {
+    let mut half = 1;
+    while half < values.len() {
+        for pair in values.chunks_exact_mut(2 * half) {
+            let (left, right) = pair.split_at_mut(half);
+            for (left, right) in left.iter_mut().zip(right) {
+                (*left, *right) = (*left + *right, *left - *right);
+            }
+        }
+        half *= 2;
     }
 }

@@ -1,13 +1,13 @@
-//! Rows as they lie on disk: unit rows of f16 or f32 beside one f32 scale each.
+//! Rows as they are stored: unit rows of f16 or f32 beside one f32 scale each.
 //!
 //! Norms of gradients span decades, so a row is divided by its norm before it is rounded, and the
 //! norm is kept: `row = scale * stored`.
 
 mod encode;
-mod file;
+mod shard;
 
 pub use encode::{Part, Stored, encode, encode_factors};
-pub use file::{Cursor, RowFile};
+pub use shard::{Cursor, Kind, Shard};
 
 /// The CRC-32 of bytes that follow others whose CRC-32 is `before`; 0 for the first.
 #[must_use]

@@ -1,141 +1,20 @@
-//! Exact search: the examples with the largest and the smallest scores, in one pass.
+//! The scan of all examples that defines every answer.
 //!
-//! The score of an example for a query is the sum over checkpoints of
-//! `scale * (stored row . query row)`. Examples are scored a block at a time; a block's scores are
-//! sifted at once, so no array of all examples by all queries exists.
+//! Examples are scored a block at a time; a block's scores are sifted at once, so no array of all
+//! examples by all queries exists.
 
-use std::cmp::Ordering;
-
+use super::top::Sieve;
+use super::{Ends, Hit, Rows, Sides};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::parallel::share;
-use crate::sketch::MAX_DIM;
 use crate::stop::Asker;
-use crate::store::{Cursor, RowFile};
+use crate::store::Cursor;
 
 /// Values of a block of rows: 1 MiB as f32, half of a common second cache.
 const BLOCK: usize = 1 << 18;
 /// Values of a group of queries that meet a block together.
 const GROUP: usize = 1 << 17;
-
-/// An example and its score.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Hit {
-    /// Index of the example.
-    pub example: u64,
-    /// Its score.
-    pub score: f32,
-}
-
-/// The best and the worst examples of one query, best first and worst first.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Ends {
-    /// The largest scores, largest first.
-    pub largest: Vec<Hit>,
-    /// The smallest scores, smallest first.
-    pub smallest: Vec<Hit>,
-}
-
-/// Rows in files, numbered through: those of the first file, then of the second, and so on.
-pub struct Rows {
-    files: Vec<RowFile>,
-    starts: Vec<u64>,
-    scales: Vec<f32>,
-    dim: usize,
-}
-
-impl Rows {
-    /// The rows of `files`, each `dim` wide, with one scale a row.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if there are not as many scales as rows; [`Error::Argument`] unless
-    /// `1 <= dim <=` [`MAX_DIM`].
-    pub fn new(files: Vec<RowFile>, scales: Vec<f32>, dim: usize) -> Result<Self, Error> {
-        if dim == 0 || dim > MAX_DIM {
-            return Err(Error::argument("dim", format!("from 1 to {MAX_DIM}"), dim));
-        }
-        let mut total = 0u64;
-        let mut starts = Vec::with_capacity(files.len());
-        for file in &files {
-            starts.push(total);
-            total = total.saturating_add(file.rows());
-        }
-        if total != scales.len() as u64 {
-            return Err(Error::shape("scales", format!("{total} values"), scales.len()));
-        }
-        Ok(Self { files, starts, scales, dim })
-    }
-
-    /// The number of rows.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.scales.len() as u64
-    }
-
-    /// True if there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.scales.is_empty()
-    }
-
-    /// Reads the rows with these numbers, stored values and scales apart.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if a number is not that of a row; [`Error::Io`].
-    pub fn read(
-        &self,
-        numbers: &[u64],
-        values: &mut [f32],
-        scales: &mut Vec<f32>,
-        cursor: &mut Cursor,
-    ) -> Result<(), Error> {
-        scales.clear();
-        let mut done = 0;
-        while done < numbers.len() {
-            let first = numbers[done];
-            if first >= self.len() {
-                return Err(Error::argument("rows", format!("below {}", self.len()), first));
-            }
-            // The last file that starts at or before the row; empty files start with their heirs.
-            let file = self.starts.partition_point(|&start| start <= first) - 1;
-            let at = first - self.starts[file];
-            let left = self.files[file].rows() - at;
-            let run = numbers[done..]
-                .iter()
-                .zip(first..first + left)
-                .take_while(|&(&number, expected)| number == expected)
-                .count();
-            let out = &mut values[done * self.dim..(done + run) * self.dim];
-            self.files[file].read(at, out, cursor)?;
-            scales.extend_from_slice(&self.scales[first as usize..first as usize + run]);
-            done += run;
-        }
-        Ok(())
-    }
-
-    /// The rows with these numbers, `[numbers, dim]`, scaled back.
-    ///
-    /// # Errors
-    /// As [`Rows::read`]; [`Error::Shape`] if they are more than memory could hold.
-    pub fn scaled(&self, numbers: &[u64]) -> Result<Vec<f32>, Error> {
-        if let Some(number) = numbers.iter().find(|&&number| number >= self.len()) {
-            return Err(Error::argument("rows", format!("below {}", self.len()), number));
-        }
-        let size = numbers
-            .len()
-            .checked_mul(self.dim)
-            .ok_or_else(|| Error::shape("rows", "fewer than memory could hold", numbers.len()))?;
-        let mut values = vec![0.0; size];
-        let mut scales = Vec::new();
-        self.read(numbers, &mut values, &mut scales, &mut Cursor::default())?;
-        for (row, scale) in values.chunks_exact_mut(self.dim).zip(scales) {
-            for value in row {
-                *value *= scale;
-            }
-        }
-        Ok(values)
-    }
-}
 
 /// What to search for.
 pub struct Request<'a> {
@@ -149,6 +28,8 @@ pub struct Request<'a> {
     pub count: usize,
     /// How many hits to return at each end; at most the examples there are.
     pub k: usize,
+    /// Which ends to return.
+    pub sides: Sides,
     /// For each query the examples it must not return, in rising order; empty for none at all.
     pub excluded: &'a [Vec<u64>],
     /// The parts of factored rows, in order: the lengths of a left and a right factor, or 0 and the
@@ -221,7 +102,7 @@ pub fn ends(
     asker: &Asker<'_>,
 ) -> Result<Vec<Ends>, Error> {
     let checkpoints = check(rows, request)?;
-    let (examples, count, dim) = (request.examples, request.count, rows.dim);
+    let (examples, count, dim) = (request.examples, request.count, rows.dim());
     if count == 0 {
         return Ok(Vec::new());
     }
@@ -233,7 +114,7 @@ pub fn ends(
         examples.div_ceil(step),
         threads,
         asker,
-        || State::new(count, Products::new(set, dim, request.segments)),
+        || State::new(count, request.sides, Products::new(set, dim, request.segments)),
         |state, job, watch| {
             let first = job * step;
             let here = step.min(examples - first);
@@ -264,16 +145,8 @@ pub fn ends(
             for (index, scores) in state.scores.chunks(count).enumerate() {
                 let example = (first + index) as u64;
                 for (query, (&score, sieve)) in scores.iter().zip(&mut state.sieves).enumerate() {
-                    if !score.is_finite() {
-                        return Err(Error::NotFinite {
-                            argument: "scores",
-                            place: format!(
-                                "query {query}, eligible example {example} (counted from 0)"
-                            ),
-                            value: f64::from(score),
-                        });
-                    }
-                    if score > sieve.above || score < sieve.below {
+                    finite(score, query, example)?;
+                    if sieve.takes(score) {
                         let excluded = request.excluded.get(query);
                         if excluded.is_none_or(|list| list.binary_search(&example).is_err()) {
                             sieve.add(Hit { example, score }, k);
@@ -284,11 +157,10 @@ pub fn ends(
             Ok(())
         },
     )?;
-    let mut all = vec![Sieve::default(); count];
+    let mut all = vec![Sieve::new(request.sides); count];
     for state in states {
-        for (all, mut sieve) in all.iter_mut().zip(state.sieves) {
-            all.largest.append(&mut sieve.largest);
-            all.smallest.append(&mut sieve.smallest);
+        for (all, sieve) in all.iter_mut().zip(state.sieves) {
+            all.merge(sieve);
         }
     }
     Ok(all.into_iter().map(|sieve| sieve.finish(k)).collect())
@@ -296,14 +168,14 @@ pub fn ends(
 
 /// The number of checkpoints, if all sizes fit.
 fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
-    let width = request.count.checked_mul(rows.dim).filter(|&width| width > 0);
+    let width = request.count.checked_mul(rows.dim()).filter(|&width| width > 0);
     let checkpoints = width.map_or(1, |width| request.queries.len() / width);
     if width.is_some_and(|width| width * checkpoints != request.queries.len())
         || (width.is_none() && !request.queries.is_empty())
     {
         return Err(Error::shape(
             "queries",
-            format!("[checkpoints, {}, {}]", request.count, rows.dim),
+            format!("[checkpoints, {}, {}]", request.count, rows.dim()),
             request.queries.len(),
         ));
     }
@@ -314,29 +186,96 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
             request.rows.len(),
         ));
     }
-    if !request.excluded.is_empty() && request.excluded.len() != request.count {
-        return Err(Error::shape(
-            "excluded",
-            format!("one list for each of {} queries", request.count),
-            request.excluded.len(),
-        ));
-    }
+    check_excluded(request.excluded, request.count)?;
     let widths = request
         .segments
         .iter()
         .try_fold(0usize, |sum, &(left, right)| sum.checked_add(left)?.checked_add(right));
-    if !request.segments.is_empty() && widths != Some(rows.dim) {
-        let must = format!("parts of {} columns together", rows.dim);
+    if !request.segments.is_empty() && widths != Some(rows.dim()) {
+        let must = format!("parts of {} columns together", rows.dim());
         return Err(Error::shape("segments", must, format!("{:?}", request.segments)));
     }
-    if let Some(at) = request.queries.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NotFinite {
-            argument: "queries",
-            place: format!("query {}, column {}", at / rows.dim % request.count, at % rows.dim),
-            value: f64::from(request.queries[at]),
-        });
-    }
+    check_finite(request.queries, request.count, rows.dim())?;
     Ok(checkpoints)
+}
+
+/// Whether there is a list for each query, or none at all.
+pub(super) fn check_excluded(excluded: &[Vec<u64>], queries: usize) -> Result<(), Error> {
+    if excluded.is_empty() || excluded.len() == queries {
+        return Ok(());
+    }
+    let must = format!("one list for each of {queries} queries");
+    Err(Error::shape("excluded", must, excluded.len()))
+}
+
+/// Whether every value of `[checkpoints, queries, dim]` is finite.
+pub(super) fn check_finite(values: &[f32], queries: usize, dim: usize) -> Result<(), Error> {
+    let Some(at) = values.iter().position(|value| !value.is_finite()) else {
+        return Ok(());
+    };
+    Err(Error::NotFinite {
+        argument: "queries",
+        place: format!("query {}, column {}", at / dim % queries, at % dim),
+        value: f64::from(values[at]),
+    })
+}
+
+/// Scores some examples for one query, as [`ends`] does.
+#[derive(Default)]
+pub(super) struct Scorer {
+    numbers: Vec<u64>,
+    values: Vec<f32>,
+    scales: Vec<f32>,
+    products: Vec<f32>,
+    cursor: Cursor,
+}
+
+impl Scorer {
+    /// The scores of examples, given with `[checkpoints, all]` numbers of rows of all examples; for
+    /// query `query` of `[checkpoints, count, dim]`.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if a score is NaN or infinite; [`Error::Io`].
+    pub(super) fn score(
+        &mut self,
+        rows: &Rows,
+        (numbers, all, examples): (&[u64], usize, &[u32]),
+        (queries, count, query): (&[f32], usize, usize),
+        out: &mut Vec<f32>,
+    ) -> Result<(), Error> {
+        let (dim, set) = (rows.dim(), InstructionSet::best());
+        self.values.resize(examples.len() * dim, 0.0);
+        self.products.resize(examples.len(), 0.0);
+        out.clear();
+        out.resize(examples.len(), 0.0);
+        for (numbers, queries) in numbers.chunks_exact(all).zip(queries.chunks_exact(count * dim)) {
+            self.numbers.clear();
+            self.numbers.extend(examples.iter().map(|&example| numbers[example as usize]));
+            rows.read(&self.numbers, &mut self.values, &mut self.scales, &mut self.cursor)?;
+            set.dots(&self.values, &queries[query * dim..][..dim], dim, &mut self.products);
+            for (score, (product, scale)) in
+                out.iter_mut().zip(self.products.iter().zip(&self.scales))
+            {
+                *score += scale * product;
+            }
+        }
+        for (&score, &example) in out.iter().zip(examples) {
+            finite(score, query, u64::from(example))?;
+        }
+        Ok(())
+    }
+}
+
+/// Nothing, if a score is a number.
+fn finite(score: f32, query: usize, example: u64) -> Result<(), Error> {
+    if score.is_finite() {
+        return Ok(());
+    }
+    Err(Error::NotFinite {
+        argument: "scores",
+        place: format!("query {query}, eligible example {example} (counted from 0)"),
+        value: f64::from(score),
+    })
 }
 
 /// What a worker keeps between blocks.
@@ -351,7 +290,7 @@ struct State<'a> {
 }
 
 impl<'a> State<'a> {
-    fn new(queries: usize, of: Products<'a>) -> Self {
+    fn new(queries: usize, sides: Sides, of: Products<'a>) -> Self {
         Self {
             of,
             values: Vec::new(),
@@ -359,82 +298,9 @@ impl<'a> State<'a> {
             cursor: Cursor::default(),
             products: Vec::new(),
             scores: Vec::new(),
-            sieves: vec![Sieve::default(); queries],
+            sieves: vec![Sieve::new(sides); queries],
         }
     }
-}
-
-/// Larger score first, then lower example.
-fn by_largest(a: &Hit, b: &Hit) -> Ordering {
-    b.score.total_cmp(&a.score).then(a.example.cmp(&b.example))
-}
-
-/// Smaller score first, then lower example.
-fn by_smallest(a: &Hit, b: &Hit) -> Ordering {
-    a.score.total_cmp(&b.score).then(a.example.cmp(&b.example))
-}
-
-/// The candidates of one query for both ends.
-///
-/// Examples come in rising order, so one that only equals the k-th best so far is not better.
-#[derive(Clone)]
-struct Sieve {
-    /// A score must be larger to be among the largest.
-    above: f32,
-    /// A score must be smaller to be among the smallest.
-    below: f32,
-    largest: Vec<Hit>,
-    smallest: Vec<Hit>,
-}
-
-impl Default for Sieve {
-    fn default() -> Self {
-        Self {
-            above: f32::NEG_INFINITY,
-            below: f32::INFINITY,
-            largest: Vec::new(),
-            smallest: Vec::new(),
-        }
-    }
-}
-
-impl Sieve {
-    fn add(&mut self, hit: Hit, k: usize) {
-        // Zeros of both signs are one score.
-        let hit = Hit { score: hit.score + 0.0, ..hit };
-        let full = k.saturating_mul(2).max(64);
-        if hit.score > self.above {
-            self.largest.push(hit);
-            if self.largest.len() >= full {
-                self.above = keep(&mut self.largest, k, by_largest).unwrap_or(self.above);
-            }
-        }
-        if hit.score < self.below {
-            self.smallest.push(hit);
-            if self.smallest.len() >= full {
-                self.below = keep(&mut self.smallest, k, by_smallest).unwrap_or(self.below);
-            }
-        }
-    }
-
-    fn finish(mut self, k: usize) -> Ends {
-        self.largest.sort_unstable_by(by_largest);
-        self.smallest.sort_unstable_by(by_smallest);
-        self.largest.truncate(k);
-        self.smallest.truncate(k);
-        Ends { largest: self.largest, smallest: self.smallest }
-    }
-}
-
-/// Keeps the first `k` in `order` and returns the last one's score.
-fn keep(hits: &mut Vec<Hit>, k: usize, order: fn(&Hit, &Hit) -> Ordering) -> Option<f32> {
-    let last = k.checked_sub(1)?;
-    if last < hits.len() {
-        hits.select_nth_unstable_by(last, order);
-        hits.truncate(k);
-        return Some(hits[last].score);
-    }
-    None
 }
 
 #[cfg(test)]
@@ -446,6 +312,7 @@ mod tests {
 
     use super::*;
     use crate::stop::never;
+    use crate::store::{Kind, Shard};
 
     /// A file of rows that is gone when the test is.
     struct Written(std::path::PathBuf);
@@ -456,7 +323,7 @@ mod tests {
         }
     }
 
-    fn file(values: &[f32], dim: usize) -> (RowFile, Written) {
+    fn file(values: &[f32], dim: usize) -> (Shard, Written) {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Atomic::Relaxed);
         let path =
@@ -464,7 +331,7 @@ mod tests {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         std::fs::File::create(&path).unwrap().write_all(&bytes).unwrap();
         let rows = (values.len() / dim) as u64;
-        (RowFile::new(&path, 0, rows, dim, false).unwrap(), Written(path))
+        (Shard::in_file(&path, 0, rows, dim, Kind::F32).unwrap(), Written(path))
     }
 
     proptest! {
@@ -490,7 +357,7 @@ mod tests {
                 (0..count as u64).map(|q| (q % 4..examples as u64).step_by(5).collect()).collect();
             let rows = Rows::new(files, scales.clone(), dim).unwrap();
             let request =
-                Request { rows: &order, examples, queries: &queries, count, k, excluded: &excluded, segments: &[] };
+                Request { rows: &order, examples, queries: &queries, count, k, sides: Sides::BOTH, excluded: &excluded, segments: &[] };
             let found = ends(&rows, &request, threads, &Asker::new(&never)).unwrap();
             prop_assert_eq!(found.len(), count);
             for (query, found) in found.into_iter().enumerate() {
@@ -531,6 +398,7 @@ mod tests {
             queries: &queries,
             count: 2,
             k: 20,
+            sides: Sides::BOTH,
             excluded: &[],
             segments: &segments,
         };
@@ -560,6 +428,7 @@ mod tests {
                 queries: &[query],
                 count: 1,
                 k: 1,
+                sides: Sides::BOTH,
                 excluded: &[],
                 segments: &[],
             };

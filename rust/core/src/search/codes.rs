@@ -1,0 +1,427 @@
+//! Rows as codes of 4 bits, and 4 more, with what they lose bounded.
+//!
+//! A row is rotated, and each segment of it divided by a scale of its own into whole numbers from 0
+//! to 255: `value = scale (code - 127.5)`. The upper four bits of all codes of a segment lie
+//! together, in a plane, and the lower four in another: the upper plane alone is a code with steps
+//! 16 times as wide, `16 scale (upper - 7.5)`. Beside them stand the norms of what either loses, and
+//! of what comes after the segment: by Cauchy and Schwarz they bound how far a product with codes is
+//! from that with the row. Rows are in falling order of their norms, and each block knows the largest
+//! norm from it on: where that times the query's is too little, the search ends.
+//!
+//! All bounds are rounded up, scales too, to 16 bits.
+
+use std::sync::Mutex;
+
+use half::bf16;
+
+use super::Rows;
+use super::rotation::{Rotation, UNIT};
+use crate::error::Error;
+use crate::parallel::share;
+use crate::stop::Asker;
+use crate::store::Cursor;
+
+/// Rows that are looked at together.
+pub const BLOCK: usize = 128;
+/// The most rows: their numbers have 32 bits.
+pub const MAX_ROWS: usize = u32::MAX as usize;
+
+/// How many bits of a code are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bits {
+    /// The upper plane alone.
+    Four,
+    /// Both planes.
+    Eight,
+}
+
+/// One segment of all rows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Segment {
+    /// Bytes of a row in a plane: half as many as the segment has coordinates.
+    pub width: usize,
+    /// `[rows, width]`: byte `32 g + j` has coordinates `64 g + j` and, in its upper half,
+    /// `64 g + 32 + j`.
+    pub upper: Vec<u8>,
+    /// The same of the lower four bits; empty if they are not kept.
+    pub lower: Vec<u8>,
+    /// `[rows]`
+    pub scales: Vec<bf16>,
+    /// `[rows]`: the norm of what the upper plane alone loses.
+    pub upper_errors: Vec<bf16>,
+    /// `[rows]`: the norm of what both planes lose; empty if there is one.
+    pub errors: Vec<bf16>,
+    /// `[rows]`: the norm of all segments after this; empty for the last.
+    pub tails: Vec<bf16>,
+}
+
+/// The codes of the rows of all examples, in falling order of their norms.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Codes {
+    rotation: Rotation,
+    /// How often each checkpoint counts.
+    weights: Vec<f32>,
+    /// The example at each place.
+    order: Vec<u32>,
+    segments: Vec<Segment>,
+    /// For each block: the largest norm of a row, or of its codes, in it and all after it.
+    reaches: Vec<f32>,
+}
+
+/// The next number of 16 bits that is not below a number that is not negative.
+fn up(value: f64) -> bf16 {
+    let bits = up_f32(value).to_bits();
+    bf16::from_bits(((bits + 0xFFFF) >> 16) as u16)
+}
+
+/// The next f32 that is not below.
+pub(super) fn up_f32(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) < value { nearest.next_up() } else { nearest }
+}
+
+/// A row as it is coded, before it gets its place.
+struct Coder {
+    bits: Bits,
+    /// By segment: planes, and scale, errors and tail.
+    upper: Vec<Vec<u8>>,
+    lower: Vec<Vec<u8>>,
+    numbers: Vec<[bf16; 4]>,
+    /// The largest norm of the row or of its codes.
+    reach: f32,
+}
+
+impl Coder {
+    fn new(rotation: &Rotation, bits: Bits) -> Self {
+        let planes = || rotation.segments().iter().map(|&segment| vec![0; segment / 2]).collect();
+        Self {
+            bits,
+            upper: planes(),
+            lower: planes(),
+            numbers: vec![[bf16::ZERO; 4]; rotation.segments().len()],
+            reach: 0.0,
+        }
+    }
+
+    /// Codes a rotated row, in segments.
+    fn encode(&mut self, values: &[f64]) {
+        let mut norms = [values.iter().map(|value| value * value).sum::<f64>(), 0.0, 0.0];
+        let mut rest = values;
+        for (index, (upper, lower)) in self.upper.iter_mut().zip(&mut self.lower).enumerate() {
+            let (here, after) = rest.split_at(2 * upper.len());
+            rest = after;
+            let largest = here.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+            let scale = up(largest / 127.5);
+            let step = f64::from(scale.to_f32());
+            let inverse = if step > 0.0 { step.recip() } else { 0.0 };
+            let mut errors = [0.0; 2];
+            for (values, (upper, lower)) in here
+                .chunks_exact(UNIT)
+                .zip(upper.chunks_exact_mut(UNIT / 2).zip(lower.chunks_exact_mut(UNIT / 2)))
+            {
+                let mut codes = [0u8; UNIT];
+                for (code, &value) in codes.iter_mut().zip(values) {
+                    #[allow(clippy::cast_sign_loss)] // clamped; what is no number becomes 0
+                    let nearest = (value * inverse + 128.0).clamp(0.0, 255.0) as u8;
+                    *code = nearest;
+                    let coded = [
+                        16.0 * step * (f64::from(*code >> 4) - 7.5),
+                        step * (f64::from(*code) - 127.5),
+                    ];
+                    for ((error, norm), coded) in errors.iter_mut().zip(&mut norms[1..]).zip(coded)
+                    {
+                        *error += (value - coded) * (value - coded);
+                        *norm += coded * coded;
+                    }
+                }
+                let (first, second) = codes.split_at(UNIT / 2);
+                for (byte, (a, b)) in upper.iter_mut().zip(first.iter().zip(second)) {
+                    *byte = a >> 4 | (b & 0xF0);
+                }
+                for (byte, (a, b)) in lower.iter_mut().zip(first.iter().zip(second)) {
+                    *byte = (a & 15) | b << 4;
+                }
+            }
+            let tail: f64 = after.iter().map(|value| value * value).sum();
+            let [upper_error, error] = errors.map(|square| up(rounded_up(square).sqrt()));
+            self.numbers[index] = [scale, upper_error, error, up(rounded_up(tail).sqrt())];
+        }
+        let kept = if self.bits == Bits::Eight { 3 } else { 2 };
+        let norm = norms[..kept].iter().fold(0f64, |largest, &norm| largest.max(norm));
+        self.reach = up_f32(rounded_up(norm).sqrt());
+    }
+}
+
+/// A sum of squares of f64, and what rounding may have taken from it.
+pub(super) fn rounded_up(sum: f64) -> f64 {
+    sum * (1.0 + 1e-9)
+}
+
+impl Codes {
+    /// The codes of examples.
+    ///
+    /// Row `numbers[c * examples + i]` is that of example `i` at checkpoint `c`, and counts
+    /// `weights[c]` times; `norms` are about those of the examples, whose order they decide. Reads
+    /// the rows once, in order; O(examples · length of the rotation · log) time.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the arrays do not fit together; [`Error::NotFinite`] if the norm of an
+    /// example is not a number of 32 bits; [`Error::Io`]; [`Error::Stopped`].
+    pub fn new(
+        rows: &Rows,
+        numbers: &[u64],
+        weights: &[f32],
+        norms: &[f32],
+        rotation: Rotation,
+        bits: Bits,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Self, Error> {
+        let (examples, dim) = (norms.len(), rows.dim());
+        if examples > MAX_ROWS {
+            return Err(Error::shape("norms", format!("at most {MAX_ROWS}"), examples));
+        }
+        if weights.len().checked_mul(examples) != Some(numbers.len()) {
+            let must = format!("[{}, {examples}]", weights.len());
+            return Err(Error::shape("numbers", must, numbers.len()));
+        }
+        if weights.is_empty() || weights.iter().any(|&weight| !(weight.is_normal() && weight > 0.0))
+        {
+            let must = "at least one, all finite and positive";
+            return Err(Error::argument("weights", must, format!("{weights:?}")));
+        }
+        if weights.len().checked_mul(dim) != Some(rotation.length()) {
+            let must = format!("{} x {dim} long", weights.len());
+            return Err(Error::shape("rotation", must, rotation.length()));
+        }
+        let mut order: Vec<u32> = (0..examples as u32).collect();
+        order.sort_unstable_by(|&a, &b| {
+            norms[b as usize].total_cmp(&norms[a as usize]).then(a.cmp(&b))
+        });
+        let mut places = vec![0u32; examples];
+        for (place, &example) in order.iter().enumerate() {
+            places[example as usize] = place as u32;
+        }
+        let last = rotation.segments().len() - 1;
+        let segments = rotation.segments().iter().enumerate().map(|(index, &segment)| {
+            let width = segment / 2;
+            let two = if bits == Bits::Eight { examples } else { 0 };
+            Segment {
+                width,
+                upper: vec![0; examples * width],
+                lower: vec![0; two * width],
+                scales: vec![bf16::ZERO; examples],
+                upper_errors: vec![bf16::ZERO; examples],
+                errors: vec![bf16::ZERO; two],
+                tails: vec![bf16::ZERO; if index < last { examples } else { 0 }],
+            }
+        });
+        let reaches = vec![0f32; examples.div_ceil(BLOCK)];
+        let target = Mutex::new((segments.collect::<Vec<_>>(), reaches));
+        let size: usize = rotation.segments().iter().sum();
+        share(
+            examples.div_ceil(BLOCK),
+            threads,
+            asker,
+            || {
+                let coders: Vec<_> = (0..BLOCK).map(|_| Coder::new(&rotation, bits)).collect();
+                let (values, scales) = (vec![0f32; BLOCK * dim], Vec::<f32>::new());
+                (coders, vec![0f64; BLOCK * size], values, scales, Cursor::default())
+            },
+            |(coders, vectors, values, scales, cursor), job, watch| {
+                let first = job * BLOCK;
+                let here = BLOCK.min(examples - first);
+                vectors.fill(0.0);
+                for (checkpoint, &weight) in weights.iter().enumerate() {
+                    watch.check()?;
+                    let numbers = &numbers[checkpoint * examples + first..][..here];
+                    let values = &mut values[..here * dim];
+                    rows.read(numbers, values, scales, cursor)?;
+                    for ((vector, row), &scale) in
+                        vectors.chunks_exact_mut(size).zip(values.chunks_exact(dim)).zip(&*scales)
+                    {
+                        let factor = f64::from(scale) * f64::from(weight);
+                        for (out, &value) in vector[checkpoint * dim..].iter_mut().zip(row) {
+                            *out = f64::from(value) * factor;
+                        }
+                    }
+                }
+                for (index, (vector, coder)) in
+                    vectors.chunks_exact_mut(size).zip(coders.iter_mut()).enumerate().take(here)
+                {
+                    rotation.apply(vector);
+                    coder.encode(vector);
+                    if coder.reach.is_nan() || coder.reach >= f32::MAX / 4.0 {
+                        return Err(Error::NotFinite {
+                            argument: "rows",
+                            place: format!("the norm of example {} (from 0)", first + index),
+                            value: f64::from(coder.reach),
+                        });
+                    }
+                }
+                let mut target = target.lock().map_err(Error::panicked)?;
+                let (segments, reaches) = &mut *target;
+                for (coder, &place) in coders.iter().zip(&places[first..first + here]) {
+                    put(segments, coder, place as usize);
+                    let reach = &mut reaches[place as usize / BLOCK];
+                    *reach = reach.max(coder.reach);
+                }
+                Ok(())
+            },
+        )?;
+        let (segments, mut reaches) = target.into_inner().map_err(Error::panicked)?;
+        let mut largest = 0f32;
+        for reach in reaches.iter_mut().rev() {
+            largest = largest.max(*reach);
+            *reach = largest;
+        }
+        Ok(Self { rotation, weights: weights.to_vec(), order, segments, reaches })
+    }
+
+    /// How many examples have codes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.order.len()
+    }
+
+    /// True if none has.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.order.is_empty()
+    }
+
+    /// The map before rows become codes.
+    #[must_use]
+    pub fn rotation(&self) -> &Rotation {
+        &self.rotation
+    }
+
+    /// How often each checkpoint counts.
+    #[must_use]
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+
+    /// The example at each place.
+    #[must_use]
+    pub fn order(&self) -> &[u32] {
+        &self.order
+    }
+
+    /// The codes, segment by segment.
+    #[must_use]
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// For each block of [`BLOCK`] places the largest norm in it and after it.
+    #[must_use]
+    pub fn reaches(&self) -> &[f32] {
+        &self.reaches
+    }
+
+    /// How many bits of a code are kept.
+    #[must_use]
+    pub fn bits(&self) -> Bits {
+        let both = self.segments.iter().all(|segment| segment.errors.len() == self.len());
+        if both && !self.is_empty() { Bits::Eight } else { Bits::Four }
+    }
+
+    /// Bytes it takes in memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let segment = |segment: &Segment| {
+            let numbers = segment.scales.len()
+                + segment.upper_errors.len()
+                + segment.errors.len()
+                + segment.tails.len();
+            segment.upper.len() + segment.lower.len() + 2 * numbers
+        };
+        let segments: usize = self.segments.iter().map(segment).sum();
+        self.rotation.bytes()
+            + 4 * (self.weights.len() + self.order.len())
+            + segments
+            + 4 * self.reaches.len()
+    }
+}
+
+/// Writes a coded row at its place.
+fn put(segments: &mut [Segment], coder: &Coder, place: usize) {
+    for (index, segment) in segments.iter_mut().enumerate() {
+        let [scale, upper_error, error, tail] = coder.numbers[index];
+        let plane = place * segment.width..(place + 1) * segment.width;
+        segment.upper[plane.clone()].copy_from_slice(&coder.upper[index]);
+        segment.scales[place] = scale;
+        segment.upper_errors[place] = upper_error;
+        if coder.bits == Bits::Eight {
+            segment.lower[plane].copy_from_slice(&coder.lower[index]);
+            segment.errors[place] = error;
+        }
+        if let Some(here) = segment.tails.get_mut(place) {
+            *here = tail;
+        }
+    }
+}
+
+/// A query as the codes meet it: rotated, and each segment divided by a scale of its own into
+/// whole numbers from -127 to 127.
+#[derive(Clone, Debug)]
+pub(super) struct CodedQuery {
+    pub(super) segments: Vec<CodedSegment>,
+    /// Its norm.
+    pub(super) norm: f32,
+    /// The norm of what rounding has lost.
+    pub(super) error: f32,
+}
+
+/// A segment of a query.
+#[derive(Clone, Debug)]
+pub(super) struct CodedSegment {
+    /// The factors of a plane's lower halves, then of its upper halves.
+    pub(super) factors: Vec<i8>,
+    /// Their sum.
+    pub(super) sum: i32,
+    pub(super) scale: f32,
+    /// The norm of the query's segment.
+    pub(super) norm: f32,
+    /// The norm of the query's segments after it.
+    pub(super) rest: f32,
+}
+
+impl CodedQuery {
+    /// A query, as long as what the rotation takes.
+    pub(super) fn new(rotation: &Rotation, query: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = query.collect();
+        values.resize(rotation.segments().iter().sum(), 0.0);
+        rotation.apply(&mut values);
+        let norm = |values: &[f64]| {
+            let square: f64 = values.iter().map(|value| value * value).sum();
+            up_f32(rounded_up(square).sqrt())
+        };
+        let mut lost = 0.0;
+        let mut rest = &values[..];
+        let segments = rotation.segments().iter().map(|&segment| {
+            let (here, after) = rest.split_at(segment);
+            rest = after;
+            let largest = here.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+            let scale = up_f32(largest / 127.0);
+            let inverse = if scale > 0.0 { f64::from(scale).recip() } else { 0.0 };
+            let mut factors = vec![0i8; segment];
+            let (low, high) = factors.split_at_mut(segment / 2);
+            let mut sum = 0;
+            for (index, values) in here.chunks_exact(UNIT / 2).enumerate() {
+                let side = if index % 2 == 0 { &mut *low } else { &mut *high };
+                let out = &mut side[index / 2 * (UNIT / 2)..][..UNIT / 2];
+                for (out, &value) in out.iter_mut().zip(values) {
+                    let factor = (value * inverse).round().clamp(-127.0, 127.0);
+                    *out = factor as i8;
+                    sum += i32::from(*out);
+                    lost += (value - factor * f64::from(scale)).powi(2);
+                }
+            }
+            CodedSegment { factors, sum, scale, norm: norm(here), rest: norm(after) }
+        });
+        let segments = segments.collect();
+        Self { segments, norm: norm(&values), error: up_f32(rounded_up(lost).sqrt()) }
+    }
+}

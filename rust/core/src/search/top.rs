@@ -1,0 +1,96 @@
+//! The best examples so far.
+
+use std::cmp::Ordering;
+
+use super::{Ends, Hit, Sides};
+
+/// Larger score first, then lower example.
+fn by_largest(a: &Hit, b: &Hit) -> Ordering {
+    b.score.total_cmp(&a.score).then(a.example.cmp(&b.example))
+}
+
+/// Smaller score first, then lower example.
+fn by_smallest(a: &Hit, b: &Hit) -> Ordering {
+    a.score.total_cmp(&b.score).then(a.example.cmp(&b.example))
+}
+
+/// The candidates of one query for the ends that are wanted; examples may come in any order.
+#[derive(Clone, Debug)]
+pub(super) struct Sieve {
+    /// A score must be as large to be among the largest.
+    pub(super) above: f32,
+    /// A score must be as small to be among the smallest.
+    pub(super) below: f32,
+    largest: Vec<Hit>,
+    smallest: Vec<Hit>,
+}
+
+impl Sieve {
+    pub(super) fn new(sides: Sides) -> Self {
+        let open = |wanted: bool| if wanted { f32::NEG_INFINITY } else { f32::INFINITY };
+        Self {
+            above: open(sides.largest),
+            below: -open(sides.smallest),
+            largest: Vec::new(),
+            smallest: Vec::new(),
+        }
+    }
+
+    /// Whether an example with this score, a number, can be among either end.
+    #[inline]
+    pub(super) fn takes(&self, score: f32) -> bool {
+        score >= self.above || score <= self.below
+    }
+
+    /// Adds an example, once; of which the first `k` will be asked for.
+    pub(super) fn add(&mut self, hit: Hit, k: usize) {
+        // Zeros of both signs are one score.
+        let hit = Hit { score: hit.score + 0.0, ..hit };
+        let full = k.saturating_mul(2).max(64);
+        if hit.score >= self.above {
+            self.largest.push(hit);
+            if self.largest.len() >= full {
+                self.above = keep(&mut self.largest, k, 0).unwrap_or(self.above);
+            }
+        }
+        if hit.score <= self.below {
+            self.smallest.push(hit);
+            if self.smallest.len() >= full {
+                self.below = keep(&mut self.smallest, k, 1).unwrap_or(self.below);
+            }
+        }
+    }
+
+    /// Takes what another has found.
+    pub(super) fn merge(&mut self, other: Self) {
+        self.largest.extend(other.largest);
+        self.smallest.extend(other.smallest);
+    }
+
+    pub(super) fn finish(self, k: usize) -> Ends {
+        Ends { largest: finish(self.largest, k, 0), smallest: finish(self.smallest, k, 1) }
+    }
+}
+
+/// The order of a side: 0 has the largest first, 1 the smallest.
+fn order(side: usize) -> fn(&Hit, &Hit) -> Ordering {
+    [by_largest, by_smallest][side]
+}
+
+/// Keeps the first `k` of a side, the last of them at its place, and returns that one's score.
+pub(super) fn keep(hits: &mut Vec<Hit>, k: usize, side: usize) -> Option<f32> {
+    let last = k.checked_sub(1)?;
+    if last < hits.len() {
+        hits.select_nth_unstable_by(last, order(side));
+        hits.truncate(k);
+        return Some(hits[last].score);
+    }
+    None
+}
+
+/// The first `k` of a side, in order.
+pub(super) fn finish(mut hits: Vec<Hit>, k: usize, side: usize) -> Vec<Hit> {
+    hits.sort_unstable_by(order(side));
+    hits.truncate(k);
+    hits
+}

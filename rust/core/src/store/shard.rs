@@ -1,0 +1,297 @@
+//! Stored rows, in a file that is read by position into buffers of ours, or in memory.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+
+use crate::error::Error;
+use crate::kernels::InstructionSet;
+
+/// The type of stored values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// 32 bits.
+    F32,
+    /// 16 bits.
+    F16,
+    /// 8 bits: whole numbers.
+    I8,
+}
+
+impl Kind {
+    /// Bytes of a value.
+    #[must_use]
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+            Self::I8 => 1,
+        }
+    }
+}
+
+/// What a reader keeps between reads: the file it read last, and a buffer for narrower values.
+#[derive(Debug, Default)]
+pub struct Cursor {
+    open: Option<(PathBuf, File)>,
+    halves: Vec<f16>,
+    bytes: Vec<i8>,
+}
+
+impl Cursor {
+    fn file(&mut self, path: &Path) -> std::io::Result<&File> {
+        if self.open.as_ref().is_none_or(|(open, _)| open != path) {
+            self.open = Some((path.to_owned(), File::open(path)?));
+        }
+        match &self.open {
+            Some((_, file)) => Ok(file),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
+/// Rows of `dim` values.
+///
+/// A [`Cursor`] keeps one file open at a time: a store may have more files than a process may hold
+/// open.
+#[derive(Debug)]
+pub struct Shard {
+    place: Place,
+    kind: Kind,
+    rows: u64,
+    dim: usize,
+}
+
+/// Where rows are.
+#[derive(Debug)]
+enum Place {
+    /// From a byte of a file on.
+    File(PathBuf, u64),
+    /// In memory, by kind.
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    I8(Vec<i8>),
+}
+
+impl Shard {
+    /// `rows` rows from byte `offset` of a file to its end.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it is not there, [`Error::Damaged`] if it is not exactly as long as
+    /// its rows need.
+    pub fn in_file(
+        path: &Path,
+        offset: u64,
+        rows: u64,
+        dim: usize,
+        kind: Kind,
+    ) -> Result<Self, Error> {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let length = std::fs::metadata(path).map_err(io)?.len();
+        let needed = (dim as u64)
+            .checked_mul(kind.size() as u64)
+            .and_then(|width| width.checked_mul(rows))
+            .and_then(|bytes| bytes.checked_add(offset));
+        if needed != Some(length) {
+            let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
+            return Err(Error::Damaged {
+                path: path.to_owned(),
+                what: format!("{rows} rows of {dim} need {needed} bytes, it has {length}"),
+            });
+        }
+        Ok(Self { place: Place::File(path.to_owned(), offset), kind, rows, dim })
+    }
+
+    /// Rows in memory; what is left after whole rows is not looked at.
+    #[must_use]
+    pub fn in_memory(values: Vec<f32>, dim: usize) -> Self {
+        let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
+        Self { place: Place::F32(values), kind: Kind::F32, rows, dim }
+    }
+
+    /// The rows of shards one after the other in the order of their numbers, as they are stored,
+    /// in memory. Numbers are those of the shard and of the row in it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a shard has another kind or width; as [`Shard::read`].
+    pub fn gathered(
+        shards: &[Self],
+        rows: &[(usize, u64)],
+        cursor: &mut Cursor,
+    ) -> Result<Self, Error> {
+        let (kind, dim) = shards.first().map_or((Kind::F32, 1), |shard| (shard.kind, shard.dim));
+        if shards.iter().any(|shard| (shard.kind, shard.dim) != (kind, dim)) {
+            return Err(Error::shape("shards", "of one kind and width", "several"));
+        }
+        let size = rows.len() * dim;
+        let mut found = match kind {
+            Kind::F32 => Place::F32(vec![0.0; size]),
+            Kind::F16 => Place::F16(vec![f16::ZERO; size]),
+            Kind::I8 => Place::I8(vec![0; size]),
+        };
+        for (index, &(shard, row)) in rows.iter().enumerate() {
+            let here = index * dim..(index + 1) * dim;
+            let shard = &shards[shard];
+            shard.check(row, 1)?;
+            match &mut found {
+                Place::F32(values) => shard.stored(row, &mut values[here], cursor)?,
+                Place::F16(values) => shard.stored(row, &mut values[here], cursor)?,
+                Place::I8(values) => shard.stored(row, &mut values[here], cursor)?,
+                Place::File(..) => {}
+            }
+        }
+        Ok(Self { place: found, kind, rows: rows.len() as u64, dim })
+    }
+
+    /// The number of rows.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Bytes it takes in memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match &self.place {
+            Place::File(path, _) => path.as_os_str().len(),
+            Place::F32(values) => 4 * values.len(),
+            Place::F16(values) => 2 * values.len(),
+            Place::I8(values) => values.len(),
+        }
+    }
+
+    /// The rows from `first` on, where they lie in memory as f32.
+    #[must_use]
+    pub fn lent(&self, first: u64, count: usize) -> Option<&[f32]> {
+        let Place::F32(values) = &self.place else { return None };
+        let at = usize::try_from(first).ok()?.checked_mul(self.dim)?;
+        values.get(at..)?.get(..count.checked_mul(self.dim)?)
+    }
+
+    /// Reads the rows from `first` on into `out`, as many as fit.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not so many rows, [`Error::Io`] if reading fails.
+    pub fn read(&self, first: u64, out: &mut [f32], cursor: &mut Cursor) -> Result<(), Error> {
+        self.check(first, (out.len() / self.dim) as u64)?;
+        match self.kind {
+            Kind::F32 => self.stored(first, out, cursor)?,
+            Kind::F16 => {
+                let mut halves = std::mem::take(&mut cursor.halves);
+                halves.resize(out.len(), f16::ZERO);
+                let done = self.stored(first, &mut halves, cursor);
+                InstructionSet::best().widen(&halves, out);
+                cursor.halves = halves;
+                done?;
+            }
+            Kind::I8 => {
+                let mut bytes = std::mem::take(&mut cursor.bytes);
+                bytes.resize(out.len(), 0);
+                let done = self.stored(first, &mut bytes, cursor);
+                InstructionSet::best().widen_bytes(&bytes, out);
+                cursor.bytes = bytes;
+                done?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, first: u64, count: u64) -> Result<(), Error> {
+        if first.checked_add(count).is_none_or(|end| end > self.rows) {
+            let place = match &self.place {
+                Place::File(path, _) => path.display().to_string(),
+                _ => "a matrix in memory".into(),
+            };
+            let must = format!("within the {} of {place}", self.rows);
+            return Err(Error::shape("rows", must, format!("{count} from {first}")));
+        }
+        Ok(())
+    }
+
+    /// Reads stored values of the shard's own kind; `first` and their number have been checked.
+    fn stored<T: bytemuck::Pod>(
+        &self,
+        first: u64,
+        out: &mut [T],
+        cursor: &mut Cursor,
+    ) -> Result<(), Error> {
+        // The values lie as they do in memory: the crate compiles for little-endian targets only.
+        let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+        let at = first * (self.dim * self.kind.size()) as u64;
+        let bytes: &[u8] = match &self.place {
+            Place::File(path, offset) => {
+                let io = |source| Error::Io { path: path.clone(), source };
+                let file = cursor.file(path).map_err(io)?;
+                return read_exact_at(file, out, offset + at).map_err(io);
+            }
+            Place::F32(values) => bytemuck::cast_slice(values),
+            Place::F16(values) => bytemuck::cast_slice(values),
+            Place::I8(values) => bytemuck::cast_slice(values),
+        };
+        out.copy_from_slice(&bytes[at as usize..][..out.len()]);
+        Ok(())
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        let read = std::os::windows::fs::FileExt::seek_read(file, bytes, at)?;
+        if read == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes = &mut bytes[read..];
+        at += read as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn rows_come_back_and_a_wrong_length_is_damage() {
+        let path = std::env::temp_dir().join(format!("whence-rows-{}", std::process::id()));
+        let mut file = File::create(&path).unwrap();
+        file.write_all(b"head").unwrap();
+        for value in 0..6u8 {
+            file.write_all(&f16::from_f32(f32::from(value)).to_le_bytes()).unwrap();
+        }
+        drop(file);
+        let cursor = &mut Cursor::default();
+        let rows = Shard::in_file(&path, 4, 3, 2, Kind::F16).unwrap();
+        let mut out = [0.0; 4];
+        rows.read(1, &mut out, cursor).unwrap();
+        assert_eq!(out, [2.0, 3.0, 4.0, 5.0]);
+        assert!(rows.read(2, &mut out, cursor).is_err());
+        for (offset, count) in [(4, 2), (4, 4), (0, 3), (4, u64::MAX)] {
+            let found = Shard::in_file(&path, offset, count, 2, Kind::F16);
+            assert!(matches!(found, Err(Error::Damaged { .. })));
+        }
+        let gathered = Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor).unwrap();
+        gathered.read(0, &mut out, cursor).unwrap();
+        assert_eq!(out, [4.0, 5.0, 0.0, 1.0]);
+        assert_eq!(gathered.bytes(), 8);
+        assert!(Shard::gathered(&[gathered], &[(0, 2)], cursor).is_err());
+        // As bytes, the same file has twice as many values.
+        let bytes = Shard::in_file(&path, 4, 6, 2, Kind::I8).unwrap();
+        bytes.read(1, &mut out[..2], cursor).unwrap();
+        assert_eq!(out[..2], [0.0, 60.0]);
+        std::fs::remove_file(&path).unwrap();
+        let memory = Shard::in_memory(vec![1.0, 2.0, 3.0], 1);
+        assert_eq!(memory.lent(1, 2), Some(&[2.0, 3.0][..]));
+        assert_eq!(memory.lent(2, 2), None);
+        memory.read(2, &mut out[..1], cursor).unwrap();
+        assert_eq!(out[0], 3.0);
+        assert!(memory.read(3, &mut out[..1], cursor).is_err());
+    }
+}
