@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 
+use half::{bf16, f16};
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
-    PyReadonlyArray3, PyUntypedArrayMethods,
+    Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyReadonlyArray3, PyUntypedArrayMethods, ToPyArray,
 };
 use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::search::certified;
-use whence_core::search::codes::{self, Bits};
+use whence_core::search::codes::{self, Bits, Segment};
 use whence_core::search::rotation::Rotation;
 use whence_core::search::{self, Ends, Hit, Request, Sides};
 use whence_core::store::{Kind, Shard};
@@ -55,6 +56,19 @@ impl Rows {
         Ok(Self { rows, dim })
     }
 
+    /// The rows of a matrix, copied, in memory.
+    #[staticmethod]
+    fn of(py: Python<'_>, matrix: &Bound<'_, PyAny>) -> PyResult<Self> {
+        if let Ok(values) = matrix.extract::<PyReadonlyArray2<'_, f32>>() {
+            return Self::in_memory(py, &values, Shard::in_memory);
+        }
+        if let Ok(values) = matrix.extract::<PyReadonlyArray2<'_, f16>>() {
+            return Self::in_memory(py, &values, Shard::halves_in_memory);
+        }
+        let values = matrix.extract::<PyReadonlyArray2<'_, i8>>()?;
+        Self::in_memory(py, &values, Shard::bytes_in_memory)
+    }
+
     fn read<'py>(
         &self,
         py: Python<'py>,
@@ -65,30 +79,81 @@ impl Rows {
         values.into_pyarray(py).reshape([numbers.len(), self.dim])
     }
 
-    #[pyo3(signature = (rows, queries, k, sides, excluded, threads, segments=vec![]))]
+    /// The rows of some numbers, in memory.
+    fn gathered(&self, py: Python<'_>, numbers: PyReadonlyArray1<'_, u64>) -> PyResult<Self> {
+        let numbers = numbers.as_slice().map_err(|_| not_contiguous(py, "numbers"))?;
+        let rows = compute(py, |_| self.rows.gathered(numbers))?;
+        Ok(Self { rows, dim: self.dim })
+    }
+
+    fn norms<'py>(&self, py: Python<'py>, threads: usize) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        Ok(compute(py, |asker| self.rows.norms(threads, asker))?.into_pyarray(py))
+    }
+
+    #[getter]
+    fn bytes(&self) -> usize {
+        self.rows.bytes()
+    }
+
+    #[pyo3(signature = (rows, queries, k, sides, excluded, norms, threads, segments=vec![]))]
     fn ends<'py>(
         &self,
         py: Python<'py>,
-        rows: PyReadonlyArray2<'_, u64>,
+        rows: Option<PyReadonlyArray2<'_, u64>>,
         queries: PyReadonlyArray3<'_, f32>,
         k: usize,
         sides: (bool, bool),
         excluded: Vec<Vec<u64>>,
+        norms: Option<PyReadonlyArray1<'_, f32>>,
         threads: usize,
         segments: Vec<(usize, usize)>,
     ) -> PyResult<(Side<'py>, Side<'py>)> {
-        let (examples, count) = (rows.shape()[1], queries.shape()[1]);
-        if queries.shape()[2] != self.dim || queries.shape()[0] != rows.shape()[0] {
-            let must = format!("[{}, queries, {}]", rows.shape()[0], self.dim);
+        let (checkpoints, examples) = match &rows {
+            Some(rows) => (rows.shape()[0], rows.shape()[1]),
+            None => (1, self.rows.len() as usize),
+        };
+        let count = queries.shape()[1];
+        if queries.shape()[2] != self.dim || queries.shape()[0] != checkpoints {
+            let must = format!("[{checkpoints}, queries, {}]", self.dim);
             let got = format!("{:?}", queries.shape());
             return Err(exception(py, &Error::shape("queries", must, got)));
         }
-        let rows = rows.as_slice().map_err(|_| not_contiguous(py, "rows"))?;
+        let rows = numbers_of(py, rows.as_ref())?;
         let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
         let (excluded, segments, sides) = (&excluded, &segments, wanted(sides));
-        let request = Request { rows, examples, queries, count, k, sides, excluded, segments };
+        let norms = match &norms {
+            Some(norms) => norms.as_slice().map_err(|_| not_contiguous(py, "norms"))?,
+            None => &[],
+        };
+        let request =
+            Request { rows, examples, queries, count, k, sides, excluded, norms, segments };
         let found = compute(py, |asker| search::ends(&self.rows, &request, threads, asker))?;
         Ok((side(py, &found, |ends| &ends.largest)?, side(py, &found, |ends| &ends.smallest)?))
+    }
+}
+
+impl Rows {
+    fn in_memory<T: Element + Copy>(
+        py: Python<'_>,
+        values: &PyReadonlyArray2<'_, T>,
+        shard: impl FnOnce(Vec<T>, usize) -> Shard,
+    ) -> PyResult<Self> {
+        let (count, dim) = (values.shape()[0], values.shape()[1]);
+        let values = values.as_slice().map_err(|_| not_contiguous(py, "matrix"))?.to_vec();
+        let shards = vec![shard(values, dim)];
+        let rows = search::Rows::new(shards, vec![1.0; count], dim);
+        Ok(Self { rows: rows.map_err(|error| exception(py, &error))?, dim })
+    }
+}
+
+/// Numbers of rows; none for examples that are the rows.
+fn numbers_of<'a>(
+    py: Python<'_>,
+    numbers: Option<&'a PyReadonlyArray2<'_, u64>>,
+) -> PyResult<&'a [u64]> {
+    match numbers {
+        Some(numbers) => numbers.as_slice().map_err(|_| not_contiguous(py, "numbers")),
+        None => Ok(&[]),
     }
 }
 
@@ -107,7 +172,7 @@ impl Codes {
     fn new(
         py: Python<'_>,
         rows: &Rows,
-        numbers: PyReadonlyArray2<'_, u64>,
+        numbers: Option<PyReadonlyArray2<'_, u64>>,
         weights: Vec<f32>,
         norms: PyReadonlyArray1<'_, f32>,
         prefix: Vec<usize>,
@@ -116,7 +181,7 @@ impl Codes {
         bits: usize,
         threads: usize,
     ) -> PyResult<Self> {
-        let numbers = numbers.as_slice().map_err(|_| not_contiguous(py, "numbers"))?;
+        let numbers = numbers_of(py, numbers.as_ref())?;
         let norms = norms.as_slice().map_err(|_| not_contiguous(py, "norms"))?;
         let directions = directions.as_slice().map_err(|_| not_contiguous(py, "directions"))?;
         let codes = compute(py, |asker| {
@@ -133,6 +198,70 @@ impl Codes {
         Ok(Self { codes })
     }
 
+    /// What `parts` gave.
+    #[staticmethod]
+    fn from_parts(
+        py: Python<'_>,
+        length: usize,
+        prefix: Vec<usize>,
+        directions: PyReadonlyArray2<'_, f64>,
+        seed: u64,
+        weights: Vec<f32>,
+        order: PyReadonlyArray1<'_, u32>,
+        segments: Vec<SegmentParts<'_>>,
+        reaches: PyReadonlyArray1<'_, f32>,
+    ) -> PyResult<Self> {
+        let directions = directions.as_slice().map_err(|_| not_contiguous(py, "directions"))?;
+        let segments = segments
+            .iter()
+            .map(|(width, planes, numbers)| {
+                let [upper, lower] = planes.each_ref().map(|plane| copied(py, plane));
+                let [scales, upper_errors, errors, tails] =
+                    numbers.each_ref().map(|numbers| copied(py, numbers));
+                let bits = |bits: PyResult<Vec<u16>>| -> PyResult<Vec<bf16>> {
+                    Ok(bits?.into_iter().map(bf16::from_bits).collect())
+                };
+                Ok(Segment {
+                    width: *width,
+                    upper: upper?,
+                    lower: lower?,
+                    scales: bits(scales)?,
+                    upper_errors: bits(upper_errors)?,
+                    errors: bits(errors)?,
+                    tails: bits(tails)?,
+                })
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        let (order, reaches) = (copied(py, &order)?, copied(py, &reaches)?);
+        let codes = compute(py, |_| {
+            let rotation = Rotation::new(length, &prefix, directions, seed)?;
+            codes::Codes::from_parts(rotation, weights, order, segments, reaches)
+        })?;
+        Ok(Self { codes })
+    }
+
+    /// The arrays it is made of: order, segments and reaches.
+    fn parts<'py>(&self, py: Python<'py>) -> Parts<'py> {
+        let segments = self.codes.segments().iter().map(|segment| {
+            let bits = |numbers: &[bf16]| -> Bound<'py, PyArray1<u16>> {
+                let bits: Vec<u16> = numbers.iter().map(|number| number.to_bits()).collect();
+                bits.into_pyarray(py)
+            };
+            (
+                segment.width,
+                [segment.upper.to_pyarray(py), segment.lower.to_pyarray(py)],
+                [
+                    bits(&segment.scales),
+                    bits(&segment.upper_errors),
+                    bits(&segment.errors),
+                    bits(&segment.tails),
+                ],
+            )
+        });
+        let (order, reaches) = (self.codes.order(), self.codes.reaches());
+        (order.to_pyarray(py), segments.collect(), reaches.to_pyarray(py))
+    }
+
     #[getter]
     fn bytes(&self) -> usize {
         self.codes.bytes()
@@ -143,7 +272,7 @@ impl Codes {
         &self,
         py: Python<'py>,
         rows: &Rows,
-        numbers: PyReadonlyArray2<'_, u64>,
+        numbers: Option<PyReadonlyArray2<'_, u64>>,
         queries: PyReadonlyArray3<'_, f32>,
         k: usize,
         sides: (bool, bool),
@@ -153,7 +282,7 @@ impl Codes {
         threads: usize,
     ) -> PyResult<Answers<'py>> {
         let count = queries.shape()[1];
-        let numbers = numbers.as_slice().map_err(|_| not_contiguous(py, "numbers"))?;
+        let numbers = numbers_of(py, numbers.as_ref())?;
         let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
         let eligible = match &eligible {
             Some(eligible) => eligible.as_slice().map_err(|_| not_contiguous(py, "eligible"))?,
@@ -181,6 +310,14 @@ impl Codes {
             margins.into_pyarray(py).reshape([count, 2])?,
         ))
     }
+}
+
+type SegmentParts<'py> = (usize, [PyReadonlyArray1<'py, u8>; 2], [PyReadonlyArray1<'py, u16>; 4]);
+type SegmentArrays<'py> = (usize, [Bound<'py, PyArray1<u8>>; 2], [Bound<'py, PyArray1<u16>>; 4]);
+type Parts<'py> = (Bound<'py, PyArray1<u32>>, Vec<SegmentArrays<'py>>, Bound<'py, PyArray1<f32>>);
+
+fn copied<T: Element + Copy>(py: Python<'_>, array: &PyReadonlyArray1<'_, T>) -> PyResult<Vec<T>> {
+    Ok(array.as_slice().map_err(|_| not_contiguous(py, "parts"))?.to_vec())
 }
 
 type Answers<'py> = (Side<'py>, Side<'py>, Bound<'py, PyArray1<u64>>, Bound<'py, PyArray2<f32>>);

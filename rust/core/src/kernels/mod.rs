@@ -36,6 +36,9 @@ macro_rules! compiled_forms {
                 estimates: &[f32], bounds: &[f32], above: f32, below: f32,
                 survivors: &mut Vec<u32>
             );
+            fn sift_each(
+                scores: &[f32], above: &[f32], below: &[f32], survivors: &mut Vec<u32>
+            );
             fn reflect(direction: &[f64], factor: f64, values: &mut [f64]);
             fn butterflies(values: &mut [f64]);
             fn add_norm_terms(
@@ -728,6 +731,14 @@ impl InstructionSet {
         in_set!(self, sift(estimates, bounds, above, below, survivors));
     }
 
+    /// Appends the places at which the score reaches `above`, or falls to `below`, or is no number;
+    /// in rising order.
+    #[inline]
+    pub fn sift_each(self, scores: &[f32], above: &[f32], below: &[f32], survivors: &mut Vec<u32>) {
+        debug_assert!(above.len() == scores.len() && below.len() == scores.len());
+        in_set!(self, sift_each(scores, above, below, survivors));
+    }
+
     /// Takes `factor` times the product with `direction`, along it, off `values`.
     #[inline]
     pub fn reflect(self, direction: &[f64], factor: f64, values: &mut [f64]) {
@@ -1249,6 +1260,14 @@ mod tests {
                     prop_assert_eq!(found[at], 0.25 + scale * 0.375 * (2 * product - 7) as f32);
                     prop_assert_eq!(sums[at], bound + scale * 3.0);
                     if estimate.is_nan() || estimate + bound >= above || estimate - bound <= below {
+                        expected.push(at as u32);
+                    }
+                }
+                prop_assert_eq!(survivors, expected);
+                let (mut survivors, mut expected) = (vec![], vec![]);
+                set.sift_each(&estimates, &scales, &bounds, &mut survivors);
+                for (at, &(_, above, score, below)) in values.iter().enumerate() {
+                    if score.is_nan() || score >= above || score <= below {
                         expected.push(at as u32);
                     }
                 }

@@ -525,6 +525,38 @@ pub(super) fn sift(
 
 /// As `add_columns`.
 #[inline(always)]
+pub(super) fn sift_each(scores: &[f32], above: &[f32], below: &[f32], survivors: &mut Vec<u32>) {
+    let passes = |score: f32, above: f32, below: f32| !(score < above && score > below);
+    let (whole, rest) = scores.as_chunks::<LANES>();
+    let ((aboves, rest_above), (belows, rest_below)) =
+        (above.as_chunks::<LANES>(), below.as_chunks::<LANES>());
+    for (index, (scores, (above, below))) in whole.iter().zip(aboves.iter().zip(belows)).enumerate()
+    {
+        let mut any = false;
+        for ((&score, &above), &below) in scores.iter().zip(above).zip(below) {
+            any |= passes(score, above, below);
+        }
+        if any {
+            for (lane, ((&score, &above), &below)) in
+                scores.iter().zip(above).zip(below).enumerate()
+            {
+                if passes(score, above, below) {
+                    survivors.push((index * LANES + lane) as u32);
+                }
+            }
+        }
+    }
+    for (lane, ((&score, &above), &below)) in
+        rest.iter().zip(rest_above).zip(rest_below).enumerate()
+    {
+        if passes(score, above, below) {
+            survivors.push((whole.len() * LANES + lane) as u32);
+        }
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
 pub(super) fn reflect(direction: &[f64], factor: f64, values: &mut [f64]) {
     let mut lanes = [0.0; 8];
     let (whole, rest) = values.as_chunks::<8>();

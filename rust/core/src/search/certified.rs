@@ -13,6 +13,7 @@ use half::bf16;
 
 use super::codes::{BLOCK, Bits, CodedQuery, CodedSegment, Codes, Segment};
 use super::exact::Scorer;
+use super::rows::check_numbers;
 use super::{Ends, Hit, Rows, Sides, top};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
@@ -32,7 +33,8 @@ const SMALLEST: f32 = 1e-35;
 pub struct Request<'a> {
     /// The rows that the codes are of.
     pub rows: &'a Rows,
-    /// `[checkpoints, examples]`: the number of the row of each example at each checkpoint.
+    /// `[checkpoints, examples]`: the number of the row of each example at each checkpoint; empty
+    /// for one checkpoint whose rows have the numbers of their examples.
     pub numbers: &'a [u64],
     /// `[checkpoints, queries, dim]`: the query rows, each times the weight of its checkpoint.
     pub queries: &'a [f32],
@@ -656,10 +658,7 @@ fn check(codes: &Codes, request: &Request<'_>) -> Result<(), Error> {
         let must = format!("{} wide", codes.rotation().length() / checkpoints.max(1));
         return Err(Error::shape("rows", must, dim));
     }
-    if checkpoints.checked_mul(codes.len()) != Some(request.numbers.len()) {
-        let must = format!("[{checkpoints}, {}]", codes.len());
-        return Err(Error::shape("numbers", must, request.numbers.len()));
-    }
+    check_numbers("numbers", request.numbers, checkpoints, codes.len())?;
     let width = checkpoints.checked_mul(dim).and_then(|width| width.checked_mul(request.count));
     if width != Some(request.queries.len()) {
         let must = format!("[{checkpoints}, {}, {dim}]", request.count);
@@ -740,6 +739,11 @@ mod tests {
             let codes =
                 Codes::new(&rows, &numbers, weights, &norms, rotation, bits, threads, &asker).unwrap();
             prop_assert_eq!(codes.bits(), bits);
+            let back = Codes::from_parts(
+                codes.rotation().clone(), codes.weights().to_vec(), codes.order().to_vec(),
+                codes.segments().to_vec(), codes.reaches().to_vec(),
+            );
+            prop_assert_eq!(&back.unwrap(), &codes);
             let queries: Vec<f32> = (0..count * length)
                 .map(|i| (random::value(seed ^ 1, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0)
                 .map(|value| if kind == 1 { (2.0 * value).round() } else { value })
@@ -774,7 +778,7 @@ mod tests {
                 .collect();
             let scan = search::Request {
                 rows: &scan_numbers, examples: picked.len(), queries: &queries, count, k, sides,
-                excluded: &renamed, segments: &[],
+                excluded: &renamed, norms: &[], segments: &[],
             };
             let expected = ends(&rows, &scan, 1, &asker).unwrap();
             for (found, expected) in found.iter().zip(expected) {
@@ -828,6 +832,48 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn parts_that_a_search_could_not_rely_on_are_refused() {
+        let Data { rows, numbers, norms } = data(0, 300, 1, 100, 1);
+        let rotation = Rotation::new(100, &[UNIT], &[], 0).unwrap();
+        let asker = Asker::new(&never);
+        let codes =
+            Codes::new(&rows, &numbers, &[1.0], &norms, rotation, Bits::Eight, 1, &asker).unwrap();
+        struct Parts {
+            weights: Vec<f32>,
+            order: Vec<u32>,
+            segments: Vec<Segment>,
+            reaches: Vec<f32>,
+        }
+        let with = |change: &dyn Fn(&mut Parts)| {
+            let mut parts = Parts {
+                weights: codes.weights().to_vec(),
+                order: codes.order().to_vec(),
+                segments: codes.segments().to_vec(),
+                reaches: codes.reaches().to_vec(),
+            };
+            change(&mut parts);
+            let Parts { weights, order, segments, reaches } = parts;
+            Codes::from_parts(codes.rotation().clone(), weights, order, segments, reaches)
+        };
+        assert!(with(&|_| ()).is_ok());
+        assert!(with(&|parts| parts.weights[0] = 0.0).is_err());
+        assert!(with(&|parts| parts.weights.extend([1.0, 1.0])).is_err());
+        assert!(with(&|parts| parts.order[1] = parts.order[0]).is_err());
+        assert!(with(&|parts| parts.order[0] = 300).is_err());
+        assert!(with(&|parts| parts.order.truncate(299)).is_err());
+        assert!(with(&|parts| parts.segments.truncate(1)).is_err());
+        assert!(with(&|parts| parts.segments.clear()).is_err());
+        assert!(with(&|parts| parts.segments[0].width = 0).is_err());
+        assert!(with(&|parts| parts.segments[1].lower.clear()).is_err());
+        assert!(with(&|parts| parts.segments[0].tails.clear()).is_err());
+        assert!(with(&|parts| parts.segments[0].scales[7] = bf16::NAN).is_err());
+        assert!(with(&|parts| parts.segments[0].errors[7] = bf16::from_f32(-1.0)).is_err());
+        assert!(with(&|parts| parts.reaches[2] = parts.reaches[0] * 2.0).is_err());
+        assert!(with(&|parts| parts.reaches[0] = f32::NAN).is_err());
+        assert!(with(&|parts| parts.reaches.truncate(1)).is_err());
     }
 
     #[test]

@@ -16,6 +16,7 @@ use half::bf16;
 
 use super::Rows;
 use super::rotation::{Rotation, UNIT};
+use super::rows::{check_numbers, number};
 use crate::error::Error;
 use crate::parallel::share;
 use crate::stop::Asker;
@@ -160,7 +161,8 @@ pub(super) fn rounded_up(sum: f64) -> f64 {
 impl Codes {
     /// The codes of examples.
     ///
-    /// Row `numbers[c * examples + i]` is that of example `i` at checkpoint `c`, and counts
+    /// Row `numbers[c * examples + i]` is that of example `i` at checkpoint `c` (row `i` if there are
+    /// no numbers), and counts
     /// `weights[c]` times; `norms` are about those of the examples, whose order they decide. Reads
     /// the rows once, in order; O(examples · length of the rotation · log) time.
     ///
@@ -181,15 +183,8 @@ impl Codes {
         if examples > MAX_ROWS {
             return Err(Error::shape("norms", format!("at most {MAX_ROWS}"), examples));
         }
-        if weights.len().checked_mul(examples) != Some(numbers.len()) {
-            let must = format!("[{}, {examples}]", weights.len());
-            return Err(Error::shape("numbers", must, numbers.len()));
-        }
-        if weights.is_empty() || weights.iter().any(|&weight| !(weight.is_normal() && weight > 0.0))
-        {
-            let must = "at least one, all finite and positive";
-            return Err(Error::argument("weights", must, format!("{weights:?}")));
-        }
+        check_numbers("numbers", numbers, weights.len(), examples)?;
+        check_weights(weights)?;
         if weights.len().checked_mul(dim) != Some(rotation.length()) {
             let must = format!("{} x {dim} long", weights.len());
             return Err(Error::shape("rotation", must, rotation.length()));
@@ -234,9 +229,10 @@ impl Codes {
                 vectors.fill(0.0);
                 for (checkpoint, &weight) in weights.iter().enumerate() {
                     watch.check()?;
-                    let numbers = &numbers[checkpoint * examples + first..][..here];
+                    let row = |example| number(numbers, examples, checkpoint, example);
+                    let numbers: Vec<u64> = (first..first + here).map(row).collect();
                     let values = &mut values[..here * dim];
-                    rows.read(numbers, values, scales, cursor)?;
+                    rows.read(&numbers, values, scales, cursor)?;
                     for ((vector, row), &scale) in
                         vectors.chunks_exact_mut(size).zip(values.chunks_exact(dim)).zip(&*scales)
                     {
@@ -276,6 +272,75 @@ impl Codes {
             *reach = largest;
         }
         Ok(Self { rotation, weights: weights.to_vec(), order, segments, reaches })
+    }
+
+    /// Codes that were taken apart and kept: by [`Codes::segments`], [`Codes::order`],
+    /// [`Codes::reaches`], [`Codes::weights`] and [`Codes::rotation`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Argument`] if they are not such as a search can rely on: sizes
+    /// that fit, every example at one place, numbers that bound something, falling reaches. Whether
+    /// they are of the right rows only a checksum can tell.
+    pub fn from_parts(
+        rotation: Rotation,
+        weights: Vec<f32>,
+        order: Vec<u32>,
+        segments: Vec<Segment>,
+        reaches: Vec<f32>,
+    ) -> Result<Self, Error> {
+        let rows = order.len();
+        check_weights(&weights)?;
+        if !rotation.length().is_multiple_of(weights.len()) {
+            let must = format!("one for each of equal parts of {}", rotation.length());
+            return Err(Error::shape("weights", must, weights.len()));
+        }
+        let mut seen = vec![false; rows];
+        for &example in &order {
+            match seen.get_mut(example as usize) {
+                Some(seen) if !*seen => *seen = true,
+                _ => return Err(Error::argument("order", "every example once", example)),
+            }
+        }
+        if segments.len() != rotation.segments().len() {
+            let must = format!("{} of them", rotation.segments().len());
+            return Err(Error::shape("segments", must, segments.len()));
+        }
+        let eight = segments.first().is_some_and(|segment| !segment.lower.is_empty());
+        let last = segments.len() - 1;
+        for (index, (segment, &length)) in segments.iter().zip(rotation.segments()).enumerate() {
+            let both = if eight { rows } else { 0 };
+            let tails = if index < last { rows } else { 0 };
+            let planes = [(&segment.upper, rows), (&segment.lower, both)];
+            let numbers = [
+                (&segment.scales, rows),
+                (&segment.upper_errors, rows),
+                (&segment.errors, both),
+                (&segment.tails, tails),
+            ];
+            let fits = segment.width == length / 2
+                && planes.iter().all(|(plane, rows)| plane.len() == rows * segment.width)
+                && numbers.iter().all(|(numbers, rows)| numbers.len() == *rows);
+            if !fits {
+                let must = format!("{rows} rows of {} bytes a plane", length / 2);
+                return Err(Error::shape("segments", must, format!("others in segment {index}")));
+            }
+            let bound = |number: &bf16| number.is_finite() && !number.is_sign_negative();
+            if !numbers.iter().all(|(numbers, _)| numbers.iter().all(bound)) {
+                let must = "made of numbers that are finite and not negative";
+                return Err(Error::argument(
+                    "segments",
+                    must,
+                    format!("others in segment {index}"),
+                ));
+            }
+        }
+        let falling = reaches.iter().all(|reach| reach.is_finite() && *reach >= 0.0)
+            && reaches.is_sorted_by(|a, b| a >= b);
+        if reaches.len() != rows.div_ceil(BLOCK) || !falling {
+            let must = format!("{} falling norms", rows.div_ceil(BLOCK));
+            return Err(Error::shape("reaches", must, reaches.len()));
+        }
+        Ok(Self { rotation, weights, order, segments, reaches })
     }
 
     /// How many examples have codes.
@@ -343,6 +408,14 @@ impl Codes {
             + segments
             + 4 * self.reaches.len()
     }
+}
+
+fn check_weights(weights: &[f32]) -> Result<(), Error> {
+    if weights.is_empty() || weights.iter().any(|&weight| !(weight.is_normal() && weight > 0.0)) {
+        let must = "at least one, all finite and positive";
+        return Err(Error::argument("weights", must, format!("{weights:?}")));
+    }
+    Ok(())
 }
 
 /// Writes a coded row at its place.

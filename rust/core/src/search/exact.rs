@@ -3,22 +3,28 @@
 //! Examples are scored a block at a time; a block's scores are sifted at once, so no array of all
 //! examples by all queries exists.
 
+use std::ops::Range;
+
+use super::rows::{check_numbers, number};
 use super::top::Sieve;
 use super::{Ends, Hit, Rows, Sides};
 use crate::error::Error;
-use crate::kernels::InstructionSet;
+use crate::kernels::{InstructionSet, LANES};
 use crate::parallel::share;
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 use crate::store::Cursor;
 
 /// Values of a block of rows: 1 MiB as f32, half of a common second cache.
 const BLOCK: usize = 1 << 18;
 /// Values of a group of queries that meet a block together.
 const GROUP: usize = 1 << 17;
+/// Examples of the largest norms that are scored first.
+const LEAD: usize = 1024;
 
 /// What to search for.
 pub struct Request<'a> {
-    /// `[checkpoints, examples]`: the number of the row of each example at each checkpoint.
+    /// `[checkpoints, examples]`: the number of the row of each example at each checkpoint; empty
+    /// for one checkpoint whose rows have the numbers of their examples.
     pub rows: &'a [u64],
     /// How many examples there are.
     pub examples: usize,
@@ -32,6 +38,9 @@ pub struct Request<'a> {
     pub sides: Sides,
     /// For each query the examples it must not return, in rising order; empty for none at all.
     pub excluded: &'a [Vec<u64>],
+    /// `[examples]`: at least the norm of each example's rows, over all checkpoints; empty if not
+    /// known, or for factored rows.
+    pub norms: &'a [f32],
     /// The parts of factored rows, in order: the lengths of a left and a right factor, or 0 and the
     /// length of a part that is no product. Empty for rows whose score is their inner product.
     pub segments: &'a [(usize, usize)],
@@ -89,12 +98,13 @@ impl<'a> Products<'a> {
 /// The `k` examples with the largest and the `k` with the smallest scores, for each query.
 ///
 /// Of equal scores the lower example comes first at either end. Returns fewer than `k` only where
-/// fewer are eligible. Takes O(checkpoints · examples · queries · dim) time and
-/// O(threads · queries · (k + block)) memory, whatever the size of the files.
+/// fewer are eligible. With norms, first the examples of the largest are scored, and then those
+/// whose norm leaves them a chance. Takes O(checkpoints · examples · queries · dim) time at most
+/// and O(threads · queries · (k + block)) memory, whatever the size of the files.
 ///
 /// # Errors
-/// [`Error::Shape`] if the arrays do not fit together; [`Error::NotFinite`] if a query or a score
-/// is NaN or infinite; [`Error::Io`]; [`Error::Stopped`].
+/// [`Error::Shape`] if the arrays do not fit together; [`Error::NotFinite`] if a query, or a score
+/// that matters, is NaN or infinite; [`Error::Io`]; [`Error::Stopped`].
 pub fn ends(
     rows: &Rows,
     request: &Request<'_>,
@@ -102,68 +112,221 @@ pub fn ends(
     asker: &Asker<'_>,
 ) -> Result<Vec<Ends>, Error> {
     let checkpoints = check(rows, request)?;
-    let (examples, count, dim) = (request.examples, request.count, rows.dim());
+    let (count, norms) = (request.count, request.norms);
     if count == 0 {
         return Ok(Vec::new());
     }
-    let k = request.k.min(examples); // the caller's number never sizes an allocation
-    let set = InstructionSet::best();
-    let step = (BLOCK / dim).clamp(4, 1024);
-    let group = (GROUP / dim).clamp(12, 1024);
-    let states = share(
-        examples.div_ceil(step),
-        threads,
-        asker,
-        || State::new(count, request.sides, Products::new(set, dim, request.segments)),
-        |state, job, watch| {
-            let first = job * step;
-            let here = step.min(examples - first);
-            state.values.resize(here * dim, 0.0);
-            state.scores.clear();
-            state.scores.resize(here * count, 0.0);
-            for checkpoint in 0..checkpoints {
-                let numbers = &request.rows[checkpoint * examples + first..][..here];
-                let State { values, scales, cursor, scores, products, of, .. } = state;
-                rows.read(numbers, values, scales, cursor)?;
-                let queries = &request.queries[checkpoint * count * dim..][..count * dim];
-                for (index, queries) in queries.chunks(group * dim).enumerate() {
-                    watch.check()?;
-                    let width = queries.len() / dim;
-                    products.clear();
-                    products.resize(here * width, 0.0);
-                    of.of(values, queries, products);
-                    for ((scores, products), scale) in
-                        scores.chunks_mut(count).zip(products.chunks(width)).zip(scales.iter())
-                    {
-                        let scores = &mut scores[index * group..][..width];
-                        for (score, product) in scores.iter_mut().zip(products) {
-                            *score += scale * product;
-                        }
-                    }
-                }
-            }
-            for (index, scores) in state.scores.chunks(count).enumerate() {
-                let example = (first + index) as u64;
-                for (query, (&score, sieve)) in scores.iter().zip(&mut state.sieves).enumerate() {
-                    finite(score, query, example)?;
-                    if sieve.takes(score) {
-                        let excluded = request.excluded.get(query);
-                        if excluded.is_none_or(|list| list.binary_search(&example).is_err()) {
-                            sieve.add(Hit { example, score }, k);
-                        }
-                    }
-                }
-            }
-            Ok(())
-        },
-    )?;
-    let mut all = vec![Sieve::new(request.sides); count];
-    for state in states {
-        for (all, sieve) in all.iter_mut().zip(state.sieves) {
-            all.merge(sieve);
+    let k = request.k.min(request.examples); // the caller's number never sizes an allocation
+    let scan = Scan { rows, request, checkpoints, k, reaches: reaches(request, checkpoints) };
+    let sieves = vec![Sieve::new(request.sides); count];
+    let first = LEAD.max(4 * k);
+    if norms.len() / 2 < first {
+        let sieves = scan.over(&Picked::All(request.examples), sieves, threads, asker)?;
+        return Ok(sieves.into_iter().map(|sieve| sieve.finish(k)).collect());
+    }
+    let mut order: Vec<u32> = (0..norms.len() as u32).collect();
+    order.select_nth_unstable_by(first, |&a, &b| {
+        norms[b as usize].total_cmp(&norms[a as usize]).then(a.cmp(&b))
+    });
+    let mut lead = order;
+    lead.truncate(first);
+    lead.sort_unstable(); // rows that lie together are read together
+    let mut sieves = scan.over(&Picked::Some(&lead), sieves, threads, asker)?;
+    // The lowest norm with which a row can still matter to any query.
+    let mut floor = f32::INFINITY;
+    for (sieve, reach) in sieves.iter_mut().zip(&scan.reaches) {
+        floor = floor.min(sieve.threshold(k) / reach * (1.0 - 2.0 * f32::EPSILON));
+    }
+    let mut rest = Vec::new();
+    let mut lead = lead.into_iter().peekable();
+    for (example, &norm) in (0..).zip(norms) {
+        if lead.next_if_eq(&example).is_none() && (norm >= floor || floor.is_nan()) {
+            rest.push(example);
         }
     }
-    Ok(all.into_iter().map(|sieve| sieve.finish(k)).collect())
+    // A block of rows of like norms matters to few queries; but rows in files are read in order.
+    if rows.in_memory() && rest.len() < norms.len() / 2 {
+        rest.sort_unstable_by(|&a, &b| norms[b as usize].total_cmp(&norms[a as usize]));
+    }
+    let sieves = scan.over(&Picked::Some(&rest), sieves, threads, asker)?;
+    Ok(sieves.into_iter().map(|sieve| sieve.finish(k)).collect())
+}
+
+/// The norm of each query, over all checkpoints, with room for rounding: times the norm of an
+/// example it is at least the example's score.
+fn reaches(request: &Request<'_>, checkpoints: usize) -> Vec<f32> {
+    let dim = request.queries.len() / (request.count * checkpoints);
+    let mut squares = vec![0f64; request.count];
+    for queries in request.queries.chunks_exact(request.count * dim) {
+        for (square, query) in squares.iter_mut().zip(queries.chunks_exact(dim)) {
+            *square += InstructionSet::best().squares(query);
+        }
+    }
+    let slack = 1.0 + (dim / LANES + checkpoints + 32) as f64 * f64::from(f32::EPSILON);
+    squares.into_iter().map(|square| (square.sqrt() * slack) as f32 + f32::MIN_POSITIVE).collect()
+}
+
+/// Which examples are scanned.
+enum Picked<'a> {
+    /// So many, all of them.
+    All(usize),
+    /// These, in this order.
+    Some(&'a [u32]),
+}
+
+impl Picked<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::All(examples) => *examples,
+            Self::Some(examples) => examples.len(),
+        }
+    }
+
+    fn get(&self, index: usize) -> usize {
+        match self {
+            Self::All(_) => index,
+            Self::Some(examples) => examples[index] as usize,
+        }
+    }
+}
+
+/// A search under way.
+struct Scan<'a> {
+    rows: &'a Rows,
+    request: &'a Request<'a>,
+    checkpoints: usize,
+    k: usize,
+    reaches: Vec<f32>,
+}
+
+impl Scan<'_> {
+    /// What has been found with these examples too.
+    fn over(
+        &self,
+        picked: &Picked<'_>,
+        sieves: Vec<Sieve>,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Vec<Sieve>, Error> {
+        let step = (BLOCK / self.rows.dim()).clamp(4, 1024);
+        let states = share(
+            picked.len().div_ceil(step),
+            threads,
+            asker,
+            || State::new(self, &sieves),
+            |state, job, watch| {
+                let first = job * step;
+                let here = step.min(picked.len() - first);
+                self.block(state, picked, first..first + here, watch)
+            },
+        )?;
+        let mut all = sieves;
+        for state in states {
+            for (all, sieve) in all.iter_mut().zip(state.sieves) {
+                all.merge(sieve);
+            }
+        }
+        Ok(all)
+    }
+
+    fn block(
+        &self,
+        state: &mut State<'_>,
+        picked: &Picked<'_>,
+        here: Range<usize>,
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
+        let (request, dim) = (self.request, self.rows.dim());
+        // Queries for which a row of the largest norm in the block could matter.
+        let norms = request.norms;
+        let largest =
+            here.clone().map(|at| norms.get(picked.get(at)).copied().unwrap_or(f32::INFINITY));
+        let largest = largest.fold(0f32, f32::max);
+        let State { active, above, below, .. } = state;
+        active.clear();
+        active.extend((0..request.count).filter(|&query| {
+            let most = self.reaches[query] * largest;
+            // What is no number can be any.
+            !(most < above[query] && -most > below[query])
+        }));
+        if state.active.is_empty() {
+            return Ok(());
+        }
+        let (rows, count) = (here.len(), state.active.len());
+        state.scores.clear();
+        state.scores.resize(rows * count, 0.0);
+        let group = (GROUP / dim).clamp(12, 1024);
+        for checkpoint in 0..self.checkpoints {
+            let State { values, scales, cursor, scores, products, of, active, queries, .. } = state;
+            state.numbers.clear();
+            state.numbers.extend(
+                here.clone()
+                    .map(|at| number(request.rows, request.examples, checkpoint, picked.get(at))),
+            );
+            let values = self.rows.lend(&state.numbers, values, scales, cursor)?;
+            let all = &request.queries[checkpoint * request.count * dim..][..request.count * dim];
+            let wanted = if count == request.count {
+                all
+            } else {
+                queries.clear();
+                for &query in &*active {
+                    queries.extend_from_slice(&all[query * dim..][..dim]);
+                }
+                queries
+            };
+            for (index, queries) in wanted.chunks(group * dim).enumerate() {
+                watch.check()?;
+                let width = queries.len() / dim;
+                products.clear();
+                products.resize(rows * width, 0.0);
+                of.of(values, queries, products);
+                for ((scores, products), scale) in
+                    scores.chunks_mut(count).zip(products.chunks(width)).zip(scales.iter())
+                {
+                    let scores = &mut scores[index * group..][..width];
+                    for (score, product) in scores.iter_mut().zip(products) {
+                        *score += scale * product;
+                    }
+                }
+            }
+        }
+        self.sift(state, picked, here)
+    }
+
+    /// Adds what a block has to the sieves.
+    fn sift(
+        &self,
+        state: &mut State<'_>,
+        picked: &Picked<'_>,
+        here: Range<usize>,
+    ) -> Result<(), Error> {
+        let State { scores, sieves, active, above, below, bounds, survivors, .. } = state;
+        let count = active.len();
+        for side in &mut *bounds {
+            side.clear();
+        }
+        bounds[0].extend(active.iter().map(|&query| above[query]));
+        bounds[1].extend(active.iter().map(|&query| below[query]));
+        let set = InstructionSet::best();
+        for (scores, at) in scores.chunks(count).zip(here) {
+            survivors.clear();
+            set.sift_each(scores, &bounds[0], &bounds[1], survivors);
+            for &index in &*survivors {
+                let (index, example) = (index as usize, picked.get(at) as u64);
+                let (score, query) = (scores[index], active[index]);
+                finite(score, query, example)?;
+                let excluded = self.request.excluded.get(query);
+                if excluded.is_some_and(|list| list.binary_search(&example).is_ok()) {
+                    continue;
+                }
+                let sieve = &mut sieves[query];
+                sieve.add(Hit { example, score }, self.k);
+                (above[query], below[query]) = (sieve.above, sieve.below);
+                (bounds[0][index], bounds[1][index]) = (sieve.above, sieve.below);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The number of checkpoints, if all sizes fit.
@@ -179,14 +342,18 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
             request.queries.len(),
         ));
     }
-    if checkpoints.checked_mul(request.examples) != Some(request.rows.len()) {
-        return Err(Error::shape(
-            "rows",
-            format!("[{checkpoints}, {}]", request.examples),
-            request.rows.len(),
-        ));
-    }
+    check_numbers("rows", request.rows, checkpoints, request.examples)?;
     check_excluded(request.excluded, request.count)?;
+    if !request.norms.is_empty() {
+        if request.norms.len() != request.examples || !request.segments.is_empty() {
+            let must = format!("{} values, and none for factored rows", request.examples);
+            return Err(Error::shape("norms", must, request.norms.len()));
+        }
+        if request.examples > u32::MAX as usize {
+            let must = format!("at most {} with norms", u32::MAX);
+            return Err(Error::shape("rows", must, request.examples));
+        }
+    }
     let widths = request
         .segments
         .iter()
@@ -248,9 +415,10 @@ impl Scorer {
         self.products.resize(examples.len(), 0.0);
         out.clear();
         out.resize(examples.len(), 0.0);
-        for (numbers, queries) in numbers.chunks_exact(all).zip(queries.chunks_exact(count * dim)) {
+        for (checkpoint, queries) in queries.chunks_exact(count * dim).enumerate() {
             self.numbers.clear();
-            self.numbers.extend(examples.iter().map(|&example| numbers[example as usize]));
+            let row = |&example: &u32| number(numbers, all, checkpoint, example as usize);
+            self.numbers.extend(examples.iter().map(row));
             rows.read(&self.numbers, &mut self.values, &mut self.scales, &mut self.cursor)?;
             set.dots(&self.values, &queries[query * dim..][..dim], dim, &mut self.products);
             for (score, (product, scale)) in
@@ -281,24 +449,44 @@ fn finite(score: f32, query: usize, example: u64) -> Result<(), Error> {
 /// What a worker keeps between blocks.
 struct State<'a> {
     of: Products<'a>,
+    numbers: Vec<u64>,
     values: Vec<f32>,
     scales: Vec<f32>,
     cursor: Cursor,
+    /// The queries that a block can matter to, and their rows.
+    active: Vec<usize>,
+    queries: Vec<f32>,
     products: Vec<f32>,
     scores: Vec<f32>,
+    survivors: Vec<u32>,
+    /// Of the active queries what a score must reach, or fall to.
+    bounds: [Vec<f32>; 2],
     sieves: Vec<Sieve>,
+    /// The same of all queries.
+    above: Vec<f32>,
+    below: Vec<f32>,
 }
 
 impl<'a> State<'a> {
-    fn new(queries: usize, sides: Sides, of: Products<'a>) -> Self {
+    /// A worker that goes on from what has been found: it only counts what is new.
+    fn new(scan: &Scan<'a>, found: &[Sieve]) -> Self {
+        let set = InstructionSet::best();
+        let sieves: Vec<Sieve> = found.iter().map(Sieve::emptied).collect();
         Self {
-            of,
+            of: Products::new(set, scan.rows.dim(), scan.request.segments),
+            numbers: Vec::new(),
             values: Vec::new(),
             scales: Vec::new(),
             cursor: Cursor::default(),
+            active: Vec::new(),
+            queries: Vec::new(),
             products: Vec::new(),
             scores: Vec::new(),
-            sieves: vec![Sieve::new(sides); queries],
+            survivors: Vec::new(),
+            bounds: Default::default(),
+            above: sieves.iter().map(|sieve| sieve.above).collect(),
+            below: sieves.iter().map(|sieve| sieve.below).collect(),
+            sieves,
         }
     }
 }
@@ -311,6 +499,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::random;
     use crate::stop::never;
     use crate::store::{Kind, Shard};
 
@@ -356,8 +545,15 @@ mod tests {
             let excluded: Vec<Vec<u64>> =
                 (0..count as u64).map(|q| (q % 4..examples as u64).step_by(5).collect()).collect();
             let rows = Rows::new(files, scales.clone(), dim).unwrap();
+            let norms: Vec<f32> = (0..examples)
+                .map(|example| {
+                    let row = |at: usize| scales[at] * values[at * dim..(at + 1) * dim].iter().map(|x| x * x).sum::<f32>().sqrt();
+                    row(example).hypot(row(examples - 1 - example)) * 1.0001
+                })
+                .collect();
+            let norms = if count % 2 == 0 { &norms[..] } else { &[] };
             let request =
-                Request { rows: &order, examples, queries: &queries, count, k, sides: Sides::BOTH, excluded: &excluded, segments: &[] };
+                Request { rows: &order, examples, queries: &queries, count, k, sides: Sides::BOTH, excluded: &excluded, norms, segments: &[] };
             let found = ends(&rows, &request, threads, &Asker::new(&never)).unwrap();
             prop_assert_eq!(found.len(), count);
             for (query, found) in found.into_iter().enumerate() {
@@ -383,6 +579,54 @@ mod tests {
     }
 
     #[test]
+    fn norms_leave_out_nothing_that_matters() {
+        for (seed, sides) in [
+            (1, Sides::BOTH),
+            (2, Sides { largest: true, smallest: false }),
+            (3, Sides { largest: false, smallest: true }),
+        ] {
+            let (examples, dim, count) = (5000, 20, 40);
+            let random =
+                |i: usize| (random::value(seed, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0;
+            let values: Vec<f32> = (0..examples * dim).map(random).collect();
+            let scales: Vec<f32> =
+                (0..examples).map(|i| 10f32.powf(3.0 * random(i << 32))).collect();
+            let queries: Vec<f32> = (0..count * dim).map(|i| random(i << 40)).collect();
+            let rows = Rows::new(vec![Shard::in_memory(values, dim)], scales, dim).unwrap();
+            let asker = Asker::new(&never);
+            let norms = rows.norms(2, &asker).unwrap();
+            let order: Vec<u64> = (0..examples as u64).collect();
+            let (queries, rows_of, excluded, segments) = (&queries[..], &order[..], &[], &[]);
+            let mut request = Request {
+                rows: rows_of,
+                examples,
+                queries,
+                count,
+                k: 7,
+                sides,
+                excluded,
+                norms: &norms,
+                segments,
+            };
+            let found = ends(&rows, &request, 2, &asker).unwrap();
+            request.norms = &[];
+            assert_eq!(found, ends(&rows, &request, 1, &asker).unwrap());
+            // In falling order of norms, and in memory, the same examples under other numbers.
+            let mut by_norm = order.clone();
+            by_norm.sort_by(|&a, &b| norms[b as usize].total_cmp(&norms[a as usize]));
+            let sorted = rows.gathered(&by_norm).unwrap();
+            let norms: Vec<f32> = by_norm.iter().map(|&at| norms[at as usize]).collect();
+            request.norms = &norms;
+            for (found, sorted) in found.iter().zip(ends(&sorted, &request, 2, &asker).unwrap()) {
+                let renamed = |hit: &Hit| Hit { example: by_norm[hit.example as usize], ..*hit };
+                let largest: Vec<Hit> = sorted.largest.iter().map(renamed).collect();
+                let smallest: Vec<Hit> = sorted.smallest.iter().map(renamed).collect();
+                assert_eq!((&found.largest, &found.smallest), (&largest, &smallest));
+            }
+        }
+    }
+
+    #[test]
     fn factored_rows_are_multiplied_part_by_part() {
         // (2 x 3) outer product, 2 plain values, (1 x 1) outer product: whole numbers, exact.
         let segments = [(2, 3), (0, 2), (1, 1)];
@@ -400,6 +644,7 @@ mod tests {
             k: 20,
             sides: Sides::BOTH,
             excluded: &[],
+            norms: &[],
             segments: &segments,
         };
         let found = ends(&rows, &request, 2, &Asker::new(&never)).unwrap();
@@ -430,6 +675,7 @@ mod tests {
                 k: 1,
                 sides: Sides::BOTH,
                 excluded: &[],
+                norms: &[],
                 segments: &[],
             };
             let found = ends(&rows, &request, 1, &Asker::new(&never));

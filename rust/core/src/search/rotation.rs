@@ -99,6 +99,18 @@ impl Rotation {
         &self.segments
     }
 
+    /// `[directions, length]`: what is reflected first.
+    #[must_use]
+    pub fn directions(&self) -> &[f64] {
+        &self.directions
+    }
+
+    /// Of the random signs.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Bytes it takes in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {

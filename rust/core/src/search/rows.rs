@@ -1,8 +1,33 @@
 //! Where rows come from: shards, numbered through.
 
 use crate::error::Error;
+use crate::kernels::InstructionSet;
+use crate::parallel::share;
 use crate::sketch::MAX_DIM;
+use crate::stop::Asker;
 use crate::store::{Cursor, Shard};
+
+/// The number of the row of an example, by `[checkpoints, examples]` numbers; none at all stand for
+/// one checkpoint, whose rows have the numbers of their examples.
+#[inline]
+pub(super) fn number(numbers: &[u64], examples: usize, checkpoint: usize, example: usize) -> u64 {
+    if numbers.is_empty() { example as u64 } else { numbers[checkpoint * examples + example] }
+}
+
+/// Nothing, if there are as many numbers as that takes.
+pub(super) fn check_numbers(
+    argument: &'static str,
+    numbers: &[u64],
+    checkpoints: usize,
+    examples: usize,
+) -> Result<(), Error> {
+    if numbers.is_empty() && checkpoints == 1
+        || checkpoints.checked_mul(examples) == Some(numbers.len())
+    {
+        return Ok(());
+    }
+    Err(Error::shape(argument, format!("[{checkpoints}, {examples}]"), numbers.len()))
+}
 
 /// Rows in shards, numbered through: those of the first shard, then of the second, and so on.
 pub struct Rows {
@@ -85,6 +110,106 @@ impl Rows {
             done += run;
         }
         Ok(())
+    }
+
+    /// The rows with these numbers, where they lie if that is together and in memory, or read into
+    /// `values`; their scales go into `scales`.
+    ///
+    /// # Errors
+    /// As [`Rows::read`].
+    pub(super) fn lend<'a>(
+        &'a self,
+        numbers: &[u64],
+        values: &'a mut Vec<f32>,
+        scales: &mut Vec<f32>,
+        cursor: &mut Cursor,
+    ) -> Result<&'a [f32], Error> {
+        if let (Some(&first), Some(&last)) = (numbers.first(), numbers.last())
+            && last < self.len()
+            && numbers.iter().zip(first..).all(|(&number, expected)| number == expected)
+        {
+            let shard = self.starts.partition_point(|&start| start <= first) - 1;
+            let at = first - self.starts[shard];
+            if let Some(lent) = self.shards[shard].lent(at, numbers.len()) {
+                scales.clear();
+                scales.extend_from_slice(&self.scales[first as usize..=last as usize]);
+                return Ok(lent);
+            }
+        }
+        values.resize(numbers.len() * self.dim, 0.0);
+        self.read(numbers, values, scales, cursor)?;
+        Ok(values)
+    }
+
+    /// The same rows in the order of these numbers, in memory as they are stored.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if a number is not that of a row; [`Error::Io`].
+    pub fn gathered(&self, numbers: &[u64]) -> Result<Self, Error> {
+        let mut places = Vec::with_capacity(numbers.len());
+        let mut scales = Vec::with_capacity(numbers.len());
+        for &number in numbers {
+            if number >= self.len() {
+                return Err(Error::argument("rows", format!("below {}", self.len()), number));
+            }
+            let shard = self.starts.partition_point(|&start| start <= number) - 1;
+            places.push((shard, number - self.starts[shard]));
+            scales.push(self.scales[number as usize]);
+        }
+        let shard = Shard::gathered(&self.shards, &places, &mut Cursor::default())?;
+        Self::new(vec![shard], scales, self.dim)
+    }
+
+    /// The norm of every row, scaled, in f64 rounded up to f32.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if a row holds a NaN or an infinity, or its norm exceeds f32;
+    /// [`Error::Io`]; [`Error::Stopped`].
+    pub fn norms(&self, threads: usize, asker: &Asker<'_>) -> Result<Vec<f32>, Error> {
+        const STEP: usize = 256;
+        let rows = self.scales.len();
+        let parts = share(
+            rows.div_ceil(STEP),
+            threads,
+            asker,
+            || (Vec::new(), Vec::new(), Cursor::default(), Vec::new()),
+            |(found, values, cursor, scales), job, _| {
+                let first = job * STEP;
+                let numbers: Vec<u64> = (first as u64..rows.min(first + STEP) as u64).collect();
+                values.resize(numbers.len() * self.dim, 0.0);
+                self.read(&numbers, values, scales, cursor)?;
+                let norms = values.chunks_exact(self.dim).zip(&*scales).map(|(row, &scale)| {
+                    let norm = InstructionSet::best().squares(row).sqrt() * f64::from(scale);
+                    (norm * (1.0 + 1e-9)) as f32
+                });
+                let norms: Vec<f32> = norms.map(f32::next_up).collect();
+                if let Some(at) = norms.iter().position(|norm| !norm.is_finite()) {
+                    return Err(Error::NotFinite {
+                        argument: "rows",
+                        place: format!("the norm of row {}", first + at),
+                        value: f64::from(norms[at]),
+                    });
+                }
+                found.push((job, norms));
+                Ok(())
+            },
+        )?;
+        let mut parts: Vec<_> = parts.into_iter().flat_map(|part| part.0).collect();
+        parts.sort_unstable_by_key(|(job, _)| *job);
+        Ok(parts.into_iter().flat_map(|(_, norms)| norms).collect())
+    }
+
+    /// Whether no row is in a file.
+    #[must_use]
+    pub fn in_memory(&self) -> bool {
+        self.shards.iter().all(Shard::is_in_memory)
+    }
+
+    /// Bytes it takes in memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let shards: usize = self.shards.iter().map(Shard::bytes).sum();
+        shards + 8 * self.starts.len() + 4 * self.scales.len()
     }
 
     /// The rows with these numbers, `[numbers, dim]`, scaled back.

@@ -36,10 +36,21 @@ impl Sieve {
         }
     }
 
-    /// Whether an example with this score, a number, can be among either end.
-    #[inline]
-    pub(super) fn takes(&self, score: f32) -> bool {
-        score >= self.above || score <= self.below
+    /// One that knows what an example must reach, and has none.
+    pub(super) fn emptied(&self) -> Self {
+        Self { largest: Vec::new(), smallest: Vec::new(), ..*self }
+    }
+
+    /// What the size of a score must reach to matter: the lower of both ends' thresholds, with
+    /// those that were found so far looked at once more.
+    pub(super) fn threshold(&mut self, k: usize) -> f32 {
+        if let Some(above) = keep(&mut self.largest, k, 0) {
+            self.above = above;
+        }
+        if let Some(below) = keep(&mut self.smallest, k, 1) {
+            self.below = below;
+        }
+        self.above.min(-self.below)
     }
 
     /// Adds an example, once; of which the first `k` will be asked for.

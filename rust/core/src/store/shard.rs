@@ -110,6 +110,20 @@ impl Shard {
         Self { place: Place::F32(values), kind: Kind::F32, rows, dim }
     }
 
+    /// As [`Shard::in_memory`], in 16 bits.
+    #[must_use]
+    pub fn halves_in_memory(values: Vec<f16>, dim: usize) -> Self {
+        let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
+        Self { place: Place::F16(values), kind: Kind::F16, rows, dim }
+    }
+
+    /// As [`Shard::in_memory`], whole numbers of 8 bits.
+    #[must_use]
+    pub fn bytes_in_memory(values: Vec<i8>, dim: usize) -> Self {
+        let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
+        Self { place: Place::I8(values), kind: Kind::I8, rows, dim }
+    }
+
     /// The rows of shards one after the other in the order of their numbers, as they are stored,
     /// in memory. Numbers are those of the shard and of the row in it.
     ///
@@ -148,6 +162,12 @@ impl Shard {
     #[must_use]
     pub fn rows(&self) -> u64 {
         self.rows
+    }
+
+    /// Whether its rows are in memory.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        !matches!(self.place, Place::File(..))
     }
 
     /// Bytes it takes in memory.
