@@ -171,9 +171,11 @@ def test_ends_refuses(core_rows, arguments):
 
 
 def test_a_k_of_any_size_is_clamped(core_rows):
-    (positions, _), _ = core_rows.ends(u8(0, 1)[None], f4(1, 1, 16), BIG, [], 1)
+    (positions, _), _ = core_rows.ends(u8(0, 1)[None], f4(1, 1, 16), BIG, (True, True), [], None, 1)
     assert positions.shape == (1, 2)
-    (positions, _), _ = core_rows.ends(u8(0, 1)[None], f4(1, 1, 16), 0, [], 10**9)
+    (positions, _), _ = core_rows.ends(
+        u8(0, 1)[None], f4(1, 1, 16), 0, (True, True), [], None, 10**9
+    )
     assert positions.shape == (1, 0)
 
 
@@ -186,7 +188,7 @@ def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
         [],
     ):
         with pytest.raises(ORDINARY):
-            _core.Rows(files, 16, False, scales)
+            _core.Rows(files, 16, "float32", scales)
     with pytest.raises(ORDINARY):
         core_rows.read(u8(3, 10))
     for dim in (0, 2**46, 2**63):

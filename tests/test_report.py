@@ -318,7 +318,7 @@ def test_text_has_its_columns_one_below_the_other(tmp_path):
     labels = ["a", "文字", "e\u0301", "longer label"] * 2
     ids = [f"id{number}" for number in range(8)]
     store = fill(tmp_path / "s", random_rows(8), ids, label=labels)
-    rows = str(store.search(random_rows(1), k=8)).splitlines()[7:]
+    rows = str(store.search(random_rows(1), k=8)).splitlines()[8:]
     befores = [row[: [found.start() for found in re.finditer("id", row)][1]] for row in rows]
     # A wide character takes two cells of a terminal, a combining accent none.
     cells = [len(before) + before.count("文") + before.count("字") for before in befores]
@@ -379,7 +379,7 @@ def test_no_control_character_reaches_any_output(hostile, tmp_path):
 def test_a_label_cannot_add_a_line_to_the_text(tmp_path):
     store = fill(tmp_path / "s", random_rows(2), label=["a\nquery 9\r\n", "b\u2028\u0085c"])
     lines = str(store.search(random_rows(1), k=2)).splitlines()
-    assert len(lines) == 4 + 2 + 1 + 2
+    assert len(lines) == 5 + 2 + 1 + 2
 
 
 def test_direction_marks_cannot_reorder_what_stands_beside_them(tmp_path):
@@ -481,3 +481,17 @@ def test_a_page_that_cannot_be_made_leaves_the_one_before(hits, tmp_path):
 def test_the_same_hits_make_the_same_page(hits, tmp_path):
     first = hits.to_html(tmp_path / "a.html").read_bytes()
     assert hits.to_html(tmp_path / "b.html").read_bytes() == first
+
+
+def test_one_side_and_approximate_answers_are_drawn_as_what_they_are(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    index = whence.Index(rows, "certified")
+    hits = index.search(rows[:2], 3, side="harmful")
+    page = hits.to_html(tmp_path / "a.html").read_text()
+    for drawn in (str(hits), hits._repr_html_(), page):
+        assert "3 examples at the harmful end" in drawn
+        assert "exact: the hits of a scan" in drawn
+        assert str(hits.harmful.ids[1, 2]) in drawn
+    assert "helpful" not in "".join(str(hits).splitlines()[6:])
+    assert set(hits.to_pandas().side) == {"harmful"}
+    assert "approximate: chosen by estimates" in str(index.search(rows[:2], 3, approximate=True))

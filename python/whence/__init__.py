@@ -3,6 +3,7 @@
     record        a store that fills while your own loop trains           (needs torch)
     query         the training examples that helped and harmed a query    (needs torch)
     open          a store, searched with arrays                           (numpy only)
+    Index         rows made ready to be asked often                       (numpy only)
     Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
     register_layer  teach whence a layer type of your own                 (needs torch)
     evaluate      whether scores are right, beside baselines
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from whence import errors, evaluate, report
 from whence._core import HASH_VERSION
 from whence.errors import WhenceError
-from whence.search import Hits, Side, Store, open
+from whence.search import Hits, Index, Matrix, Side, Store, open
 from whence.sketch import Sketch
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ _NEED_TORCH = {
 __all__ = [
     "HASH_VERSION",
     "Hits",
+    "Index",
+    "Matrix",
     "Recorder",
     "Side",
     "Sketch",

@@ -9,6 +9,7 @@ __all__ = [
     "MAX_COORDINATES",
     "MAX_DIM",
     "MAX_THREADS",
+    "Codes",
     "Rows",
     "Sketch",
     "crc32",
@@ -99,27 +100,80 @@ class Sketch:
         self, name: str, shape: list[int]
     ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]: ...
 
+_Side = tuple[NDArray[np.uint64], NDArray[np.float32]]
+_Segment = tuple[int, list[NDArray[np.uint8]], list[NDArray[np.uint16]]]
+
 @final
 class Rows:
-    """Stored rows in files, numbered through."""
+    """Stored rows in files or in memory, numbered through."""
 
     def __new__(
         cls,
         files: list[tuple[str | PathLike[str], int, int]],
         dim: int,
-        half: bool,
+        dtype: str,
         scales: NDArray[np.float32],
     ) -> Rows: ...
+    @staticmethod
+    def of(matrix: NDArray[Any]) -> Rows: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def resident(self) -> bool: ...
     def read(self, numbers: NDArray[np.uint64]) -> NDArray[np.float32]: ...
+    def gathered(self, numbers: NDArray[np.uint64]) -> Rows: ...
+    def norms(self, threads: int) -> NDArray[np.float32]: ...
     def ends(
         self,
-        rows: NDArray[np.uint64],
+        rows: NDArray[np.uint64] | None,
         queries: NDArray[np.float32],
         k: int,
+        sides: tuple[bool, bool],
         excluded: list[list[int]],
+        norms: NDArray[np.float32] | None,
         threads: int,
         segments: list[tuple[int, int]] = ...,
-    ) -> tuple[
-        tuple[NDArray[np.uint64], NDArray[np.float32]],
-        tuple[NDArray[np.uint64], NDArray[np.float32]],
-    ]: ...
+    ) -> tuple[_Side, _Side]: ...
+
+@final
+class Codes:
+    """Codes of rows, whose bounds prove what a scan would find."""
+
+    def __new__(
+        cls,
+        rows: Rows,
+        numbers: NDArray[np.uint64] | None,
+        weights: list[float],
+        norms: NDArray[np.float32],
+        prefix: list[int],
+        directions: NDArray[np.float64],
+        seed: int,
+        bits: int,
+        threads: int,
+    ) -> Codes: ...
+    @staticmethod
+    def from_parts(
+        length: int,
+        prefix: list[int],
+        directions: NDArray[np.float64],
+        seed: int,
+        weights: list[float],
+        order: NDArray[np.uint32],
+        segments: list[_Segment],
+        reaches: NDArray[np.float32],
+    ) -> Codes: ...
+    def parts(self) -> tuple[NDArray[np.uint32], list[_Segment], NDArray[np.float32]]: ...
+    @property
+    def bytes(self) -> int: ...
+    def search(
+        self,
+        rows: Rows,
+        numbers: NDArray[np.uint64] | None,
+        queries: NDArray[np.float32],
+        k: int,
+        sides: tuple[bool, bool],
+        eligible: NDArray[np.bool_] | None,
+        excluded: list[list[int]],
+        candidates: int | None,
+        threads: int,
+    ) -> tuple[_Side, _Side, NDArray[np.uint64], NDArray[np.float32]]: ...

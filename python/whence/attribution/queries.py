@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from whence import _arrays
 from whence.errors import (
+    ArgumentError,
     CheckpointError,
     DtypeError,
     LayerError,
+    MismatchError,
     WeightsError,
 )
 from whence.gradients.capture import Capture, not_finite
@@ -25,12 +27,12 @@ from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_in_store
 from whence.gradients.weights import State, digest, load, preserved, put
-from whence.search import Hits, Store
+from whence.search import SIDES, Hits, Index, Source, Store
 
 
 def query(
     model: nn.Module,
-    store: Store | str | os.PathLike[str],
+    store: Store | Index | str | os.PathLike[str],
     closure: Callable[[], Tensor],
     k: int = 10,
     *,
@@ -42,6 +44,9 @@ def query(
     where: Any = None,
     exclude: Sequence[Sequence[Any]] | None = None,
     missing: str = "error",
+    side: str = "both",
+    approximate: bool = False,
+    diverse: int | None = None,
     threads: int | None = None,
 ) -> Hits:
     """The training examples that helped and harmed a batch of queries most.
@@ -51,7 +56,7 @@ def query(
 
     Args:
         model: The recorded model; one, not a list.
-        store: An open store, or its path.
+        store: An open store, or its path; or a `whence.Index` of one, for many questions.
         closure: () -> loss of the queries, by your own lines, without backward.
         k: How many to return at each end.
         states: Checkpoint name -> state dict or file of torch.save. Each is loaded into `model` in
@@ -61,9 +66,12 @@ def query(
         tokens: [queries] counted tokens, for reduction="token_mean".
         queries: How many queries there are; None means dimension 0 of the model's first tensor.
         unbatched: As in `record`.
-        where: As in `Store.search`, with exclude, missing and threads.
+        where: As in `Store.search`, with exclude, missing, side and threads.
         exclude: See where.
         missing: See where.
+        side: See where.
+        approximate: As in `Index.search`, for an index only, with diverse.
+        diverse: See approximate.
         threads: See where.
 
     Returns:
@@ -71,7 +79,7 @@ def query(
 
     Raises:
         CheckpointError: If a state is missing, unknown, or does not fit the model.
-        MismatchError: If the store is of another model.
+        MismatchError: If the store is of another model, or the index of no store.
         WeightsError: If the weights are not those of a checkpoint recorded with fixed weights.
         LayerError: If no gradient reached a recorded layer, or dimension 0 is not the batch.
         NotFiniteError: If a query's gradient is NaN or infinite.
@@ -80,13 +88,24 @@ def query(
     Examples:
         >>> hits = whence.query(model, store, lambda: loss_fn(model(x), y))  # doctest: +SKIP
     """
-    if not isinstance(store, Store):
-        store = Store(store)
+    index = store if isinstance(store, Index) else None
+    source = store.source if isinstance(store, Index) else store
+    if index is None and (approximate or diverse is not None):
+        raise ArgumentError(
+            "store must be a whence.Index for approximate or diverse answers, got "
+            f"{_arrays.describe(store)}"
+        )
+    if isinstance(source, Source):
+        if not isinstance(source, Store):
+            raise MismatchError(f"store must be an index of a store, got one of {source!r}")
+    else:
+        source = Store(source)
     _arrays.integer("k", k, 1)
     _arrays.choice("missing", missing, ("error", "drop"))
+    _arrays.choice("side", side, SIDES)
     rows = query_rows(
         model,
-        store,
+        source,
         closure,
         states=states,
         reduction=reduction,
@@ -94,7 +113,16 @@ def query(
         queries=queries,
         unbatched=unbatched,
     )
-    return store.find(rows, k, where=where, exclude=exclude, missing=missing, threads=threads)
+    given: dict[str, Any] = {
+        "where": where,
+        "exclude": exclude,
+        "missing": missing,
+        "side": side,
+        "threads": threads,
+    }
+    if index is None:
+        return source.find(rows, k, **given)
+    return index.find(rows, k, **given, approximate=approximate, diverse=diverse)
 
 
 def query_rows(

@@ -266,8 +266,8 @@ def hits_section(
         if queries is not None:
             seen = picture(f"queries[{query}]", queries[query], f"query {query}")
         sides = [
-            _side(hits, name, side, query, shown, badge)
-            for name, side in (("Helpful", hits.helpful), ("Harmful", hits.harmful))
+            _side(hits, name.capitalize(), side, query, shown, badge)
+            for name, side in hits.sides.items()
         ]
         heading = tag("h3", f"Query {query}", id=f"query-{query}")
         caption = None if captions is None else tag("p", captions[query])
@@ -307,14 +307,20 @@ def _section(number: int, section: Section) -> Html:
 
 def _meanings(hits: Hits) -> dict[str, str]:
     """What sign, method, unit and width of the hits are."""
-    width = hits.helpful.scores.shape[1]
     low, high = int(hits.eligible.min()), int(hits.eligible.max())
     eligible = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    where = "at each end" if len(hits.sides) > 1 else f"at the {next(iter(hits.sides))} end"
     ends = (
-        f"{counted(width, 'example', 'examples')} at each end, of {eligible} eligible for each "
+        f"{counted(hits.width, 'example', 'examples')} {where}, of {eligible} eligible for each "
         "query: helpful are the largest scores, harmful the smallest, whatever their sign"
     )
-    return {"Sign": hits.sign, "Method": hits.method, "Unit": hits.unit, "Shown": ends}
+    return {
+        "Sign": hits.sign,
+        "Method": hits.method,
+        "Unit": hits.unit,
+        "Search": hits.certainty,
+        "Shown": ends,
+    }
 
 
 def _definitions(meanings: Mapping[str, str]) -> Html:
@@ -357,7 +363,7 @@ def _notes(hits: Hits, position: int) -> dict[str, str]:
 
 
 def _largest(hits: Hits, query: int) -> float:
-    return float(max(np.abs(side.scores[query]).max() for side in (hits.helpful, hits.harmful)))
+    return float(max(np.abs(side.scores[query]).max() for side in hits.sides.values()))
 
 
 def _card(card: Card, largest: float, both_ways: bool) -> list[Html]:
@@ -406,7 +412,7 @@ def _fragment_table(hits: Hits, query: int) -> Html:
     names = [tag("th", line(name, _CELL), scope="col") for name in hits.columns]
     number = "whence-number"
     header = [tag("th", "rank", scope="col", class_=number)]
-    for side in ("helpful", "harmful"):
+    for side in hits.sides:
         header += [
             tag("th", side, scope="col"),
             tag("th", "score", scope="col", class_=number),
@@ -417,10 +423,13 @@ def _fragment_table(hits: Hits, query: int) -> Html:
         tag(
             "tr",
             tag("td", rank, class_=number),
-            *_fragment_cells(hits, hits.helpful, query, rank),
-            *_fragment_cells(hits, hits.harmful, query, rank),
+            *(
+                cell
+                for side in hits.sides.values()
+                for cell in _fragment_cells(hits, side, query, rank)
+            ),
         )
-        for rank in range(min(hits.helpful.scores.shape[1], RANKS_SHOWN))
+        for rank in range(min(hits.width, RANKS_SHOWN))
     ]
     caption = f"Query {query}, of {hits.eligible[query]:,} eligible examples"
     return tag(

@@ -21,13 +21,14 @@ def text(hits: Hits) -> str:
 
     One line per rank, helpful beside harmful. ASCII but for ids and columns; no control characters.
     """
-    width = hits.helpful.scores.shape[1]
+    shown = counted(hits.width, "example", "examples")
+    ends = "at each end" if len(hits.sides) > 1 else f"at the {next(iter(hits.sides))} end"
     lines = [
-        f"{counted(len(hits), 'query', 'queries')}, {counted(width, 'example', 'examples')} "
-        "at each end",
+        f"{counted(len(hits), 'query', 'queries')}, {shown} {ends}",
         f"sign    {hits.sign}",
         f"method  {line(hits.method)}",
         f"unit    {line(hits.unit)}",
+        f"search  {hits.certainty}",
     ]
     for query in range(min(len(hits), QUERIES_SHOWN)):
         lines += ["", f"query {query}, of {hits.eligible[query]:,} eligible examples"]
@@ -39,7 +40,7 @@ def text(hits: Hits) -> str:
 def left_out(hits: Hits) -> list[str]:
     """What the short forms do not show, in words; nothing if they show all."""
     queries = len(hits) - QUERIES_SHOWN
-    ranks = hits.helpful.scores.shape[1] - RANKS_SHOWN
+    ranks = hits.width - RANKS_SHOWN
     lines = []
     if ranks > 0:
         lines.append(f"and {counted(ranks, 'more rank', 'more ranks')} of each query")
@@ -69,10 +70,14 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 def _rows(hits: Hits, query: int) -> list[list[str]]:
     names = [line(name, _CELL) for name in hits.columns]
-    rows = [["rank", "helpful", "score", *names, "harmful", "score", *names]]
-    for rank in range(min(hits.helpful.scores.shape[1], RANKS_SHOWN)):
-        sides = [_cell(hits, side, query, rank) for side in (hits.helpful, hits.harmful)]
-        rows.append([str(rank), *sides[0], *sides[1]])
+    rows = [["rank"]]
+    for name in hits.sides:
+        rows[0] += [name, "score", *names]
+    for rank in range(min(hits.width, RANKS_SHOWN)):
+        cells = [str(rank)]
+        for side in hits.sides.values():
+            cells += _cell(hits, side, query, rank)
+        rows.append(cells)
     return rows
 
 

@@ -13,8 +13,9 @@ in one step. What no manifest names was never confirmed, and is not read. This i
 which later versions need not read.
 """
 
+from whence.store.examples import Places, eligible
 from whence.store.manifest import Checkpoint, Manifest
 from whence.store.reader import Reader
 from whence.store.writer import Writer
 
-__all__ = ["Checkpoint", "Manifest", "Reader", "Writer"]
+__all__ = ["Checkpoint", "Manifest", "Places", "Reader", "Writer", "eligible"]

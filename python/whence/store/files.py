@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import sys
@@ -48,6 +49,35 @@ def write(path: Path, *parts: bytes | memoryview) -> Written:
         file.flush()
         sync(file.fileno())
     return Written(length, checksum)
+
+
+def write_json(path: Path, body: dict[str, Any]) -> None:
+    """Writes a JSON object and its checksum on a line of its own; it appears whole, or not at all.
+
+    Raises:
+        StoreError: If the system refuses.
+    """
+    text = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
+    temporary = path.with_suffix(".part")
+    with store_errors(path):
+        write(temporary, text, f"\n{checksum_of(text):08x}\n".encode())
+        temporary.replace(path)
+        sync_directory(path.parent)
+
+
+def parse_json(path: Path, content: bytes) -> Any:
+    """What `write_json` wrote at `path`, from its content.
+
+    Raises:
+        StoreError: If it is damaged.
+    """
+    text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
+    if checksum != f"{checksum_of(text):08x}".encode():
+        raise StoreError(f"{path} is damaged: its checksum does not fit its text")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def checksum_of(content: bytes | memoryview, before: int = 0) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from whence import _core
 from whence.errors import StoreError
-from whence.store.files import Written, checksum_of, store_errors, sync_directory, write
+from whence.store.files import Written, parse_json, store_errors, write_json
 
 FORMAT = "whence store"
 VERSION = 0
@@ -102,13 +101,7 @@ class Manifest:
     def save(self, folder: Path, number: int) -> None:
         """Commits: the manifest appears whole, or not at all."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        text = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
-        final = self.path(folder, number)
-        temporary = final.with_suffix(".part")
-        with store_errors(final):
-            write(temporary, text, f"\n{checksum_of(text):08x}\n".encode())
-            temporary.replace(final)
-            sync_directory(folder)
+        write_json(self.path(folder, number), body)
 
     @staticmethod
     def path(folder: Path, number: int) -> Path:
@@ -146,12 +139,10 @@ class Manifest:
                 except FileNotFoundError:  # a writer has committed and pruned meanwhile
                     if attempt == READ_ATTEMPTS - 1:
                         raise
-        text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
-        if checksum != f"{checksum_of(text):08x}".encode():
-            raise StoreError(f"{path} is damaged: its checksum does not fit its text")
+        body = parse_json(path, content)
         try:
-            return cls._from_json(json.loads(text)), number
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return cls._from_json(body), number
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     @classmethod

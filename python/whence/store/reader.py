@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence._arrays import Ids, describe
+from whence._arrays import Ids
 from whence.errors import (
-    ArgumentError,
     CheckpointError,
-    DtypeError,
     IdError,
     MismatchError,
     StoreError,
 )
+from whence.store.examples import Places, eligible
 from whence.store.files import data_offset, read_array, read_strings, store_errors
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, Shard
 
@@ -128,17 +127,7 @@ class Reader:
         Raises:
             IdError: If an id is of the wrong kind, or not in the store.
         """
-        if ids.dtype.kind != self.ids.dtype.kind:
-            raise IdError(
-                f"{name} must be {self.manifest.ids} as in the store, got {describe(ids)}"
-            )
-        order, ordered = self._sorted
-        at = np.searchsorted(ordered, ids).clip(max=max(len(ordered) - 1, 0))
-        known = ordered[at] == ids if len(ordered) else np.zeros(len(ids), np.bool_)
-        if not known.all():
-            raise IdError(f"{name} must be in the store, got {ids[~known][0].item()!r}")
-        found: NDArray[np.int64] = order[at]
-        return found
+        return self._places.of(name, ids)
 
     def rows(self, ids: Ids | None = None, checkpoint: str | None = None) -> NDArray[np.float32]:
         """[ids, dim] the rows of these ids, or of all in order, at one checkpoint.
@@ -197,37 +186,14 @@ class Reader:
 
         Args:
             where: None for all; a dict of column name to a value or a list of values, all of
-                which must hold; or [examples] bool.
+                which must hold; [examples] bool; or ids.
 
         Raises:
             ArgumentError: If a column is not in the store.
             DtypeError: If `where` is something else.
+            IdError: If an id is not in the store.
         """
-        if where is None:
-            return np.ones(len(self), np.bool_)
-        if isinstance(where, Mapping):
-            keep = np.ones(len(self), np.bool_)
-            for name, wanted in where.items():
-                if name not in self.columns:
-                    raise ArgumentError(
-                        f"where must name columns of {sorted(self.columns)}, got {name!r}"
-                    )
-                keep &= np.isin(self.columns[name], self._wanted(name, wanted))
-            return keep
-        mask = np.asarray(_arrays.to_numpy(where))
-        if mask.dtype != np.bool_ or mask.shape != (len(self),):
-            raise DtypeError(
-                f"where must be a dict of columns or [{len(self)}] bool, got {describe(where)}"
-            )
-        return mask.copy()
-
-    def _wanted(self, name: str, wanted: Any) -> NDArray[Any]:
-        """The values that a filter allows in a column, in the column's type."""
-        found = _arrays.values(f"where[{name!r}]", wanted)
-        kind, there = _arrays.kind_of_array(found), (self.manifest.columns or {})[name]
-        if kind != there and {kind, there} != {"int64", "float64"}:
-            raise DtypeError(f"where[{name!r}] must be {there}, got {kind}")
-        return found
+        return eligible(where, len(self), self.columns, self.manifest.columns or {}, self.positions)
 
     def _read_examples(self, name: str) -> NDArray[Any]:
         """[examples] a column, at the first checkpoint that each example has."""
@@ -241,9 +207,8 @@ class Reader:
         return found
 
     @cached_property
-    def _sorted(self) -> tuple[NDArray[np.int64], Ids]:
-        order = np.argsort(self.ids, kind="stable")
-        return order, self.ids[order]
+    def _places(self) -> Places:
+        return Places(self.ids)
 
     @cached_property
     def _order(self) -> tuple[Ids, NDArray[np.int64]]:

@@ -95,6 +95,11 @@ impl Rows {
         self.rows.bytes()
     }
 
+    #[getter]
+    fn resident(&self) -> bool {
+        self.rows.in_memory()
+    }
+
     #[pyo3(signature = (rows, queries, k, sides, excluded, norms, threads, segments=vec![]))]
     fn ends<'py>(
         &self,

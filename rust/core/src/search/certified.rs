@@ -834,6 +834,13 @@ mod tests {
         }
     }
 
+    struct Parts {
+        weights: Vec<f32>,
+        order: Vec<u32>,
+        segments: Vec<Segment>,
+        reaches: Vec<f32>,
+    }
+
     #[test]
     fn parts_that_a_search_could_not_rely_on_are_refused() {
         let Data { rows, numbers, norms } = data(0, 300, 1, 100, 1);
@@ -841,12 +848,6 @@ mod tests {
         let asker = Asker::new(&never);
         let codes =
             Codes::new(&rows, &numbers, &[1.0], &norms, rotation, Bits::Eight, 1, &asker).unwrap();
-        struct Parts {
-            weights: Vec<f32>,
-            order: Vec<u32>,
-            segments: Vec<Segment>,
-            reaches: Vec<f32>,
-        }
         let with = |change: &dyn Fn(&mut Parts)| {
             let mut parts = Parts {
                 weights: codes.weights().to_vec(),

@@ -1,0 +1,575 @@
+"""Rows made ready to be asked often."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence import _arrays, _core
+from whence.errors import ArgumentError, MismatchError, MissingDependencyError
+from whence.search import basis as bases
+from whence.search import diverse as mixtures
+from whence.search import kept
+from whence.search.hits import Hits, Side
+from whence.search.matrix import Matrix
+from whence.search.source import Question, Source
+from whence.search.store import Store
+
+METHODS = ("auto", "exact", "certified")
+BASES = ("auto", "eigen", "rows", "none")
+
+FEW = 2000
+"""Examples up to which a scan takes less than what codes could save."""
+
+DEEP = 20
+"""The share of examples, one in so many, from which on all of them are scored."""
+
+CANDIDATES = 2.5
+"""How many candidates an approximate search scores exactly for each hit."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an index is, and how it answered last.
+
+    Attributes:
+        method: What it answers with: "exact" or "certified".
+        built: What was built, in words.
+        why: Why.
+        bytes: Bytes it keeps in memory for searching, ids and columns not counted.
+        examples: How many examples it has.
+        last: How the last question was answered and why, in words; None before the first.
+        scored: [queries] how many examples were scored exactly for each query of the last
+            question; None before the first.
+    """
+
+    method: str
+    built: str
+    why: str
+    bytes: int
+    examples: int
+    last: str | None
+    scored: NDArray[np.int64] | None
+
+    def __str__(self) -> str:
+        each = self.bytes / max(self.examples, 1)
+        lines = [
+            f"method  {self.method}: {self.built}",
+            f"why     {self.why}",
+            f"memory  {self.bytes / 2**20:,.1f} MiB, {each:,.0f} bytes an example",
+        ]
+        if self.last is not None:
+            lines.append(f"last    {self.last}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How many of the scan's hits an index has found.
+
+    Attributes:
+        helpful: Mean share of the k most helpful that were found.
+        harmful: Mean share of the k most harmful that were found.
+        k: How many at each end.
+        queries: How many queries were asked.
+        approximate: Whether approximate answers were asked for.
+    """
+
+    helpful: float
+    harmful: float
+    k: int
+    queries: int
+    approximate: bool
+
+    def __str__(self) -> str:
+        kind = "approximate" if self.approximate else "proven"
+        return (
+            f"recall@{self.k} of {self.queries} queries, {kind} answers: "
+            f"helpful {self.helpful:.4f}, harmful {self.harmful:.4f}"
+        )
+
+
+class Index:
+    """Rows made ready to be asked often: of a store, a `.npy` file or a matrix.
+
+    "certified" keeps a code of 4 and 4 more bits for each coordinate, with what they lose bounded,
+    in falling order of norms; an answer is returned when the bounds prove that it is the scan's,
+    and rows are read only for what is left. "exact" keeps the rows themselves and scores all of
+    them, but those whose norm says that they cannot matter. Both give the same hits, to the bit.
+
+    Args:
+        rows: A `whence.Store`, or its path; a `.npy` file; a matrix; or a `whence.Matrix`.
+        method: "certified", "exact", or "auto" for what suits the rows.
+        bits: 8 for codes that are soon certain; 4 for half the memory.
+        basis: What codes begin with: "eigen" for the leading eigenvectors of the rows' Gram matrix,
+            "rows" for leading coordinates of rows that come in a basis already, "none", or "auto"
+            for what the spectrum suggests.
+        missing: What to do with an id that lacks a checkpoint: "error", or "drop".
+        seed: Of the rotation of codes, and of samples.
+        threads: How many threads to build with; None means all processors.
+
+    Raises:
+        ArgumentError: If an argument is out of range, or there are no rows.
+        IdError: If an id lacks a checkpoint.
+        MismatchError: If codes are asked of a store of factors.
+        NotFiniteError: If a row is not finite.
+        StoreError: If the rows cannot be read.
+
+    O(examples · length · log length) time to build; 1 byte a coordinate (half of that with 4 bits)
+    and about 20 an example in memory.
+
+    Examples:
+        >>> index = whence.Index("runs/digits")  # doctest: +SKIP
+        >>> hits = index.search(rows, k=10)  # doctest: +SKIP
+        >>> print(index.explain())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        rows: Source | str | os.PathLike[str] | NDArray[Any],
+        method: str = "auto",
+        *,
+        bits: int = 8,
+        basis: str = "auto",
+        missing: str = "error",
+        seed: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        self.source = opened(rows)
+        _arrays.choice("method", method, METHODS)
+        if _arrays.integer("bits", bits, 4, 8) not in (4, 8):
+            raise ArgumentError(f"bits must be 4 or 8, got {bits}")
+        _arrays.choice("basis", basis, BASES)
+        _arrays.choice("missing", missing, ("error", "drop"))
+        self._seed = _arrays.integer("seed", seed, 0, 2**64 - 1)
+        threads = _arrays.threads(threads)
+        self._missing = missing
+        count = len(self.source.ids)
+        if not count:
+            raise ArgumentError(f"rows must have at least one, got none in {self.source!r}")
+        if missing == "error" and self.source.incomplete is not None:
+            self.source.row_numbers()  # raises, and says which
+        self._last: tuple[str, NDArray[np.int64]] | None = None
+        self._clusters: dict[int, NDArray[np.int64]] = {}
+        self._codes: _core.Codes | None = None
+        self._rows: _core.Rows | None = None
+        self._why = f"{method!r} was asked for"
+        if method == "auto":
+            method, self._why = self._suited(count)
+        self.method = method
+        if method == "certified":
+            self._code(bits, basis, threads)
+        else:
+            self._gather()
+
+    def _suited(self, count: int) -> tuple[str, str]:
+        """A method for so many examples, and why."""
+        if self.source.places:
+            return "exact", "rows are factors, which have no codes"
+        if count <= FEW:
+            return "exact", f"a scan of {count:,} examples takes less than codes could save"
+        return "certified", f"codes of {count:,} examples are read in a fraction of a scan's time"
+
+    def _code(self, bits: int, basis: str, threads: int) -> None:
+        source = self.source
+        if source.places:
+            raise MismatchError(
+                "method must be 'exact' for a store with layout='factored', whose rows are no "
+                "vectors, got 'certified'"
+            )
+        weights, _ = source.weights()
+        bounds = source.bounds(weights)
+        if bounds is None:
+            raise MismatchError(f"rows must have norms that bound scores, got {source!r}")
+        chosen = bases.choose(source, weights, basis, self._seed)
+        self._basis = chosen
+        self._built = f"codes of {'4' if bits == 4 else '4 + 4'} bits, {chosen.why}"
+        self._codes = _core.Codes(
+            source.core,
+            self._complete_numbers(),
+            weights.tolist(),
+            bounds,
+            chosen.prefix,
+            chosen.directions,
+            self._seed,
+            bits,
+            threads,
+        )
+
+    def _complete_numbers(self) -> NDArray[np.uint64] | None:
+        """[checkpoints, examples] numbers of rows, with any row for one that is missing.
+
+        An example that lacks a checkpoint is never eligible, whatever its code says.
+        """
+        numbers = self.source.numbers
+        if self.source.incomplete is None or numbers is None:
+            return numbers
+        return np.where(self.source.incomplete, np.uint64(0), numbers)
+
+    def _gather(self) -> None:
+        """The rows in memory, checkpoint after checkpoint, as they are stored."""
+        numbers = self._complete_numbers()
+        core = self.source.core
+        if not (numbers is None and core.resident):
+            if numbers is None:
+                numbers = np.arange(len(self.source.ids), dtype=np.uint64)[None]
+            core = core.gathered(np.ascontiguousarray(numbers.reshape(-1)))
+        self._rows = core
+        self._built = "rows as they are stored, in memory"
+
+    def __len__(self) -> int:
+        return len(self.source.ids)
+
+    def __repr__(self) -> str:
+        return f"<whence index, {self.method}, of {self.source!r}>"
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        where: Any = None,
+        exclude: Sequence[Sequence[Any]] | None = None,
+        side: str = "both",
+        approximate: bool = False,
+        diverse: int | None = None,
+        threads: int | None = None,
+    ) -> Hits:
+        """The k most helpful and the k most harmful examples of each query row.
+
+        The hits are those of `Store.search`, to the bit, unless `approximate` is asked for.
+
+        Args:
+            queries: As in `Store.search`.
+            k: How many to return at each end, up to all.
+            where: As in `Store.search`.
+            exclude: As in `Store.search`.
+            side: As in `Store.search`.
+            approximate: Score only the best candidates by codes of 4 bits, `2.5 k` of them at each
+                end, and leave out the proof; `Hits.margins` says how clear the answer is.
+            diverse: Into how many clusters the rows are cut for an answer that has examples of all
+                that the query has to do with, instead of many of a kind; None for the plain answer.
+            threads: As in `Store.search`.
+
+        Returns:
+            Hits; `Hits.exact` says of each query whether its answer is proven. O(examples · length)
+            operations on codes at most, and a few rows read for each hit.
+
+        Raises:
+            WhenceError: As `Store.search`.
+        """
+        return self.find(
+            self.source.query_rows(queries),
+            k,
+            where=where,
+            exclude=exclude,
+            side=side,
+            approximate=approximate,
+            diverse=diverse,
+            threads=threads,
+        )
+
+    def find(
+        self,
+        rows: NDArray[np.float32],
+        k: int = 10,
+        *,
+        where: Any = None,
+        exclude: Sequence[Sequence[Any]] | None = None,
+        missing: str = "error",
+        side: str = "both",
+        approximate: bool = False,
+        diverse: int | None = None,
+        threads: int | None = None,
+    ) -> Hits:
+        """As `search`, for [checkpoints, queries, width] rows that `whence.query` made.
+
+        Raises:
+            WhenceError: As `search`.
+        """
+        asked = self.source.ask(
+            rows,
+            k,
+            where=where,
+            exclude=exclude,
+            missing="drop" if self._missing == "drop" else missing,
+            side=side,
+            threads=threads,
+        )
+        if diverse is None:
+            return self._answer(asked, approximate)
+        clusters = self._clustered(_arrays.integer("diverse", diverse, 2, len(self)))
+        return mixtures.search(
+            asked, clusters, lambda question: self._answer(question, approximate)
+        )
+
+    def knn_query(
+        self,
+        queries: Any,
+        k: int = 1,
+        *,
+        filter: Any = None,
+        num_threads: int | None = None,
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Ids and scores of the k largest inner products, called as hnswlib's `knn_query` is.
+
+        Unlike there, the second array has scores, largest first, and not distances; and `filter` is
+        what `where` is in `search`.
+
+        Returns:
+            [queries, k] ids, and [queries, k] float32 scores.
+
+        Raises:
+            WhenceError: As `search`.
+        """
+        hits = self.search(queries, k, where=filter, side="helpful", threads=num_threads)
+        return hits.helpful.ids, hits.helpful.scores
+
+    def explain(self) -> Explanation:
+        """What was built and why, and how the last question was answered."""
+        last, scored = self._last or (None, None)
+        return Explanation(self.method, self._built, self._why, self.bytes, len(self), last, scored)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes kept in memory for searching: codes or rows, scales and numbers of rows."""
+        own = self._codes.bytes if self._codes is not None else 0
+        numbers = self.source.numbers
+        rows = self._rows if self._rows is not None else self.source.core
+        return own + rows.bytes + (0 if numbers is None else numbers.nbytes)
+
+    def recall(
+        self,
+        sample: int = 200,
+        k: int = 10,
+        *,
+        queries: Any = None,
+        approximate: bool = False,
+        threads: int | None = None,
+    ) -> Recall:
+        """How many of the hits of a scan of all examples this index finds.
+
+        Args:
+            sample: How many queries to ask.
+            k: How many hits at each end.
+            queries: Query rows to draw them from; None for rows of the index itself.
+            approximate: Whether to ask for approximate answers.
+            threads: As in `search`.
+
+        Returns:
+            The recall at either end. O(sample) scans.
+
+        Raises:
+            WhenceError: As `search`.
+        """
+        sample = _arrays.integer("sample", sample, 1)
+        random = np.random.default_rng(self._seed)
+        if queries is None:
+            there = np.arange(len(self))
+            if self.source.incomplete is not None:
+                there = there[~self.source.incomplete]
+            picked = np.sort(random.permutation(there)[:sample])
+            numbers = self.source.row_numbers(missing="keep")[:, picked]
+            if self.source.places:
+                raise MismatchError(
+                    "queries must be given for a store with layout='factored', got None"
+                )
+            parts = [self.source.core.read(np.ascontiguousarray(n, np.uint64)) for n in numbers]
+            rows = np.stack(parts)
+        else:
+            rows = self.source.query_rows(queries)
+            rows = rows[:, np.sort(random.permutation(rows.shape[1])[:sample])]
+        asked = self.source.ask(rows, k, missing=self._missing, threads=threads)
+        last = self._last
+        found, wanted = self._answer(asked, approximate), self.source.scan(asked)
+        self._last = last
+
+        def share(want: Side, got: Side) -> float:
+            pairs = zip(want.positions, got.positions, strict=True)
+            return float(np.mean([np.isin(one, other).mean() for one, other in pairs]))
+
+        helpful, harmful = (
+            share(wanted.helpful, found.helpful),
+            share(wanted.harmful, found.harmful),
+        )
+        return Recall(helpful, harmful, asked.k, rows.shape[1], approximate)
+
+    def vectors(self) -> NDArray[np.float32]:
+        """[examples, checkpoints · dim] rows whose inner products with query rows are the scores.
+
+        The rows of all checkpoints side by side, each times its weight; a query is its own rows
+        side by side. All in memory: for other libraries, and for checking.
+
+        Raises:
+            IdError: If an id lacks a checkpoint.
+            MismatchError: If the source holds factors.
+        """
+        if self.source.places:
+            raise MismatchError("rows must be vectors, got a store with layout='factored'")
+        weights, _ = self.source.weights()
+        numbers = self.source.row_numbers()
+        parts = [
+            weight * self.source.core.read(np.ascontiguousarray(each, np.uint64))
+            for weight, each in zip(weights, numbers, strict=True)
+        ]
+        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def to_faiss(self) -> Any:
+        """A `faiss.IndexFlatIP` of `vectors()`, under the ids if they are integers.
+
+        Raises:
+            MissingDependencyError: If faiss is not installed.
+            WhenceError: As `vectors`.
+        """
+        try:
+            import faiss
+        except ImportError:
+            raise MissingDependencyError("to_faiss needs faiss: pip install faiss-cpu") from None
+        vectors = self.vectors()
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        if self.source.ids.dtype.kind != "i":
+            index.add(vectors)
+            return index
+        named = faiss.IndexIDMap2(index)
+        named.add_with_ids(vectors, self.source.ids)
+        return named
+
+    def to_hnswlib(self, *, M: int = 16, ef_construction: int = 200) -> Any:
+        """An `hnswlib.Index` of `vectors()` by inner product, under the ids if they are integers.
+
+        Its graph is built for the largest scores only, and misses some of those; see `search`.
+
+        Args:
+            M: As there.
+            ef_construction: As there.
+
+        Raises:
+            MissingDependencyError: If hnswlib is not installed.
+            WhenceError: As `vectors`.
+        """
+        try:
+            import hnswlib
+        except ImportError:
+            raise MissingDependencyError("to_hnswlib needs hnswlib: pip install hnswlib") from None
+        vectors = self.vectors()
+        index = hnswlib.Index(space="ip", dim=vectors.shape[1])
+        index.init_index(max_elements=len(vectors), M=M, ef_construction=ef_construction)
+        labels = self.source.ids if self.source.ids.dtype.kind == "i" else np.arange(len(vectors))
+        index.add_items(vectors, labels)
+        return index
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the codes into a new folder: `.npy` files and a manifest with their checksums.
+
+        Rows, ids and columns stay where they are; `load` asks for them again.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArgumentError: If the index has no codes, or something is at the path.
+            StoreError: If it cannot be written.
+        """
+        if self._codes is None:
+            raise ArgumentError(
+                f"method must be 'certified' for an index to be saved, got {self.method!r}: "
+                "another has nothing that is not in its rows"
+            )
+        return kept.save(
+            _arrays.path("path", path),
+            self.source,
+            self._codes,
+            self._basis,
+            self._seed,
+            self._built,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        rows: Source | str | os.PathLike[str] | NDArray[Any],
+        *,
+        missing: str = "error",
+    ) -> Index:
+        """The index that was saved at a path.
+
+        Args:
+            path: The folder.
+            rows: What it was built of.
+            missing: As when it was built.
+
+        Raises:
+            StoreError: If there is no index, or it is damaged.
+            MismatchError: If it is of other rows.
+        """
+        source = opened(rows)
+        _arrays.choice("missing", missing, ("error", "drop"))
+        if missing == "error" and source.incomplete is not None:
+            source.row_numbers()  # raises, and says which
+        codes, basis, seed, built = kept.load(_arrays.path("path", path), source)
+        index = cls.__new__(cls)
+        index.source, index._seed, index._missing = source, seed, missing
+        index._last, index._clusters, index._rows = None, {}, None
+        index.method, index._why = "certified", "it was saved so"
+        index._codes, index._basis, index._built = codes, basis, built
+        return index
+
+    def _answer(self, asked: Question, approximate: bool) -> Hits:
+        """The answer to a question, and how it came about."""
+        count = len(self)
+        where = f"{len(asked.eligible)} queries, top {asked.k}"
+        deep = asked.k * DEEP > count
+        if self._codes is None or (deep and not approximate):
+            hits = self.source.scan(asked, self._rows)
+            why = "no codes were built" if self._codes is None else f"k is above 1 / {DEEP} of all"
+            self._last = (f"{where}: a scan, for {why}", np.full(len(hits), count, np.int64))
+            return hits
+        candidates = int(np.ceil(CANDIDATES * asked.k)) if approximate else None
+        largest, smallest, counts, margins = self._codes.search(
+            self.source.core,
+            self._complete_numbers(),
+            asked.rows,
+            asked.k,
+            asked.sides,
+            asked.keep,
+            asked.excluded,
+            candidates,
+            asked.threads,
+        )
+        scored = counts.astype(np.int64)
+        kind = "proven by the bounds of codes" if candidates is None else "approximate"
+        share = scored.mean() / count
+        self._last = (
+            f"{where}: {kind}, {scored.mean():,.1f} of {count:,} examples scored a query "
+            f"({share:.2%})",
+            scored,
+        )
+        given = None if candidates is None else margins
+        return self.source.hits(asked, (largest, smallest), margins=given)
+
+    def _clustered(self, count: int) -> NDArray[np.int64]:
+        """[examples] the cluster of each."""
+        if count not in self._clusters:
+            weights, _ = self.source.weights()
+            self._clusters[count] = mixtures.clusters(self.source, weights, count, self._seed)
+        return self._clusters[count]
+
+
+def opened(rows: Source | str | os.PathLike[str] | NDArray[Any]) -> Source:
+    """What a caller means by rows: a store's folder, a `.npy` file, a matrix, or one of those open.
+
+    Raises:
+        WhenceError: As `Store` and `Matrix`.
+    """
+    if isinstance(rows, Source):
+        return rows
+    if isinstance(rows, (str, os.PathLike)) and _arrays.path("rows", rows).suffix != ".npy":
+        return Store(rows)
+    return Matrix(rows)

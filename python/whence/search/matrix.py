@@ -1,0 +1,172 @@
+"""A plain matrix, open for search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence import _arrays, _core
+from whence._arrays import Ids
+from whence.errors import DtypeError, ShapeError, StoreError
+from whence.search.source import Source
+from whence.store import Places, eligible
+from whence.store.files import store_errors
+
+DTYPES = ("float32", "float16", "int8")
+"""Types of values that are searched."""
+
+
+class Matrix(Source):
+    """The rows of a matrix, whose inner products with queries are the scores.
+
+    Args:
+        rows: The path of a `.npy` file, which is read when it is searched and stays where it is; or
+            a matrix, of which a copy is kept. [examples, dim] float32, float16 or int8, in C order.
+        ids: [examples] int64 or str, distinct; None for the numbers of the rows.
+        columns: name -> [examples] bool, int64, float64 or str, for filters and reports.
+
+    Raises:
+        DtypeError: If the values are of another type.
+        ShapeError: If `rows` is no matrix with at least one column, or `ids` or `columns` do not
+            have one value each.
+        IdError: If ids repeat, or are of no one kind.
+        StoreError: If the file cannot be read.
+    """
+
+    method = "inner product of rows"
+
+    def __init__(
+        self,
+        rows: str | os.PathLike[str] | NDArray[Any],
+        ids: Any = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path: Path | None = None
+        if isinstance(rows, (str, os.PathLike)):
+            self.path = _arrays.path("rows", rows)
+            shape, dtype, offset = _header(self.path)
+        else:
+            rows = np.asarray(_arrays.to_numpy(rows))
+            shape, dtype, offset = rows.shape, rows.dtype.name, 0
+        if dtype not in DTYPES:
+            raise DtypeError(f"rows must be one of {', '.join(DTYPES)}, got {dtype}")
+        if len(shape) != 2 or shape[1] == 0:
+            raise ShapeError(f"rows must be [examples, dim], got {list(shape)}")
+        count, self._dim = shape
+        if self.path is not None:
+            scales = np.ones(count, np.float32)
+            files: list[Any] = [(self.path, offset, count)]
+            self._core = _core.Rows(files, self._dim, dtype, scales)
+        else:
+            self._core = _core.Rows.of(np.ascontiguousarray(rows))
+        self._ids = np.arange(count, dtype=np.int64) if ids is None else _arrays.ids("ids", ids)
+        if len(self._ids) != count:
+            raise ShapeError(f"ids must be one for each of {count} rows, got {len(self._ids)}")
+        self._columns = MappingProxyType(
+            {
+                name: _arrays.column(f"columns[{name!r}]", column, count)
+                for name, column in (columns or {}).items()
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else repr(str(self.path))
+        return f"<whence matrix {where}: {len(self)} examples of {self.dim}>"
+
+    @property
+    def ids(self) -> Ids:
+        """[examples] int64 or str."""
+        return self._ids
+
+    @property
+    def columns(self) -> Mapping[str, NDArray[Any]]:
+        """[examples] each."""
+        return self._columns
+
+    @property
+    def dim(self) -> int:
+        """The width of a row."""
+        return self._dim
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """One, without a name of its own."""
+        return ["rows"]
+
+    @property
+    def core(self) -> _core.Rows:
+        """The rows as the search engine takes them."""
+        return self._core
+
+    def bounds(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[examples] the norm of each row times the weight; reads them all.
+
+        Raises:
+            NotFiniteError: If a row holds a NaN or an infinity, or its norm overflows.
+        """
+        norms = self.core.norms(_arrays.threads(None))
+        return norms if weights[0] == 1 else norms * weights[0]
+
+    def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
+        """[1, examples] the numbers of the rows: those of the examples."""
+        return np.arange(len(self), dtype=np.int64)[None]
+
+    def positions(self, name: str, ids: Ids) -> NDArray[np.int64]:
+        """[ids] the number of the example of each id.
+
+        Raises:
+            IdError: If an id is of the wrong kind, or not there.
+        """
+        return self._places.of(name, ids)
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places(self._ids)
+
+    def eligible(self, where: Any) -> NDArray[np.bool_]:
+        """[examples] whether each passes a filter, as in `Store.search`.
+
+        Raises:
+            WhenceError: As `Store.search`.
+        """
+        kinds = {name: _arrays.kind_of_array(column) for name, column in self._columns.items()}
+        return eligible(where, len(self), self._columns, kinds, self.positions)
+
+    def weights(self) -> tuple[NDArray[np.float32], str]:
+        """[1] one, and the unit of the score."""
+        return np.ones(1, np.float32), "inner product"
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], str, int]:
+    """Shape, type and offset of the values of a `.npy` file.
+
+    Raises:
+        StoreError: If it is none, or not in C order.
+    """
+    with store_errors(path), path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read is None:
+                raise ValueError(f"npy version must be 1.0 or 2.0, got {version}")
+            shape, fortran, dtype = read(file)
+        except ValueError as error:
+            raise StoreError(f"{path} must be a .npy file, got another: {error}") from None
+        if fortran and min(shape, default=0) > 1:
+            raise StoreError(f"{path} must be in C order, got Fortran order")
+        if dtype.byteorder == ">":
+            raise StoreError(f"{path} must be little-endian, got {dtype.str}")
+        return shape, dtype.name, file.tell()

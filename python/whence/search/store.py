@@ -1,0 +1,203 @@
+"""A recorded store, open for search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence.errors import CheckpointError
+from whence.factored import Factored
+from whence.search.hits import COSINE, METHOD, Hits
+from whence.search.source import Source
+from whence.store import Reader
+
+ROUNDING = 1.001
+"""How much longer than 1 a stored unit row can be: a step of float16 and what is subnormal."""
+
+
+class Store(Reader, Source):
+    """A store, open for reading: a snapshot of what was committed when it was opened.
+
+    Args:
+        path: The store's folder.
+
+    Raises:
+        StoreError: If there is no store, or it is damaged.
+    """
+
+    method = METHOD
+
+    def __repr__(self) -> str:
+        sketch = self.manifest.sketch
+        what = "factored"
+        if not self.manifest.is_factored:
+            what = f"{sketch['kind']} dim {sketch['dim']} seed {sketch['seed']}"
+        return (
+            f"<whence store {str(self.path)!r}: {len(self)} examples, "
+            f"{len(self.checkpoints)} checkpoints {self.checkpoints}, {what}, "
+            f"{self.manifest.dtype}>"
+        )
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        where: Any = None,
+        exclude: Sequence[Sequence[Any]] | None = None,
+        missing: str = "error",
+        side: str = "both",
+        threads: int | None = None,
+    ) -> Hits:
+        """The k most helpful and the k most harmful examples of each query row, exactly.
+
+        The score is the inner product of the stored row and the query row; with several
+        checkpoints the sum over them, weighted by their learning rates (TracInCP; Pruthi et al.,
+        "Estimating training data influence by tracing gradient descent", NeurIPS 2020). Reads the
+        rows from the files each time; a `whence.Index` is quicker for many questions.
+
+        Args:
+            queries: [queries, dim] float32 rows from the same sketch; [checkpoints, queries, dim]
+                for a store of several checkpoints.
+            k: How many to return at each end.
+            where: Only examples that pass: a dict of column name to a value or a list of values,
+                [examples] bool, or a list of ids.
+            exclude: For each query the ids that it must not return, such as its own.
+            missing: What to do with an id that lacks a checkpoint: "error", or "drop" to leave it
+                out.
+            side: "both", or only "helpful" or "harmful"; the other side then has width 0.
+            threads: How many threads to use; None means all processors.
+
+        Returns:
+            Hits. O(checkpoints · examples · queries · dim) time at most, in a working set that
+            does not grow with the store's rows; where norms differ much, as those of gradients of
+            a trained model do, a few percent of that.
+
+        Raises:
+            ArgumentError: If k is below 1, side is another word, or no example is eligible.
+            DtypeError: If queries are not float32.
+            ShapeError: If queries have another shape.
+            NotFiniteError: If a query holds a NaN or an infinity, or a score that matters
+                overflows.
+            IdError: If an id lacks a checkpoint, or an id of `where` or `exclude` is not in the
+                store.
+            StoreError: If the store is empty or damaged.
+            MismatchError: If the store holds factors.
+        """
+        return self.find(
+            self.query_rows(queries),
+            k,
+            where=where,
+            exclude=exclude,
+            missing=missing,
+            side=side,
+            threads=threads,
+        )
+
+    def find(
+        self,
+        rows: NDArray[np.float32],
+        k: int = 10,
+        *,
+        where: Any = None,
+        exclude: Sequence[Sequence[Any]] | None = None,
+        missing: str = "error",
+        side: str = "both",
+        threads: int | None = None,
+    ) -> Hits:
+        """As `search`, for [checkpoints, queries, width] rows that `whence.query` made.
+
+        Raises:
+            WhenceError: As `search`.
+        """
+        asked = self.ask(
+            rows, k, where=where, exclude=exclude, missing=missing, side=side, threads=threads
+        )
+        return self.scan(asked)
+
+    def self_influence(self) -> NDArray[np.float64]:
+        """[examples] the score of each example for itself: high for mislabelled and odd ones.
+
+        The squared norm of its row, summed over checkpoints weighted by their learning rates; never
+        negative. NaN for an example that lacks a checkpoint. In float64, which no norm overflows.
+
+        Raises:
+            CheckpointError: If some checkpoints have a learning rate and others not.
+        """
+        rates, _ = self.weights()
+        norms = np.stack([self.norms(name) for name in self.checkpoints]).astype(np.float64)
+        total: NDArray[np.float64] = (rates[:, None].astype(np.float64) * norms**2).sum(axis=0)
+        return total
+
+    def bounds(self, weights: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """[examples] no less than the norm of the rows of each, side by side, times these weights.
+
+        None for factored rows, whose scores norms do not bound in the same way.
+        """
+        if self.manifest.is_factored:
+            return None
+        numbers = self.row_numbers(missing="keep")
+        norms = np.where(numbers < 0, 0, self.scales.astype(np.float64)[numbers])
+        norms *= weights[:, None].astype(np.float64)
+        with np.errstate(over="ignore"):
+            found: NDArray[np.float32] = np.sqrt((norms**2).sum(axis=0)).astype(np.float32)
+            return found * np.float32(ROUNDING)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """The parts of factored rows, as the search engine takes them."""
+        if not self.manifest.is_factored:
+            return []
+        return Factored.from_spec(self.manifest.sketch).places
+
+    def weighted(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[checkpoints, queries, width] query rows, each times the weight of its checkpoint."""
+        if not self.manifest.is_factored:
+            return super().weighted(rows)
+        rates, _ = self.weights()
+        factored = Factored.from_spec(self.manifest.sketch)
+        return factored.weighted(rows, np.broadcast_to(rates[:, None], rows.shape[:2]))
+
+    def weights(self) -> tuple[NDArray[np.float32], str]:
+        """[checkpoints] weight of each in the sum, and the unit of the score.
+
+        Raises:
+            CheckpointError: If some checkpoints have a learning rate and others not.
+        """
+        rates = [checkpoint.learning_rate for checkpoint in self.manifest.checkpoints]
+        normalized = self.manifest.sketch.get("normalize", False)
+        if all(rate is None for rate in rates):
+            if normalized:
+                return np.ones(len(rates), np.float32), COSINE
+            return np.ones(len(rates), np.float32), (
+                "loss per unit of learning rate: what one step of gradient descent on the example "
+                "takes off the query's loss, to first order"
+            )
+        if any(rate is None for rate in rates):
+            named = dict(zip(self.checkpoints, rates, strict=True))
+            raise CheckpointError(
+                f"learning_rate must be given for all checkpoints or none, got {named}"
+            )
+        if normalized:
+            return np.array(rates, np.float32), f"{COSINE}, each times its learning rate"
+        return np.array(rates, np.float32), (
+            "loss: what one step of gradient descent on the example at each checkpoint's learning "
+            "rate takes off the query's loss, to first order"
+        )
+
+
+def open(path: str | os.PathLike[str]) -> Store:
+    """The store at `path`, open for reading. Needs numpy only.
+
+    Raises:
+        StoreError: If there is no store, or it is damaged.
+
+    Examples:
+        >>> store = whence.open("runs/digits")  # doctest: +SKIP
+        >>> store.search(rows, k=10).helpful.ids  # doctest: +SKIP
+    """
+    return Store(path)

@@ -1,0 +1,101 @@
+"""Examples by their ids, and which of them pass a filter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence import _arrays
+from whence._arrays import Ids, describe
+from whence.errors import ArgumentError, DtypeError, IdError, ShapeError
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+class Places:
+    """Where each id is among others.
+
+    Args:
+        ids: [examples] distinct int64 or str.
+    """
+
+    def __init__(self, ids: Ids) -> None:
+        self._order = np.argsort(ids, kind="stable")
+        self._ordered = ids[self._order]
+
+    def of(self, name: str, ids: Ids) -> NDArray[np.int64]:
+        """[ids] the number of the example of each id.
+
+        Raises:
+            IdError: If an id is of the wrong kind, or not there.
+        """
+        ordered = self._ordered
+        if ids.dtype.kind != ordered.dtype.kind:
+            kind = _arrays.kind_of_array(ordered)
+            raise IdError(f"{name} must be {kind} as in the store, got {describe(ids)}")
+        at = np.searchsorted(ordered, ids).clip(max=max(len(ordered) - 1, 0))
+        known = ordered[at] == ids if len(ordered) else np.zeros(len(ids), np.bool_)
+        if not known.all():
+            raise IdError(f"{name} must be in the store, got {ids[~known][0].item()!r}")
+        found: NDArray[np.int64] = self._order[at]
+        return found
+
+
+def eligible(
+    where: Any,
+    count: int,
+    columns: Columns,
+    kinds: Mapping[str, str],
+    positions: Callable[[str, Ids], NDArray[np.int64]],
+) -> NDArray[np.bool_]:
+    """[examples] whether each passes a filter.
+
+    Args:
+        where: None for all; a dict of column name to a value or a list of values, all of which
+            must hold; [examples] bool; or ids, as a list, an array or a set.
+        count: How many examples there are.
+        columns: name -> [examples].
+        kinds: name -> the type of the column.
+        positions: Name of the argument and ids -> the numbers of their examples.
+
+    Raises:
+        ArgumentError: If a column is not there.
+        DtypeError: If `where` is something else, or a value of another type than its column.
+        IdError: If an id is not there.
+    """
+    if where is None:
+        return np.ones(count, np.bool_)
+    if isinstance(where, Mapping):
+        keep = np.ones(count, np.bool_)
+        for name, wanted in where.items():
+            if name not in columns:
+                raise ArgumentError(f"where must name columns of {sorted(columns)}, got {name!r}")
+            keep &= np.isin(columns[name], _wanted(name, wanted, kinds[name]))
+        return keep
+    if isinstance(where, (set, frozenset)):
+        where = list(where)
+    must = f"a dict of columns, [{count}] bool or a list of ids"
+    try:
+        found = _arrays.column("where", where, np.size(_arrays.to_numpy(where)))
+    except (DtypeError, ShapeError):
+        raise DtypeError(f"where must be {must}, got {describe(where)}") from None
+    if found.dtype == np.bool_:
+        if len(found) != count:
+            raise DtypeError(f"where must be {must}, got {describe(where)}")
+        return found.copy()
+    keep = np.zeros(count, np.bool_)
+    if len(found):
+        keep[positions("where", _arrays.ids("where", np.unique(found)))] = True
+    return keep
+
+
+def _wanted(name: str, wanted: Any, kind: str) -> NDArray[Any]:
+    """The values that a filter allows in a column, in the column's type."""
+    found = _arrays.values(f"where[{name!r}]", wanted)
+    got = _arrays.kind_of_array(found)
+    if got != kind and {got, kind} != {"int64", "float64"}:
+        raise DtypeError(f"where[{name!r}] must be {kind}, got {got}")
+    return found

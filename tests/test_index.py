@@ -1,0 +1,517 @@
+"""An index answers as the scan does, whatever it is built of."""
+
+import importlib.util
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from filled import fill, random_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import whence
+from whence import errors
+from whence.search.basis import reflections
+from whence.search.diverse import _slots
+
+
+def same(found, expected):
+    for mine, theirs in ((found.helpful, expected.helpful), (found.harmful, expected.harmful)):
+        assert mine.ids.tolist() == theirs.ids.tolist()
+        assert mine.scores.tobytes() == theirs.scores.tobytes()
+        assert mine.positions.tolist() == theirs.positions.tolist()
+
+
+def steep_rows(count, dim, seed=0):
+    """Rows whose energy lies in few directions, of like norms."""
+    generator = np.random.default_rng(seed)
+    basis = np.linalg.qr(generator.normal(size=(dim, dim)))[0]
+    rows = generator.normal(size=(count, dim)) * 0.9 ** np.arange(dim)
+    return (rows @ basis).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", ["exact", "certified"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dim", [1, 77, 200])
+@pytest.mark.parametrize("queries", [1, 37])
+def test_hits_are_those_of_the_store_to_the_bit(tmp_path, method, dtype, dim, queries):
+    store = fill(tmp_path / "s", random_rows(3000, dim), dtype=dtype, parts=3)
+    asked = random_rows(queries, dim, seed=1)
+    index = whence.Index(store, method, threads=2)
+    for side in ("both", "helpful", "harmful"):
+        hits = index.search(asked, 20, side=side, threads=2)
+        same(hits, store.search(asked, 20, side=side))
+        assert hits.exact.all()
+        assert hits.margins is None
+    assert index.search(asked, 20, side="harmful").helpful.ids.shape == (queries, 0)
+
+
+@pytest.mark.parametrize("basis", ["auto", "eigen", "rows", "none"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_any_basis_and_number_of_bits_gives_the_same_hits(basis, bits):
+    rows, asked = steep_rows(3000, 300), steep_rows(5, 300, seed=1)
+    index = whence.Index(rows, "certified", basis=basis, bits=bits)
+    scores = asked.astype(np.float64) @ rows.astype(np.float64).T
+    hits = index.search(asked, 15)
+    assert hits.helpful.ids.tolist() == np.argsort(-scores, axis=1)[:, :15].tolist()
+    assert hits.harmful.ids.tolist() == np.argsort(scores, axis=1)[:, :15].tolist()
+
+
+def test_a_steep_spectrum_is_found_and_makes_fewer_rows_be_scored():
+    rows, asked = steep_rows(6000, 256), steep_rows(10, 256, seed=1)
+    with_prefix = whence.Index(rows, bits=4)
+    without = whence.Index(rows, bits=4, basis="none")
+    assert "leading 64 directions hold" in str(with_prefix.explain())
+    assert "no prefix" in str(without.explain())
+    same(with_prefix.search(asked), without.search(asked))
+    scored = [index.explain().scored.mean() for index in (with_prefix, without)]
+    assert scored[0] < 0.8 * scored[1]
+
+
+def test_several_checkpoints_with_rates_are_one_score(tmp_path):
+    first, second = random_rows(2500, seed=1), random_rows(2500, seed=2)
+    order = np.random.default_rng(0).permutation(2500)
+    fill(tmp_path / "s", first, checkpoint="a", rate=0.5, parts=2)
+    store = fill(tmp_path / "s", second[order], ids=order, checkpoint="b", rate=0.01, parts=3)
+    asked = np.stack([random_rows(7, seed=3), random_rows(7, seed=4)])
+    expected = store.search(asked, 9)
+    for method in ("exact", "certified"):
+        same(whence.Index(store, method).search(asked, 9), expected)
+    vectors = whence.Index(store).vectors()
+    scores = np.concatenate(asked, axis=1) @ vectors.T
+    assert (np.argsort(-scores, axis=1)[:, :3] == expected.helpful.ids[:, :3]).all()
+
+
+@pytest.mark.parametrize("method", ["exact", "certified"])
+def test_an_id_that_lacks_a_checkpoint_is_an_error_or_never_a_hit(tmp_path, method):
+    fill(tmp_path / "s", random_rows(2500, seed=1), checkpoint="a", parts=2)
+    rows = random_rows(2400, seed=2)
+    store = fill(tmp_path / "s", rows, ids=np.arange(100, 2500), checkpoint="b")
+    with pytest.raises(errors.IdError, match="without one in 'b'"):
+        whence.Index(store, method)
+    index = whence.Index(store, method, missing="drop")
+    asked = np.stack([random_rows(3, seed=3)] * 2)
+    hits = index.search(asked, 2500)
+    same(hits, store.search(asked, 2500, missing="drop"))
+    assert hits.helpful.ids.shape == (3, 2400)
+    assert hits.helpful.ids.min() >= 100
+    same(index.search(asked, 5), store.search(asked, 5, missing="drop"))
+
+
+@pytest.mark.parametrize("method", ["exact", "certified"])
+def test_filters_by_ids_values_and_mask_and_exclusions(tmp_path, method):
+    rows = random_rows(3000)
+    labels = np.arange(3000) % 7
+    store = fill(tmp_path / "s", rows, label=labels)
+    index = whence.Index(store, method)
+    asked = random_rows(4, seed=5)
+    some = np.random.default_rng(1).permutation(3000)[:50]
+    exclude = [store.search(asked[i : i + 1], 3).helpful.ids[0].tolist() for i in range(4)]
+    for where, keep in (
+        (None, np.ones(3000, bool)),
+        ({"label": [1, 4]}, np.isin(labels, [1, 4])),
+        (labels < 3, labels < 3),
+        (some, np.isin(np.arange(3000), some)),
+        (set(some.tolist()), np.isin(np.arange(3000), some)),
+    ):
+        hits = index.search(asked, 12, where=where, exclude=exclude)
+        scores = asked.astype(np.float64) @ rows.astype(np.float64).T
+        for query in range(4):
+            allowed = np.flatnonzero(keep & ~np.isin(np.arange(3000), exclude[query]))
+            order = allowed[np.argsort(-scores[query, allowed], kind="stable")]
+            assert hits.helpful.ids[query].tolist() == order[:12].tolist()
+            assert hits.harmful.ids[query].tolist() == order[::-1][:12].tolist()
+            assert hits.eligible[query] == len(allowed)
+
+
+def test_k_as_large_as_all_returns_all_once():
+    rows = random_rows(2100, 40)
+    index = whence.Index(rows, "certified")
+    hits = index.search(rows[:2], 10**9)
+    assert hits.helpful.ids.shape == (2, 2100)
+    assert np.sort(hits.helpful.ids, axis=1).tolist() == [list(range(2100))] * 2
+    assert "a scan" in str(index.explain())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 300),
+    dim=st.integers(1, 70),
+    k=st.integers(1, 400),
+    kind=st.sampled_from(["ties", "equal", "zeros", "huge", "tiny"]),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 2**32),
+)
+def test_hostile_rows_are_answered_as_a_sort_of_all_scores(count, dim, k, kind, bits, seed):
+    random = np.random.default_rng(seed)
+    rows = random.integers(-2, 3, (count, dim)).astype(np.float32)
+    factor = {"huge": 2.0**90, "tiny": 2.0**-140}.get(kind, 1.0)
+    if kind == "equal":
+        rows[:] = rows[0]
+    if kind == "zeros":
+        rows[random.random(count) < 0.7] = 0
+    rows *= np.float32(factor)
+    asked = random.integers(-2, 3, (3, dim)).astype(np.float32)
+    hits = whence.Index(rows, "certified", bits=bits).search(asked, k)
+    scores = asked.astype(np.float64) @ rows.astype(np.float64).T  # whole numbers: exact
+    width = min(k, count)
+    assert hits.helpful.ids.tolist() == np.argsort(-scores, 1, kind="stable")[:, :width].tolist()
+    assert hits.harmful.ids.tolist() == np.argsort(scores, 1, kind="stable")[:, :width].tolist()
+
+
+def test_auto_scans_few_rows_and_codes_many_and_says_why():
+    few, many = whence.Index(random_rows(100)), whence.Index(random_rows(4000, 96))
+    assert (few.method, many.method) == ("exact", "certified")
+    assert "100 examples" in few.explain().why
+    assert many.explain().last is None
+    many.search(random_rows(2, 96), 5)
+    said = str(many.explain())
+    assert "proven by the bounds" in said
+    assert "2 queries, top 5" in said
+
+
+def test_an_approximate_answer_says_so_and_how_clear_it_is():
+    rows = random_rows(5000, 128)
+    index = whence.Index(rows)
+    hits = index.search(rows[:20], 10, approximate=True)
+    assert not hits.exact.any()
+    assert hits.margins.shape == (20, 2)
+    assert (index.explain().scored == 50).all()
+    recall = index.recall(50, 10, approximate=True)
+    assert recall.approximate
+    assert recall.helpful > 0.98
+    assert recall.harmful > 0.98
+    assert "approximate" in str(recall)
+
+
+def test_recall_is_one_and_counts_what_is_missing():
+    rows = random_rows(3000, 64)
+    index = whence.Index(rows, "certified")
+    assert (index.recall(20).helpful, index.recall(20).harmful) == (1.0, 1.0)
+    # An index whose scan is of other rows finds nothing of what that scan wants.
+    index.source._core = whence.Matrix(-rows).core
+    recall = index.recall(20, 5, queries=rows[:30])
+    assert recall.queries == 20
+    assert recall.helpful < 0.05
+
+
+def test_knn_query_is_called_as_hnswlibs():
+    rows = random_rows(2500, 32)
+    index = whence.Index(rows)
+    labels, scores = index.knn_query(rows[:3], 4)
+    hits = index.search(rows[:3], 4)
+    assert labels.tolist() == hits.helpful.ids.tolist()
+    assert scores.tolist() == hits.helpful.scores.tolist()
+    filtered, _ = index.knn_query(rows[:3], k=2, filter=np.arange(2500) % 2 == 0)
+    assert (filtered % 2 == 0).all()
+
+
+def test_a_diverse_answer_has_examples_of_every_cluster_that_is_near():
+    random = np.random.default_rng(0)
+    centres = np.eye(3, 64) * [[1.0], [0.9], [0.8]]
+    member = np.repeat([0, 1, 2], [900, 700, 500])
+    rows = (centres[member] + 0.02 * random.normal(size=(2100, 64))).astype(np.float32)
+    asked = np.ones((1, 64), np.float32)
+    index = whence.Index(rows, "certified")
+    assert set(member[index.search(asked, 6).helpful.ids[0]]) == {0}
+    # Wide enough for the mixture to see them all.
+    hits = index.search(asked, 150, diverse=3)
+    found = member[hits.helpful.ids[0]]
+    assert np.bincount(found, minlength=3).min() > 15
+    assert (np.diff(hits.helpful.scores[0]) <= 0).all()
+    for cluster in range(3):  # of each the best
+        mine = np.flatnonzero(found == cluster)
+        scores = (rows[member == cluster] @ asked[0]).astype(np.float64)
+        best = np.sort(scores)[::-1][: len(mine)]
+        assert np.allclose(hits.helpful.scores[0][mine], best, rtol=1e-5)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 60))
+def test_slots_are_shares_and_never_more_than_there_are(counts, k):
+    counts = np.array(counts)
+    k = min(k, int(counts.sum()))
+    if k == 0:
+        return
+    slots = _slots(counts, k)
+    assert slots.sum() == k
+    assert (slots <= counts).all()
+
+
+def test_reflections_bring_columns_to_the_front():
+    columns = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 7)))[0]
+    turned = columns.T.copy()
+    for direction in reflections(columns):
+        turned -= np.outer(turned @ direction, direction) * (2 / (direction @ direction))
+    assert np.allclose(np.abs(turned), np.eye(7, 50), atol=1e-12)
+
+
+def test_a_saved_index_answers_as_before_and_only_of_its_own_rows(tmp_path):
+    np.save(tmp_path / "rows.npy", steep_rows(2500, 200))
+    index = whence.Index(tmp_path / "rows.npy")
+    asked = steep_rows(6, 200, seed=2)
+    assert index.save(tmp_path / "index") == tmp_path / "index"
+    again = whence.Index.load(tmp_path / "index", tmp_path / "rows.npy")
+    same(again.search(asked), index.search(asked))
+    assert again.explain().built == index.explain().built
+    with pytest.raises(errors.ArgumentError, match="which exists"):
+        index.save(tmp_path / "index")
+    with pytest.raises(errors.MismatchError, match="built of"):
+        whence.Index.load(tmp_path / "index", steep_rows(2500, 200, seed=1))
+    with pytest.raises(errors.StoreError):
+        whence.Index.load(tmp_path / "nothing", tmp_path / "rows.npy")
+
+
+def test_any_damaged_byte_of_a_saved_index_is_found(tmp_path):
+    rows = random_rows(2100, 20)
+    whence.Index(rows, "certified").save(tmp_path / "index")
+    random = np.random.default_rng(0)
+    files = sorted((tmp_path / "index").iterdir())
+    assert {"manifest.json", "order.npy", "segment-0-upper.npy"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        for at in random.integers(0, len(content), 8):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << int(random.integers(0, 8))
+            file.write_bytes(damaged)
+            with pytest.raises(errors.StoreError, match="damaged"):
+                whence.Index.load(tmp_path / "index", rows)
+        file.write_bytes(content[:-5])
+        with pytest.raises(errors.StoreError, match="damaged"):
+            whence.Index.load(tmp_path / "index", rows)
+        file.write_bytes(content)
+    whence.Index.load(tmp_path / "index", rows)
+
+
+def test_a_manifest_that_lies_is_refused(tmp_path):
+    from whence.store.files import write_json
+
+    rows = random_rows(2100, 20)
+    whence.Index(rows, "certified").save(tmp_path / "index")
+    manifest = tmp_path / "index" / "manifest.json"
+    body = json.loads(manifest.read_bytes().splitlines()[0])
+    for change in (
+        {"format": "another"},
+        {"version": 99},
+        {"widths": []},
+        {"widths": [-1]},
+        {"prefix": [7]},
+        {"prefix": "x"},
+        {"seed": -1},
+        {"weights": [0.0]},
+        {"weights": []},
+        {"files": {}},
+        {"files": {**body["files"], "order": [1, 2, "<u4", [2**62]]}},
+        {"share": "much"},
+    ):
+        write_json(manifest, {**body, **change})
+        with pytest.raises(errors.StoreError):
+            whence.Index.load(tmp_path / "index", rows)
+
+
+def test_what_was_left_by_a_killed_save_is_no_index_and_in_nobodys_way(tmp_path):
+    rows = random_rows(2100, 20)
+    index = whence.Index(rows, "certified")
+    (tmp_path / "index.part").mkdir()
+    (tmp_path / "index.part" / "order.npy").write_bytes(b"half")
+    with pytest.raises(errors.StoreError):
+        whence.Index.load(tmp_path / "index", rows)
+    index.save(tmp_path / "index")
+    assert not (tmp_path / "index.part").exists()
+
+
+def test_factored_stores_are_scanned_and_have_no_codes(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(4, 3)
+    x, y = torch.randn(40, 4), torch.randint(0, 3, (40,))
+    loss = torch.nn.functional.cross_entropy
+    with (
+        whence.record(model, tmp_path / "s", layout="factored") as recorder,
+        recorder.batch(range(40)),
+    ):
+        loss(model(x), y).backward()
+    index = whence.Index(tmp_path / "s")
+    assert index.method == "exact"
+    hits = whence.query(model, index, lambda: loss(model(x[:3]), y[:3]), k=5)
+    same(hits, whence.query(model, tmp_path / "s", lambda: loss(model(x[:3]), y[:3]), k=5))
+    with pytest.raises(errors.MismatchError, match="no vectors"):
+        whence.Index(tmp_path / "s", "certified")
+
+
+def test_query_asks_an_index_as_it_asks_a_store(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(4, 3)
+    x, y = torch.randn(40, 4), torch.randint(0, 3, (40,))
+    loss = torch.nn.functional.cross_entropy
+    with whence.record(model, tmp_path / "s", dim=64) as recorder, recorder.batch(range(40)):
+        loss(model(x), y).backward()
+    index = whence.Index(tmp_path / "s", "certified")
+    hits = whence.query(model, index, lambda: loss(model(x[:3]), y[:3]), k=5)
+    same(hits, whence.query(model, tmp_path / "s", lambda: loss(model(x[:3]), y[:3]), k=5))
+    approximate = whence.query(
+        model, index, lambda: loss(model(x[:3]), y[:3]), k=5, approximate=True
+    )
+    assert not approximate.exact.any()
+
+
+def test_bad_arguments_are_named():
+    rows = random_rows(50)
+    index = whence.Index(rows)
+    for make, kind, match in (
+        (lambda: whence.Index(rows, "fast"), errors.ArgumentError, "method must be one of"),
+        (lambda: whence.Index(rows, bits=5), errors.ArgumentError, "bits must be 4 or 8"),
+        (lambda: whence.Index(rows, basis="pca"), errors.ArgumentError, "basis must be one of"),
+        (lambda: whence.Index(rows, seed=-1), errors.ArgumentError, "seed must be"),
+        (lambda: whence.Index(rows[:0]), errors.ArgumentError, "at least one"),
+        (lambda: whence.Index(rows.astype(int)), errors.DtypeError, "rows must be one of"),
+        (lambda: index.search(rows[:1], 0), errors.ArgumentError, "k must be"),
+        (lambda: index.search(rows[:1], side="x"), errors.ArgumentError, "side must be one of"),
+        (lambda: index.search(rows[:1, :3]), errors.ShapeError, r"queries must be \[rows, 16\]"),
+        (lambda: index.search(rows[:1], diverse=1), errors.ArgumentError, "diverse must be"),
+        (lambda: index.search(rows[:1], where=["a"]), errors.IdError, "where must be int64"),
+        (lambda: index.search(rows[:1], where=[99]), errors.IdError, "in the store, got 99"),
+        (lambda: index.search(rows[:1], where=3.5), errors.DtypeError, "where must be a dict"),
+        (lambda: index.search(rows[:1], where=[]), errors.ArgumentError, "leave an example"),
+        (lambda: index.search(np.full((1, 16), np.nan, "f4")), errors.NotFiniteError, "queries"),
+        (lambda: index.save("x"), errors.ArgumentError, "method must be 'certified'"),
+        (lambda: index.recall(0), errors.ArgumentError, "sample must be"),
+    ):
+        with pytest.raises(kind, match=match):
+            make()
+
+
+def test_rows_that_are_not_finite_are_refused_by_name():
+    rows = random_rows(3000)
+    rows[77, 3] = np.nan
+    for method in ("exact", "certified"):
+        with pytest.raises(errors.NotFiniteError, match="row 77"):
+            whence.Index(rows, method).search(rows[:1])
+
+
+def test_memory_is_what_the_goals_allow(tmp_path):
+    np.save(tmp_path / "rows.npy", random_rows(6000, 512))
+    for bits, most in ((8, 540), (4, 270)):
+        index = whence.Index(tmp_path / "rows.npy", "certified", bits=bits)
+        assert index.bytes / len(index) <= most
+        codes = index._codes.parts()
+        arrays = [codes[0], codes[2], *(a for _, p, n in codes[1] for a in (*p, *n))]
+        assert index.bytes >= sum(array.nbytes for array in arrays)
+
+
+def test_bits_do_not_depend_on_threads_or_the_instruction_set(tmp_path):
+    import subprocess
+    import sys
+
+    np.save(tmp_path / "rows.npy", random_rows(2100, 100))
+    program = (
+        "import sys, zlib, numpy as np, whence\n"
+        "index = whence.Index(sys.argv[1], 'certified', basis='none', threads=int(sys.argv[2]))\n"
+        "order, segments, reaches = index._codes.parts()\n"
+        "total = zlib.crc32(order.tobytes() + reaches.tobytes())\n"
+        "for _, planes, numbers in segments:\n"
+        "    for array in (*planes, *numbers): total = zlib.crc32(array.tobytes(), total)\n"
+        "rows = np.load(sys.argv[1])\n"
+        "hits = index.search(rows[:9], 4, approximate=True, threads=int(sys.argv[2]))\n"
+        "for side in (hits.helpful, hits.harmful):\n"
+        "    total = zlib.crc32(side.scores.tobytes() + side.positions.tobytes(), total)\n"
+        "print(zlib.crc32(hits.margins.tobytes(), total))\n"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "rows.npy"), threads],
+            env={**os.environ, "WHENCE_INSTRUCTION_SET": name},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for name, threads in (
+            ("scalar", "1"),
+            ("avx2", "3"),
+            ("avx512", "2"),
+            ("avx512vnni", "1"),
+            ("", "8"),
+        )
+    }
+    assert len(found) == 1
+
+
+def test_exports_find_the_same_examples():
+    rows, asked = random_rows(2100, 24), random_rows(4, 24, seed=1)
+    index = whence.Index(whence.Matrix(rows, ids=np.arange(2100) + 500))
+    hits = index.search(asked, 5, side="helpful")
+    for name, ask in (
+        ("faiss", lambda other: other.search(asked, 5)[1]),
+        ("hnswlib", lambda other: other.knn_query(asked, 5)[0]),
+    ):
+        if importlib.util.find_spec(name) is None:
+            with pytest.raises(errors.MissingDependencyError, match=name):
+                getattr(index, f"to_{name}")()
+            continue
+        found = ask(getattr(index, f"to_{name}")())
+        assert np.isin(hits.helpful.ids, found).mean() >= (1.0 if name == "faiss" else 0.5)
+
+
+def test_matrices_are_read_from_files_and_memory_in_three_types(tmp_path):
+    rows = np.random.default_rng(0).integers(-100, 100, (2100, 30))
+    asked = np.random.default_rng(1).integers(-3, 4, (4, 30)).astype(np.float32)
+    scores = asked @ rows.T.astype(np.float32)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :7].tolist()
+    for dtype in ("float32", "float16", "int8"):
+        path = tmp_path / f"{dtype}.npy"
+        np.save(path, rows.astype(dtype))
+        for source in (path, str(path), rows.astype(dtype), whence.Matrix(path)):
+            for method in ("exact", "certified"):
+                found = whence.Index(source, method).search(asked, 7)
+                assert found.helpful.ids.tolist() == expected
+                assert "inner product" in found.unit
+
+
+def test_matrices_have_ids_and_columns_of_ones_own():
+    rows = random_rows(30)
+    names = [f"row {i}" for i in range(30)]
+    matrix = whence.Matrix(rows, ids=names, columns={"label": np.arange(30) % 2})
+    hits = whence.Index(matrix).search(rows[:2], 3, where={"label": 1}, exclude=[["row 1"], []])
+    assert all(int(name.split()[1]) % 2 for name in hits.helpful.ids.ravel())
+    assert "row 1" not in hits.helpful.ids[0]
+    assert str(hits).count("label") >= 2
+    with pytest.raises(errors.ShapeError, match="one for each of 30"):
+        whence.Matrix(rows, ids=names[1:])
+    with pytest.raises(errors.IdError, match="distinct"):
+        whence.Matrix(rows, ids=[1] * 30)
+    with pytest.raises(errors.ShapeError, match="columns"):
+        whence.Matrix(rows, columns={"label": [1]})
+
+
+def test_files_that_are_no_matrix_are_refused(tmp_path):
+    (tmp_path / "a.npy").write_bytes(b"nothing")
+    np.save(tmp_path / "b.npy", np.zeros(4, np.float32))
+    np.save(tmp_path / "c.npy", np.zeros((4, 3)))
+    np.save(tmp_path / "d.npy", np.asfortranarray(np.zeros((4, 3), np.float32)))
+    np.save(tmp_path / "e.npy", np.zeros((4, 3), ">f4"))
+    np.save(tmp_path / "f.npy", np.zeros((4, 3), np.float32))
+    with (tmp_path / "f.npy").open("ab") as file:
+        file.write(b"more")
+    np.save(tmp_path / "g.npy", np.array([{"a": 1}]), allow_pickle=True)
+    for name, kind, match in (
+        ("a", errors.StoreError, "must be a .npy file"),
+        ("b", errors.ShapeError, r"\[examples, dim\]"),
+        ("c", errors.DtypeError, "float32, float16, int8, got float64"),
+        ("d", errors.StoreError, "C order"),
+        ("e", errors.StoreError, "little-endian"),
+        ("f", errors.StoreError, "need"),
+        ("g", errors.DtypeError, "got object"),
+        ("missing", errors.StoreError, "No such file"),
+    ):
+        with pytest.raises(kind, match=match):
+            whence.Matrix(tmp_path / f"{name}.npy")
+
+
+def test_an_index_outlives_a_store_that_goes_on_growing(tmp_path):
+    rows = random_rows(2500)
+    store = fill(tmp_path / "s", rows)
+    index = whence.Index(store)
+    fill(tmp_path / "s", random_rows(100, seed=9), ids=np.arange(5000, 5100))
+    same(index.search(rows[:3], 5), store.search(rows[:3], 5))
+    shutil.rmtree(tmp_path / "s")
+    with pytest.raises(errors.StoreError):
+        index.search(rows[:3], 5)
