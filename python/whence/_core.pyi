@@ -6,27 +6,52 @@ from numpy.typing import NDArray
 
 __all__ = [
     "HASH_VERSION",
+    "MAX_BATCH",
     "MAX_COORDINATES",
     "MAX_DIM",
+    "MAX_HASHES",
+    "MAX_LEVELS",
+    "MAX_PAIRS",
+    "MAX_PROBES",
     "MAX_THREADS",
     "Codes",
+    "MAX_VIEWS",
+    "Hash",
+    "HashIndex",
     "Rows",
     "Sketch",
+    "code_similarities",
     "crc32",
+    "duplicate_groups",
     "encode",
     "encode_factors",
+    "graph_by_codes",
+    "graph_within_batches",
     "instruction_set",
     "norm_gradients",
+    "shuffled",
 ]
 
 HASH_VERSION: Final[int]
 """Version of the definition of randomness; rows of different versions do not compare."""
+MAX_BATCH: Final[int]
+"""The most rows of a batch whose pairs are all compared."""
 MAX_COORDINATES: Final[int]
 """The most coordinates a parameter may have."""
 MAX_DIM: Final[int]
 """The widest row a sketch makes."""
+MAX_HASHES: Final[int]
+"""The most hashes of a code."""
+MAX_LEVELS: Final[int]
+"""The most levels of a p-stable code."""
+MAX_PAIRS: Final[int]
+"""The most pairs that may be taken from one bucket."""
+MAX_PROBES: Final[int]
+"""The most buckets that are looked up for a query."""
 MAX_THREADS: Final[int]
 """The most threads a call starts, whatever it was asked for."""
+MAX_VIEWS: Final[int]
+"""The most views of a graph."""
 
 def instruction_set() -> str:
     """The instruction set the kernels use on this machine."""
@@ -177,3 +202,84 @@ class Codes:
         candidates: int | None,
         threads: int,
     ) -> tuple[_Side, _Side, NDArray[np.uint64], NDArray[np.float32]]: ...
+    ) -> tuple[
+        tuple[NDArray[np.uint64], NDArray[np.float32]],
+        tuple[NDArray[np.uint64], NDArray[np.float32]],
+    ]: ...
+
+@final
+class Hash:
+    """Hash functions of one family, sign or p_stable, for rows of one width."""
+
+    def __new__(
+        cls,
+        family: str,
+        dim: int,
+        hashes: int,
+        seed: int,
+        view: int = 0,
+        width: float = 1.0,
+        levels: int = 1,
+    ) -> Hash: ...
+    def project(self, rows: NDArray[np.float32], threads: int) -> NDArray[np.float32]: ...
+    def codes(self, rows: NDArray[np.float32], threads: int) -> NDArray[Any]: ...
+
+@final
+class HashIndex:
+    """Codes of rows, and buckets of parts of the codes."""
+
+    def __new__(
+        cls, hash: Hash, rows: NDArray[np.float32], band: int | None, threads: int
+    ) -> HashIndex: ...
+    @property
+    def tables(self) -> int: ...
+    def codes(self) -> NDArray[Any]: ...
+    def search(
+        self,
+        rows: NDArray[np.float32],
+        queries: NDArray[np.float32],
+        k: int,
+        candidates: int,
+        probes: int | None,
+        smallest: bool,
+        threads: int,
+    ) -> tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.uint64]]: ...
+
+def code_similarities(
+    codes: NDArray[Any], hashes: int, level: int, pairs: list[tuple[int, int]]
+) -> NDArray[np.float32]:
+    """The share of hashes on which each pair of rows agrees."""
+
+def graph_by_codes(
+    views: list[NDArray[np.int32]],
+    levels: int,
+    band: int,
+    cap: int,
+    k: int,
+    seed: int,
+    threads: int,
+) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.float32]]:
+    """Starts, neighbours and similarities of the most similar rows that share a bucket."""
+
+def graph_within_batches(
+    rows: NDArray[np.float32],
+    batches: list[list[int]],
+    k: int,
+    radius: float,
+    threads: int,
+) -> tuple[tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.float64]], NDArray[np.float64]]:
+    """Starts, neighbours and squared distances within batches; each batch's median distance."""
+
+def duplicate_groups(
+    hash: Hash,
+    rows: NDArray[np.float32],
+    band: int,
+    threshold: float,
+    cap: int,
+    seed: int,
+    threads: int,
+) -> NDArray[np.uint32]:
+    """For each row the lowest row of its group."""
+
+def shuffled(numbers: NDArray[np.int64], seed: int, name: str) -> NDArray[np.int64]:
+    """Numbers in a random order."""

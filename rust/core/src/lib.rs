@@ -9,11 +9,13 @@
 //! - [`norms`]: the per-sample gradients of norm layers.
 //! - [`store`]: rows as they lie on disk, encoded and read back.
 //! - [`search`]: the rows with the largest and smallest inner products.
+//! - [`hash`]: random-projection codes, their buckets, and what is near by them.
 
 #[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
 compile_error!("whence needs a 64-bit little-endian target: its row files are read as they lie");
 
 pub mod error;
+pub mod hash;
 pub mod kernels;
 pub mod normal;
 pub mod norms;

@@ -55,7 +55,7 @@ pub fn parameter_key(seed: u64, name: &str, shape: &[u64]) -> u64 {
     absorb(key, shape.len() as u64)
 }
 
-const fn absorb(key: u64, word: u64) -> u64 {
+pub(crate) const fn absorb(key: u64, word: u64) -> u64 {
     mix((key ^ word).wrapping_add(INCREMENT))
 }
 

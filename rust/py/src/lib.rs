@@ -3,6 +3,7 @@
 #![allow(missing_docs)] // what Python sees is documented in `_core.pyi`
 
 mod boundary;
+mod hash;
 mod norms;
 mod search;
 mod sketch;
@@ -14,6 +15,11 @@ use pyo3::prelude::*;
 mod _core {
     use super::{Bound, PyModule, PyModuleMethods, PyResult};
 
+    #[pymodule_export]
+    use super::hash::{
+        Hash, HashIndex, code_similarities, duplicate_groups, graph_by_codes, graph_within_batches,
+        shuffled,
+    };
     #[pymodule_export]
     use super::norms::norm_gradients;
     #[pymodule_export]
@@ -28,6 +34,12 @@ mod _core {
         module.add("HASH_VERSION", whence_core::random::HASH_VERSION)?;
         module.add("MAX_COORDINATES", whence_core::sketch::MAX_COORDINATES)?;
         module.add("MAX_DIM", whence_core::sketch::MAX_DIM)?;
+        module.add("MAX_HASHES", whence_core::hash::family::MAX_HASHES)?;
+        module.add("MAX_LEVELS", whence_core::hash::family::MAX_LEVELS)?;
+        module.add("MAX_PAIRS", whence_core::hash::pairs::MAX_PAIRS)?;
+        module.add("MAX_PROBES", whence_core::hash::index::MAX_PROBES)?;
+        module.add("MAX_BATCH", whence_core::hash::graph::MAX_BATCH)?;
+        module.add("MAX_VIEWS", whence_core::hash::graph::MAX_VIEWS)?;
         module.add("MAX_THREADS", whence_core::parallel::MAX_THREADS)
     }
 }

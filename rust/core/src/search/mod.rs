@@ -18,6 +18,7 @@ mod top;
 
 pub use exact::{Request, ends};
 pub use rows::Rows;
+pub(crate) use top::{by_largest, by_smallest};
 
 /// An example and its score.
 #[derive(Clone, Copy, Debug, PartialEq)]

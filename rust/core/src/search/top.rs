@@ -5,12 +5,12 @@ use std::cmp::Ordering;
 use super::{Ends, Hit, Sides};
 
 /// Larger score first, then lower example.
-fn by_largest(a: &Hit, b: &Hit) -> Ordering {
+pub(crate) fn by_largest(a: &Hit, b: &Hit) -> Ordering {
     b.score.total_cmp(&a.score).then(a.example.cmp(&b.example))
 }
 
 /// Smaller score first, then lower example.
-fn by_smallest(a: &Hit, b: &Hit) -> Ordering {
+pub(crate) fn by_smallest(a: &Hit, b: &Hit) -> Ordering {
     a.score.total_cmp(&b.score).then(a.example.cmp(&b.example))
 }
 
