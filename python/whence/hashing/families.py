@@ -24,9 +24,8 @@ def rows_of(name: str, value: Any) -> NDArray[np.float32]:
         ShapeError: If it is not [rows, dim], at least one of each.
         NotFiniteError: If it holds a NaN or an infinity.
     """
-    shape = list(getattr(value, "shape", []))
+    shape = list(getattr(value, "shape", [1, 1]))
     if len(shape) != 2 or 0 in shape:
-        _arrays.float_rows(name, value, 1)
         raise ShapeError(f"{name} must be [rows, dim], at least one of each, got {shape}")
     return _arrays.float_rows(name, value, int(shape[1]))
 

@@ -43,18 +43,19 @@ class _Attention:
         """[rows, heads * width] sums over sources, and the [edges, heads] attention."""
         heads, width = self.source.shape
         mapped = (values @ self.weight).view(-1, heads, width)
-        score = (mapped * self.source).sum(-1)[sources] + (mapped * self.target).sum(-1)[targets]
+        # By index_select, whose gradient is summed in one order; that of indexing is not.
+        chosen = mapped.index_select(0, sources)
+        score = (mapped * self.source).sum(-1).index_select(0, sources)
+        score = score + (mapped * self.target).sum(-1).index_select(0, targets)
         score = torch.nn.functional.leaky_relu(score, SLOPE)
         # Less the largest of each target, so that no exponential overflows.
         place = targets[:, None].expand_as(score)
         largest = torch.full((len(values), heads), -torch.inf)
         largest = largest.scatter_reduce(0, place, score.detach(), "amax")
-        given = torch.exp(score - largest[targets])
+        given = torch.exp(score - largest.index_select(0, targets))
         whole = torch.zeros(len(values), heads).index_add(0, targets, given)
-        attention = given / whole[targets]
-        sums = torch.zeros_like(mapped).index_add(
-            0, targets, mapped[sources] * attention[..., None]
-        )
+        attention = given / whole.index_select(0, targets)
+        sums = torch.zeros_like(mapped).index_add(0, targets, chosen * attention[..., None])
         return sums.flatten(1), attention
 
 
@@ -132,6 +133,6 @@ def gat_importance(
             optimizer.step()
     with torch.no_grad():
         attention = forward()[1].mean(1).double().numpy()
-    importance: NDArray[np.float64] = np.bincount(sources.numpy(), attention, len(rows))
+    importance = np.bincount(sources.numpy(), attention, len(rows)).astype(np.float64)
     _arrays.finite("importance", importance)
     return importance

@@ -1,7 +1,7 @@
 //! `whence._core.Hash`, `HashIndex` and what is made of codes.
 
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
     PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
@@ -12,6 +12,17 @@ use whence_core::hash::index::{self, Request};
 use whence_core::hash::{duplicates, shuffle};
 
 use crate::boundary::{compute, exception, not_contiguous};
+
+/// The values of an array that lies row by row.
+fn values_of<'a, T: Element>(
+    py: Python<'_>,
+    argument: &'static str,
+    array: &'a PyReadonlyArray2<'_, T>,
+) -> PyResult<&'a [T]> {
+    // One that lies column by column would be a slice too.
+    let values = array.is_c_contiguous().then(|| array.as_slice().ok()).flatten();
+    values.ok_or_else(|| not_contiguous(py, argument))
+}
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Hash {
@@ -79,7 +90,7 @@ impl Hash {
             let got = format!("{:?}", rows.shape());
             return Err(exception(py, &Error::shape(argument, must, got)));
         }
-        rows.as_slice().map_err(|_| not_contiguous(py, argument))
+        values_of(py, argument, rows)
     }
 }
 
@@ -94,10 +105,10 @@ fn array_of(py: Python<'_>, codes: Codes, shape: [usize; 2]) -> PyResult<Bound<'
 /// An array as codes.
 fn codes_of(py: Python<'_>, codes: &Bound<'_, PyAny>) -> PyResult<Codes> {
     if let Ok(bits) = codes.extract::<PyReadonlyArray2<'_, u64>>() {
-        return Ok(Codes::Bits(bits.as_slice().map_err(|_| not_contiguous(py, "codes"))?.to_vec()));
+        return Ok(Codes::Bits(values_of(py, "codes", &bits)?.to_vec()));
     }
     let cells = codes.extract::<PyReadonlyArray2<'_, i32>>()?;
-    Ok(Codes::Cells(cells.as_slice().map_err(|_| not_contiguous(py, "codes"))?.to_vec()))
+    Ok(Codes::Cells(values_of(py, "codes", &cells)?.to_vec()))
 }
 
 #[pyclass(frozen, module = "whence._core")]
@@ -151,8 +162,8 @@ impl HashIndex {
             let error = Error::shape("queries", format!("[queries, {dim}]"), got);
             return Err(exception(py, &error));
         }
-        let rows = rows.as_slice().map_err(|_| not_contiguous(py, "rows"))?;
-        let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
+        let rows = values_of(py, "rows", &rows)?;
+        let queries = values_of(py, "queries", &queries)?;
         let request = Request { rows, queries, k, candidates, probes, smallest };
         let found = compute(py, |asker| self.index.search(&request, threads, asker))?;
         let hits = || found.iter().flat_map(|found| &found.hits);
@@ -185,7 +196,7 @@ pub(crate) fn code_similarities<'py>(
 type Lists<'py, W> =
     (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<W>>);
 
-fn lists<W: numpy::Element>(py: Python<'_>, graph: Graph<W>) -> Lists<'_, W> {
+fn lists<W: Element>(py: Python<'_>, graph: Graph<W>) -> Lists<'_, W> {
     (
         graph.starts.into_pyarray(py),
         graph.neighbours.into_pyarray(py),
@@ -206,10 +217,8 @@ pub(crate) fn graph_by_codes<'py>(
     threads: usize,
 ) -> PyResult<Lists<'py, f32>> {
     let [rows, hashes] = views.first().map_or([0, 0], |view| [view.shape()[0], view.shape()[1]]);
-    let copy = |view: &PyReadonlyArray2<'_, i32>| {
-        let cells = view.as_slice().map_err(|_| not_contiguous(py, "views"))?;
-        Ok(Codes::Cells(cells.to_vec()))
-    };
+    let copy =
+        |view: &PyReadonlyArray2<'_, i32>| Ok(Codes::Cells(values_of(py, "views", view)?.to_vec()));
     let views = views.iter().map(copy).collect::<PyResult<Vec<Codes>>>()?;
     let request = Views { views: &views, rows, hashes, levels, band, cap, k, seed };
     Ok(lists(py, compute(py, |asker| graph::by_codes(&request, threads, asker))?))
@@ -225,7 +234,7 @@ pub(crate) fn graph_within_batches<'py>(
     radius: f64,
     threads: usize,
 ) -> PyResult<(Lists<'py, f64>, Bound<'py, PyArray1<f64>>)> {
-    let values = rows.as_slice().map_err(|_| not_contiguous(py, "rows"))?;
+    let values = values_of(py, "rows", &rows)?;
     let request = Batches { values, dim: rows.shape()[1], batches: &batches, k, radius };
     let (graph, medians) = compute(py, |asker| graph::within_batches(&request, threads, asker))?;
     Ok((lists(py, graph), medians.into_pyarray(py)))

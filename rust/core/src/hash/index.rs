@@ -20,8 +20,10 @@ use crate::stop::{Asker, Watch};
 
 /// The most buckets that are looked up for a query.
 pub const MAX_PROBES: usize = 1 << 16;
-/// Rows that are estimated between two looks at the watch.
-const STEP: usize = 1 << 14;
+/// Rows that are estimated together, between two looks at the watch: 128 KiB of codes of 512 bits.
+const STEP: usize = 1 << 11;
+/// Sums of a word of a code: 256 for each byte.
+const WORD_SUMS: usize = 8 * 256;
 
 /// The codes of rows, and buckets of parts of the codes.
 pub struct Index {
@@ -267,22 +269,31 @@ impl Worker {
         if let Codes::Bits(_) = index.codes {
             tabulate(&mut self.estimator);
         }
+        let width = index.hash.code_len();
         for rows in self.rows.chunks(STEP) {
             watch.check()?;
-            let estimate = |&row: &u32| {
-                let at = row as usize * index.hash.code_len();
-                let score = match &index.codes {
-                    Codes::Bits(bits) => {
-                        tabulated(&self.estimator, &bits[at..][..index.hash.code_len()])
+            self.scores.clear();
+            self.scores.resize(rows.len(), 0.0);
+            match &index.codes {
+                Codes::Bits(bits) => {
+                    let (sums, _) = self.estimator.as_chunks::<WORD_SUMS>();
+                    // Word by word: the sums of one fit the first cache, those of all do not.
+                    for (word, sums) in sums.iter().enumerate() {
+                        for (score, &row) in self.scores.iter_mut().zip(rows) {
+                            *score += tabulated(sums, bits[row as usize * width + word]);
+                        }
                     }
-                    Codes::Cells(cells) => {
-                        let cells = &cells[at..][..index.hash.code_len()];
-                        -turn * squared_distance(&self.estimator, cells)
+                }
+                Codes::Cells(cells) => {
+                    for (score, &row) in self.scores.iter_mut().zip(rows) {
+                        let cells = &cells[row as usize * width..][..width];
+                        *score = -turn * squared_distance(&self.estimator, cells);
                     }
-                };
-                Hit { example: u64::from(row), score }
-            };
-            self.ranked.extend(rows.iter().map(estimate));
+                }
+            }
+            let hits = rows.iter().zip(&self.scores);
+            let hits = hits.map(|(&row, &score)| Hit { example: u64::from(row), score });
+            self.ranked.extend(hits);
         }
         if let Some(last) = request.candidates.checked_sub(1) {
             self.ranked.select_nth_unstable_by(last, by_largest);
@@ -418,32 +429,28 @@ fn cell_changes(positions: &[f32]) -> Vec<Change> {
 }
 
 /// Replaces projections by sums over them: entry `256 b + m` is the sum of those of byte `b` of a
-/// code whose bits are set in `m`.
+/// code, filled up with zeros to whole words, whose bits are set in `m`.
 ///
 /// That is half the sum with signs, and half of what all rows have in common.
 fn tabulate(projections: &mut Vec<f32>) {
-    let mut sums = Vec::with_capacity(projections.len().div_ceil(8) * 256);
-    for projections in projections.chunks(8) {
+    projections.resize(projections.len().next_multiple_of(64), 0.0);
+    let mut sums = Vec::with_capacity(projections.len() / 8 * 256);
+    for projections in projections.as_chunks::<8>().0 {
         let first = sums.len();
         sums.push(0.0);
         for mask in 1..256usize {
             let bit = mask.trailing_zeros() as usize;
-            let projection = projections.get(bit).copied().unwrap_or(0.0);
-            sums.push(sums[first + (mask & (mask - 1))] + projection);
+            sums.push(sums[first + (mask & (mask - 1))] + projections[bit]);
         }
     }
     *projections = sums;
 }
 
-/// The sum over the bytes of a code, in four lanes that are added up by halves.
-fn tabulated(sums: &[f32], code: &[u64]) -> f32 {
-    let mut lanes = [0.0; 4];
-    for (word, sums) in code.iter().zip(sums.chunks(8 * 256)) {
-        for (byte, sums) in sums.chunks_exact(256).enumerate() {
-            lanes[byte % 4] += sums[(word >> (8 * byte)) as usize & 255];
-        }
-    }
-    (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+/// The sum over the bytes of a word, added up by halves.
+fn tabulated(sums: &[f32; WORD_SUMS], word: u64) -> f32 {
+    let bytes = word.to_le_bytes();
+    let of = |byte: usize| sums[256 * byte + usize::from(bytes[byte])];
+    ((of(0) + of(4)) + (of(2) + of(6))) + ((of(1) + of(5)) + (of(3) + of(7)))
 }
 
 /// The squared distance from positions, less a half, to cells, in four lanes that are added up by
