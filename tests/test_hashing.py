@@ -34,20 +34,15 @@ def test_bits_are_packed_from_the_lowest_up():
 # Laws. Each of 100,000 pairs is hashed by one function of its own; 3 sigma of a binomial.
 
 
-def rates(family, seeds, left, right, shift=0):
-    """The share of pairs that agree on a hash: pair i on hash i of `seeds` functions."""
+def agreements(family, left, right, of):
+    """[pairs] whether each pair agrees: pair i on hash i mod 100 of function i // 100."""
     same = []
-    for seed, (one, other) in enumerate(
-        zip(np.split(left, seeds), np.split(right, seeds), strict=True)
-    ):
+    for seed in range(len(left) // 100):
         hashed = family(seed)
-        codes = [np.asarray(hashed.codes(rows)) for rows in (one, other)]
-        if codes[0].dtype == np.uint64:
-            codes = [bits_of(each, hashed.hashes) for each in codes]
-        else:
-            codes = [each >> shift for each in codes]
-        same.append(np.diagonal(codes[0] == codes[1]))
-    return np.concatenate(same)
+        here = slice(100 * seed, 100 * seed + 100)
+        one, other = (of(hashed.codes(rows[here])) for rows in (left, right))
+        same.append(np.diagonal(one == other, axis1=-2, axis2=-1))
+    return np.concatenate(same, axis=-1)
 
 
 def at_angle(rows, dim, angle, seed=0):
@@ -61,7 +56,13 @@ def at_angle(rows, dim, angle, seed=0):
 
 @pytest.mark.parametrize("angle", [0.3, 1.0, 2.0])
 def test_signs_agree_by_the_law_of_the_angle(angle):
-    same = rates(lambda seed: SignHash(250, seed=seed), 400, *at_angle(100_000, 20, angle))
+    left, right = at_angle(100_000, 20, angle)
+
+    def family(seed):
+        return SignHash(100, seed=seed, threads=1)
+
+    same = agreements(family, left, right, lambda codes: bits_of(codes, 100))
+    assert same.shape == (100_000,)
     law = 1 - angle / math.pi
     assert abs(same.mean() - law) < 3 * math.sqrt(law * (1 - law) / same.size)
     assert SignHash().collision_probability(angle) == pytest.approx(law)
@@ -74,28 +75,29 @@ def test_signs_of_rows_with_few_nonzeros_agree_by_the_law(pair):
     right[pair[1]] = 1
     law = 0.5
     rows = np.stack([left, right])
-    bits = [bits_of(SignHash(100, seed=seed).codes(rows), 100) for seed in range(1000)]
+    bits = [bits_of(SignHash(100, seed=seed, threads=1).codes(rows), 100) for seed in range(1000)]
     same = np.concatenate([one == other for one, other in bits])
     assert abs(same.mean() - law) < 3 * math.sqrt(law * (1 - law) / same.size)
 
 
 @pytest.mark.parametrize("distance", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
-def test_cells_are_shared_by_the_law_of_the_distance_at_every_level(distance, level):
+def test_cells_are_shared_by_the_law_of_the_distance_at_every_level(distance):
     left, direction = at_angle(100_000, 6, math.pi / 2)
     right = (left + distance * direction).astype(np.float32)
 
     def family(seed):
-        return PStableHash(250, width=0.7, levels=4, seed=seed)
+        return PStableHash(100, width=0.7, levels=4, seed=seed, threads=1)
 
-    same = rates(family, 400, left, right, shift=level)
-    # The integral of the density of the projected distance times the room a cell leaves.
-    width = 0.7 * 2**level
-    at = (np.arange(200_000) + 0.5) / 200_000 * width
-    density = 2 / (distance * math.sqrt(2 * math.pi)) * np.exp(-(at**2) / (2 * distance**2))
-    law = float((density * (1 - at / width)).mean() * width)
-    assert abs(same.mean() - law) < 3 * math.sqrt(law * (1 - law) / same.size)
-    assert family(0).collision_probability(distance, level) == pytest.approx(law, abs=1e-6)
+    same = agreements(family, left, right, lambda codes: np.stack([codes >> i for i in range(4)]))
+    assert same.shape == (4, 100_000)
+    for level in range(4):
+        # The integral of the density of the projected distance times the room a cell leaves.
+        width = 0.7 * 2**level
+        at = (np.arange(200_000) + 0.5) / 200_000 * width
+        density = 2 / (distance * math.sqrt(2 * math.pi)) * np.exp(-(at**2) / (2 * distance**2))
+        law = float((density * (1 - at / width)).mean() * width)
+        assert abs(same[level].mean() - law) < 3 * math.sqrt(law * (1 - law) / 100_000)
+        assert family(0).collision_probability(distance, level) == pytest.approx(law, abs=1e-6)
 
 
 def test_probabilities_at_the_ends():

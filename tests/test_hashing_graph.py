@@ -228,6 +228,25 @@ def test_a_graph_lists_its_edges():
     assert graph.edges.tolist() == [[0, 1], [0, 2], [2, 0]]
 
 
+@pytest.mark.parametrize(
+    ("starts", "neighbours", "weights", "error"),
+    [
+        ([0, 1.0], [0], [1], errors.DtypeError),
+        ([], [], [], errors.DtypeError),
+        ([1, 1], [0], [1], errors.ShapeError),
+        ([0, 2], [0], [1], errors.ShapeError),
+        ([0, 2, 1], [0], [1], errors.ShapeError),
+        ([0, 1], [0], [], errors.ShapeError),
+        ([0, 1], [1], [1], errors.ArgumentError),
+        ([0, 1], [-1], [1], errors.ArgumentError),
+        ([0, 1], [0], [np.nan], errors.NotFiniteError),
+    ],
+)
+def test_a_graph_that_is_none_is_refused(starts, neighbours, weights, error):
+    with pytest.raises(error, match="must"):
+        Graph(np.array(starts), np.array(neighbours, np.int64), np.array(weights, np.float32))
+
+
 def test_one_row_has_no_neighbours():
     row = normal(1, 4)
     assert hash_graph(row).starts.tolist() == [0, 0]

@@ -192,6 +192,12 @@ def test_a_layer_of_the_network_is_the_softmax_of_its_scores():
         assert torch.allclose(sums[target], whole.flatten(), atol=1e-5)
 
 
+def test_classes_of_any_numbers_are_taken():
+    found = gat_importance(GRAPH, ROWS, [2**62, -5, 2**62, 0], epochs=1)
+    assert (found == gat_importance(GRAPH, ROWS, ["c", "a", "c", "b"], epochs=1)).all()
+    assert found.sum() == pytest.approx(4, rel=1e-5)
+
+
 GRAPH = graph_of(LISTS)
 ROWS = normal(4, 3)
 ZEROS = np.zeros(4, np.int64)
@@ -230,8 +236,8 @@ ZEROS = np.zeros(4, np.int64)
             "hea",
         ),
         (lambda: gat_importance(GRAPH, ROWS[:3], np.zeros(3, int)), errors.ShapeError, "the 4 of"),
-        (lambda: gat_importance(GRAPH, ROWS, np.full(4, -1)), errors.ArgumentError, "labels"),
-        (lambda: gat_importance(GRAPH, ROWS, np.zeros(3, int)), errors.ShapeError, "labels must"),
+        (lambda: gat_importance(GRAPH, ROWS, ZEROS[:3]), errors.ShapeError, "labels must be the 4"),
+        (lambda: gat_importance(GRAPH, ROWS, ZEROS * 0.5), errors.DtypeError, "labels must be"),
         (
             lambda: gat_importance(GRAPH, ROWS, np.zeros(4, int), epochs=-1),
             errors.ArgumentError,

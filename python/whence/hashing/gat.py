@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,12 @@ from numpy.typing import NDArray
 
 from whence import _arrays
 from whence.errors import ShapeError
+from whence.hashing.families import rows_of
 from whence.hashing.graph import Graph
+from whence.hashing.selection import classes_of
+
+MAX_HEADS = MAX_WIDTH = 64
+"""The most heads of a layer, and values of a head."""
 
 SLOPE = 0.2
 """Of the leaky rectifier that attention scores go through."""
@@ -80,9 +84,9 @@ def gat_importance(
     Args:
         graph: From `hash_graph` or `distance_graph`.
         rows: [rows, dim] float32, features of comparable scale.
-        labels: [rows] int64 numbers of classes, from 0.
-        heads: Heads of a layer.
-        width: Values of a head.
+        labels: [rows] bools, integers or strings.
+        heads: Heads of a layer, at most 64.
+        width: Values of a head, at most 64.
         epochs: Steps of Adam.
         learning_rate: Of Adam.
         seed: Of the first weights, 0 to 2**63 - 1.
@@ -94,21 +98,21 @@ def gat_importance(
 
     Raises:
         ArgumentError: If an argument is out of range.
-        DtypeError: If one is no number, or rows are not float32.
+        DtypeError: If one is no number, rows are not float32, or labels are floats.
         ShapeError: If rows or labels are not as many as the graph has.
         NotFiniteError: If rows hold a NaN or an infinity, or training diverges.
     """
-    heads = _arrays.integer("heads", heads, 1, 1024)
-    width = _arrays.integer("width", width, 1, 1024)
+    heads = _arrays.integer("heads", heads, 1, MAX_HEADS)
+    width = _arrays.integer("width", width, 1, MAX_WIDTH)
     epochs = _arrays.integer("epochs", epochs, 0)
     rate = _arrays.number("learning_rate", learning_rate, positive=True)
     seed = _arrays.integer("seed", seed, 0, 2**63 - 1)
-    dim = int(rows.shape[1]) if getattr(rows, "ndim", 0) == 2 else 1
-    rows = _arrays.float_rows("rows", rows, dim)
-    classes: NDArray[Any] = _arrays.column("labels", labels, len(rows))
-    _arrays.integer("labels", classes.min(), 0)
-    if len(rows) != len(graph):
-        raise ShapeError(f"rows must be the {len(graph)} of the graph, got {len(rows)}")
+    rows = rows_of("rows", rows)
+    dim = rows.shape[1]
+    classes = classes_of(labels)
+    for name, found in (("rows", len(rows)), ("labels", len(classes))):
+        if found != len(graph):
+            raise ShapeError(f"{name} must be the {len(graph)} of the graph, got {found}")
     itself = torch.arange(len(rows))
     sources = torch.cat([torch.from_numpy(graph.neighbours), itself])
     targets = torch.cat([torch.from_numpy(graph.targets), itself])

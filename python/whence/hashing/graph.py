@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence.errors import ArgumentError, DtypeError
+from whence.errors import ArgumentError, DtypeError, ShapeError
 from whence.hashing.families import PStableHash, SignHash, rows_of
 
 
@@ -23,11 +23,36 @@ class Graph:
         starts: [rows + 1] int64: those of row i lie from starts[i] to starts[i + 1].
         neighbours: [edges] int64 rows, of equal weights the lower first.
         weights: [edges] float32 similarities from 0 to 1.
+
+    Raises:
+        DtypeError: If an array is of another type.
+        ShapeError: If lists do not begin at 0, follow each other, and end with the edges.
+        ArgumentError: If a neighbour is no row.
+        NotFiniteError: If a weight is NaN or infinite.
     """
 
     starts: NDArray[np.int64]
     neighbours: NDArray[np.int64]
     weights: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("starts", "int64"), ("neighbours", "int64"), ("weights", "float32")):
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+                got = _arrays.describe(array)
+                raise DtypeError(f"{name} must be one-dimensional {dtype}, got {got}")
+        edges = len(self.neighbours)
+        ends = self.starts[[0, -1]].tolist() if len(self.starts) else []
+        if ends != [0, edges] or (self.starts[1:] < self.starts[:-1]).any():
+            raise ShapeError(f"starts must rise from 0 to {edges}, got {self.starts}")
+        if len(self.weights) != edges:
+            raise ShapeError(
+                f"weights must be one for each of {edges} edges, got {len(self.weights)}"
+            )
+        wrong = self.neighbours[(self.neighbours < 0) | (self.neighbours >= len(self))]
+        if wrong.size:
+            raise ArgumentError(f"neighbours must be below {len(self)}, got {wrong[0]}")
+        _arrays.finite("weights", self.weights)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -184,7 +209,7 @@ def near_duplicates(
 
     Groups are the connected components of pairs whose cosine is at least `threshold`, among those
     that share a bucket of `band` signs. Cosines are exact, so no pair is made up; a pair at the
-    angle t is compared with probability `1 - (1 - (1 - t/π)^band)^(hashes // band)`, 0.99 for the
+    angle t is compared with probability `1 - (1 - (1 - t/π)^band)^(hashes // band)`, 0.96 for the
     defaults and a cosine of 0.95, less in buckets of more than `cap` pairs. Equal rows
     are always together. The cosine of two rows of zeros is 1, of one and another row 0.
 

@@ -57,7 +57,7 @@ def stratified_batches(labels: Any, batch: int, *, seed: int = 0) -> list[NDArra
         DtypeError: If labels are floats, or of several types.
         ShapeError: If labels are none, or not one-dimensional.
     """
-    classes = _classes(labels)
+    classes = classes_of(labels)
     batch = _arrays.integer("batch", batch, 1)
     seed = _arrays.integer("seed", seed, 0, MAX_SEED)
     order = _core.shuffled(np.arange(len(classes)), seed, "hash.batches")
@@ -130,7 +130,7 @@ def select_instances(
         NotFiniteError: If rows or importance hold a NaN or an infinity.
     """
     rows = rows_of("rows", rows)
-    classes = _classes(labels)
+    classes = classes_of(labels)
     for name, found in (("rows", len(rows)), ("labels", len(classes))):
         if found != len(graph):
             raise ShapeError(f"{name} must be the {len(graph)} of the graph, got {found}")
@@ -149,7 +149,7 @@ def select_instances(
     return Selection(np.sort(np.concatenate(kept)), importance, graph)
 
 
-def _classes(labels: Any) -> NDArray[np.int64]:
+def classes_of(labels: Any) -> NDArray[np.int64]:
     """The number of the class of each row, classes in sorted order.
 
     Raises:

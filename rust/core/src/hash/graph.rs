@@ -1,6 +1,8 @@
 //! The nearest neighbours of each row: by the codes of rows that share a bucket, and exactly within
 //! batches. Lists, never a matrix of all rows by all rows.
 
+use std::cmp::Reverse;
+
 use super::family::{Codes, MAX_HASHES, MAX_LEVELS, matches};
 use super::index::{keys, squared};
 use super::pairs::sharing;
@@ -108,13 +110,13 @@ pub fn by_codes<'a>(
         },
     )?;
     // Level l counts 2^(levels - 1 - l) of a whole of 2^levels - 1.
-    let agreement = |&(low, high): &(u32, u32)| -> u32 {
+    let agreement = |&(low, high): &(u32, u32)| -> u64 {
         let (low, high) = (low as usize * hashes, high as usize * hashes);
-        let of = |view: &&[i32]| -> u32 {
+        let of = |view: &&[i32]| -> u64 {
             (0..levels)
                 .map(|level| {
                     let found = matches(&view[low..][..hashes], &view[high..][..hashes], level);
-                    (found as u32) << (levels - 1 - level)
+                    (found as u64) << (levels - 1 - level)
                 })
                 .sum()
         };
@@ -122,7 +124,7 @@ pub fn by_codes<'a>(
     };
     let states = share(pairs.len().div_ceil(PAIRS), threads, asker, Vec::new, |done, job, _| {
         let pairs = &pairs[job * PAIRS..pairs.len().min((job + 1) * PAIRS)];
-        done.push((job, pairs.iter().map(agreement).collect::<Vec<u32>>()));
+        done.push((job, pairs.iter().map(agreement).collect::<Vec<u64>>()));
         Ok(())
     })?;
     let mut parts: Vec<_> = states.into_iter().flatten().collect();
@@ -137,7 +139,7 @@ pub fn by_codes<'a>(
         starts[row + 1] += starts[row];
     }
     let mut places = starts.clone();
-    let mut lists = vec![(0u32, 0u32); 2 * pairs.len()];
+    let mut lists = vec![(0u64, 0u32); 2 * pairs.len()];
     for (&(low, high), agreement) in pairs.iter().zip(agreements) {
         for (row, other) in [(low, high), (high, low)] {
             lists[places[row as usize]] = (agreement, other);
@@ -148,11 +150,9 @@ pub fn by_codes<'a>(
     let mut graph = Graph::new();
     for row in 0..rows {
         let list = &mut lists[starts[row]..starts[row + 1]];
-        list.sort_unstable_by_key(|&(agreement, other)| (u32::MAX - agreement, other));
+        list.sort_unstable_by_key(|&(agreement, other)| (Reverse(agreement), other));
         let nearest = list.iter().take(request.k);
-        graph.push(
-            nearest.map(|&(agreement, other)| (other, (f64::from(agreement) / whole) as f32)),
-        );
+        graph.push(nearest.map(|&(agreement, other)| (other, (agreement as f64 / whole) as f32)));
     }
     Ok(graph)
 }

@@ -6,6 +6,12 @@
 //! row's cells. (That one side need not be rounded: Dong, Charikar and Li, "Asymmetric distance
 //! estimation with sketches for similarity search in high-dimensional spaces", SIGIR 2008.) The
 //! first of them are scored exactly.
+//!
+//! On unit rows of sketched gradients, plain and whitened, of 64 to 1024 bits, none of these is
+//! better than the sum as it is, and most are worse: the mean or the medians taken from the rows
+//! before their signs, the sum divided by what it is for the row itself, and rows decoded from
+//! their signs by least squares. Independent directions instead of orthogonal ones are worse from
+//! 256 bits on.
 
 use super::buckets::Buckets;
 use super::family::{Codes, Family, Hash};
@@ -158,8 +164,8 @@ impl Index {
                 return Err(Error::argument("probes", must, probes));
             }
         }
-        let projections = self.hash.project(request.queries, threads, asker)?;
         let queries = count_rows("queries", request.queries, dim)?;
+        let projections = self.hash.project(request.queries, threads, asker)?;
         let states = share(queries, threads, asker, Worker::default, |worker, query, watch| {
             let projections = &projections[query * self.hash.hashes()..][..self.hash.hashes()];
             worker.rank(self, request, projections, watch)?;
@@ -248,7 +254,7 @@ impl Worker {
             Family::Sign => {
                 self.estimator.extend(projections.iter().map(|projection| projection * turn));
             }
-            Family::PStable { .. } => self.estimator.extend(projections.iter().map(|at| at - 0.5)),
+            Family::PStable { .. } => self.estimator.extend_from_slice(projections),
         }
         self.rows.clear();
         if let Some(probes) = request.probes {
@@ -320,7 +326,7 @@ impl Worker {
                 }
                 Family::PStable { .. } => mixed(positions.iter().enumerate().map(|(hash, at)| {
                     let step = changes.iter().find(|change| change.hash == hash);
-                    cell(*at).wrapping_add(step.map_or(0, |change| change.step))
+                    (at.floor() as i32).wrapping_add(step.map_or(0, |change| change.step))
                 })),
             };
             for &row in index.tables[table].of(key) {
@@ -400,11 +406,6 @@ pub(super) fn squared(
     set.squares(difference)
 }
 
-/// The cell of a position from which a half was taken.
-fn cell(position: f32) -> i32 {
-    (position + 0.5).floor() as i32
-}
-
 /// The key of the query's own bucket.
 fn bits_of(projections: &[f32]) -> u64 {
     projections
@@ -421,7 +422,7 @@ fn bit_changes(projections: &[f32]) -> Vec<Change> {
 
 fn cell_changes(positions: &[f32]) -> Vec<Change> {
     let changes = |(hash, &position): (usize, &f32)| {
-        let above = position + 0.5 - (position + 0.5).floor();
+        let above = position - position.floor();
         let change = |step, distance: f32| Change { hash, step, cost: distance * distance };
         [change(-1, above), change(1, 1.0 - above)]
     };
@@ -453,13 +454,13 @@ fn tabulated(sums: &[f32; WORD_SUMS], word: u64) -> f32 {
     ((of(0) + of(4)) + (of(2) + of(6))) + ((of(1) + of(5)) + (of(3) + of(7)))
 }
 
-/// The squared distance from positions, less a half, to cells, in four lanes that are added up by
+/// The squared distance from positions to the middles of cells, in four lanes that are added up by
 /// halves.
 fn squared_distance(positions: &[f32], cells: &[i32]) -> f32 {
     let mut lanes = [0.0; 4];
     for (positions, cells) in positions.chunks(4).zip(cells.chunks(4)) {
         for ((lane, position), &cell) in lanes.iter_mut().zip(positions).zip(cells) {
-            let difference = position - cell as f32;
+            let difference = position - (cell as f32 + 0.5);
             *lane += difference * difference;
         }
     }
