@@ -7,11 +7,12 @@
 //! estimation with sketches for similarity search in high-dimensional spaces", SIGIR 2008.) The
 //! first of them are scored exactly.
 //!
-//! On unit rows of sketched gradients, plain and whitened, of 64 to 1024 bits, none of these is
-//! better than the sum as it is, and most are worse: the mean or the medians taken from the rows
-//! before their signs, the sum divided by what it is for the row itself, and rows decoded from
-//! their signs by least squares. Independent directions instead of orthogonal ones are worse from
-//! 256 bits on.
+//! What was tried beside the sum as it is, on 20,000 unit rows of sketched gradients, with 300
+//! queries and one seed: rows decoded from their signs by least squares find less, of 64, 256 and
+//! 512 bits. The mean or the medians taken from the rows before their signs, and the sum divided by
+//! what it is for the row itself, find less among plain rows, and among whitened ones less or as
+//! much. Independent directions find less than orthogonal ones among whitened rows; among plain ones
+//! neither is always ahead.
 
 use super::buckets::Buckets;
 use super::family::{Codes, Family, Hash};
