@@ -13,6 +13,7 @@ import pytest
 import torch
 from filled import fill, random_rows
 
+import whence
 from whence.errors import ArgumentError, DtypeError
 from whence.report import chart, html, png
 from whence.report.safe import Html, clean, escape, line, signed, tag

@@ -14,8 +14,8 @@ __all__ = [
     "MAX_PAIRS",
     "MAX_PROBES",
     "MAX_THREADS",
-    "Codes",
     "MAX_VIEWS",
+    "Codes",
     "Hash",
     "HashIndex",
     "Rows",
@@ -202,10 +202,6 @@ class Codes:
         candidates: int | None,
         threads: int,
     ) -> tuple[_Side, _Side, NDArray[np.uint64], NDArray[np.float32]]: ...
-    ) -> tuple[
-        tuple[NDArray[np.uint64], NDArray[np.float32]],
-        tuple[NDArray[np.uint64], NDArray[np.float32]],
-    ]: ...
 
 @final
 class Hash:
