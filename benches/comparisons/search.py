@@ -1,132 +1,225 @@
-"""The ends of a ranking."""
+"""Searching sketched gradients: speed beside what is found."""
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 import whence
-from comparisons.shared import Row, bench, compared, peer, take_turns
-from whence.store import Checkpoint, Manifest, Writer
+from comparisons import gradients, scan
+from comparisons.shared import Row, Times, bench, compared_rates, fastest, peer, take_turns
 
 K = 10
+QUERIES = 200
+
+DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data")) / "fashion_mnist_full.npz"
+
+Found = NDArray[np.int64]
+"""[queries, K] numbers of rows."""
 
 
 @bench
 def search(folder: Path) -> Iterator[Row]:
-    """The exact ends of the ranking of a float16 store, beside a product with all rows."""
+    """Exact and approximate answers beside faiss, numpy, torch and graph indexes."""
+    yield from scan.rows(folder)
+    if not DATA.exists():
+        print(f"skipped: rows of Fashion-MNIST, for there is no {DATA}")
+        return
+    sets = gradients.fashion(DATA, folder)
+    for name in ("raw", "raw, preconditioned", "margin, preconditioned"):
+        yield from _exact(name, sets[name])
+    for name, goal in (
+        ("raw", 30),
+        ("raw, preconditioned", 3.4),
+        ("margin", None),
+        ("margin, preconditioned", 3.4),
+    ):
+        yield from _one(name, sets[name], goal)
+    for name in ("raw, preconditioned", "margin, preconditioned"):
+        yield from _ends(name, sets[name])
+    yield from _memory(sets["raw, preconditioned"])
+
+
+def _exact(name: str, data: gradients.Rows) -> Iterator[Row]:
+    """Batches, one sign, against scans of all rows in memory."""
     faiss = peer("faiss")
-    for examples, dim, batches in ((60_000, 512, (1, 32, 1024)), (20_000, 4096, (1, 32))):
-        path = folder / f"{examples}-{dim}"
-        random = np.random.default_rng(0)
-        basis = random.standard_normal((32, dim), np.float32)
-        _write_store(path, random, basis, examples)
-        store = whence.open(path)
-        matrix = store.rows()
-        tensor = torch.from_numpy(matrix)
+    rows = data.rows
+    tensor = torch.from_numpy(rows)
+    ours = {
+        "exact": whence.Index(rows, "exact", threads=1),
+        "certified": whence.Index(data.path, "certified", threads=1),
+    }
+    for batch in (32, 1024):
+        queries = data.queries[:batch]
+        theirs: dict[str, Callable[[], Found]] = {
+            "numpy": lambda q=queries: _numpy(q, rows),
+            "torch": lambda q=queries: _torch(q, tensor),
+        }
         if faiss is not None:
             faiss.omp_set_num_threads(1)
-            index = faiss.IndexFlatIP(dim)
-            index.add(matrix)
-        for batch in batches:
-            queries = _heavy_tailed(random, basis, batch)
-            theirs: dict[str, Callable[[], Ends]] = {
-                "numpy, float32 in memory": lambda q=queries, m=matrix: numpy_ends(q @ m.T),
-                "torch, float32 in memory": lambda q=queries, m=tensor: torch_ends(q, m),
-            }
-            if faiss is not None:
-                theirs["faiss, float32 in memory"] = lambda q=queries, i=index: (
-                    i.search(q, K)[1],
-                    i.search(-q, K)[1],
-                )
-            ours = {"opened before": lambda q=queries, s=store: _our_ends(s, q)}
-            from_files = "numpy, float16 from files"
-            if batch < 1024:  # else reading the rows is a small part, and the bench is long
-                theirs[from_files] = lambda q=queries, s=store: numpy_ends(scores_from_files(q, s))
-                ours["opened each time"] = lambda q=queries, p=path: _our_ends(whence.open(p), q)
-            scores = queries @ matrix.T
-            for name, ends in {**ours, **theirs}.items():
-                _check_ends(f"{name}, batch {batch}", ends(), scores)
-            del scores
-            times = take_turns({**ours, **theirs})
-            for name in theirs:
-                mine = times["opened each time" if name == from_files else "opened before"]
-                yield compared(
-                    f"top {K} of {examples:,} × {dim}, batch {batch} ÷ {name}", mine, times[name]
-                )
-
-
-Ends = tuple[np.ndarray, np.ndarray]
-"""[queries, K] numbers of the examples with the largest scores, and with the smallest."""
-
-
-def _our_ends(store: whence.Store, queries: np.ndarray) -> Ends:
-    hits = store.search(queries, K, threads=1)
-    return hits.helpful.positions, hits.harmful.positions
-
-
-def numpy_ends(scores: np.ndarray) -> Ends:
-    """The usual way: a partition at each end, and a sort of what it leaves."""
-    largest = np.argpartition(scores, -K, axis=1)[:, -K:]
-    smallest = np.argpartition(scores, K, axis=1)[:, :K]
-    down = np.argsort(-np.take_along_axis(scores, largest, 1), axis=1)
-    up = np.argsort(np.take_along_axis(scores, smallest, 1), axis=1)
-    return np.take_along_axis(largest, down, 1), np.take_along_axis(smallest, up, 1)
-
-
-def torch_ends(queries: np.ndarray, rows: Tensor) -> Ends:
-    """The same with torch."""
-    scores = torch.from_numpy(queries) @ rows.T
-    largest = scores.topk(K, dim=1).indices
-    smallest = scores.topk(K, dim=1, largest=False).indices
-    return largest.numpy(), smallest.numpy()
-
-
-def scores_from_files(queries: np.ndarray, store: whence.Store) -> np.ndarray:
-    """All scores, from the float16 rows and float32 norms that the store's files hold."""
-    parts = []
-    for shard in store.manifest.shards:
-        rows = np.load(store.path / shard.name / "rows.npy").astype(np.float32)
-        parts.append((queries @ rows.T) * np.load(store.path / shard.name / "scales.npy"))
-    return np.concatenate(parts, axis=1)
-
-
-def _heavy_tailed(random: np.random.Generator, basis: np.ndarray, count: int) -> np.ndarray:
-    """Rows like those of gradients: directions in common, and norms over orders of magnitude."""
-    rank, dim = basis.shape
-    rows = random.standard_normal((count, rank), np.float32) @ basis
-    rows += 4 * random.standard_normal((count, dim), np.float32)
-    rows *= random.lognormal(sigma=1.0, size=(count, 1)).astype(np.float32)
-    return rows
-
-
-def _write_store(path: Path, random: np.random.Generator, basis: np.ndarray, examples: int) -> None:
-    spec = whence.Sketch(dim=basis.shape[1]).spec
-    writer = Writer(path, Manifest(spec, "float16", "mean", {"digest": "", "parameters": []}))
-    writer.set_checkpoint(Checkpoint("0"))
-    for first in range(0, examples, 5000):
-        ids = np.arange(first, min(first + 5000, examples))
-        writer.append(ids, _heavy_tailed(random, basis, len(ids)), {})
-    writer.close()
-
-
-def _check_ends(name: str, found: Ends, scores: np.ndarray) -> None:
-    """Nothing, if these are the ends; equal up to rounding counts as equal.
-
-    Two examples may change places only where their scores differ by less than 1e-5 of the score.
-    """
-    for got, wanted in zip(found, numpy_ends(scores), strict=True):
-        got_scores = np.take_along_axis(scores, got, 1)
-        wanted_scores = np.take_along_axis(scores, wanted, 1)
-        off = (got != wanted) & (np.abs(got_scores - wanted_scores) > 1e-5 * np.abs(wanted_scores))
-        distinct = all(len(set(row)) == K for row in got.tolist())
-        if off.any() or not distinct:
-            sys.exit(
-                f"{name} must find the same examples as numpy, got others for query "
-                f"{int(off.any(axis=1).argmax())}"
+            index = faiss.IndexFlatIP(rows.shape[1])
+            index.add(rows)
+            theirs["faiss Flat"] = lambda q=queries, i=index: i.search(q, K)[1]
+        actions: dict[str, Callable[[], Any]] = {
+            f"ours {method}": lambda q=queries, i=index: (
+                i.search(q, K, side="helpful", threads=1).helpful.ids
             )
+            for method, index in ours.items()
+        }
+        actions |= theirs
+        wanted = actions["ours exact"]()
+        for each, action in actions.items():
+            _agree(f"{each}, {name}", action(), wanted, queries, rows)
+        times = take_turns(actions)
+        for method in ours:
+            mine = times[f"ours {method}"]
+            others = fastest(times[each] for each in ("numpy", "torch"))
+            if batch == 32:
+                if faiss is not None:
+                    yield _speed(
+                        f"{method}, {name}, batch 32 ÷ faiss Flat",
+                        mine,
+                        times["faiss Flat"],
+                        batch,
+                        8,
+                    )
+                yield _speed(
+                    f"{method}, {name}, batch 32 ÷ numpy or torch", mine, others, batch, 1.8
+                )
+            else:
+                best = fastest(times[each] for each in theirs)
+                yield _speed(
+                    f"{method}, {name}, batch 1024 ÷ faiss, numpy or torch", mine, best, batch, 1.3
+                )
+
+
+def _one(name: str, data: gradients.Rows, goal: float | None) -> Iterator[Row]:
+    """Proven answers one by one, one sign."""
+    faiss = peer("faiss")
+    if faiss is None:
+        return
+    rows, queries = data.rows, data.queries[:QUERIES]
+    flat = faiss.IndexFlatIP(rows.shape[1])
+    flat.add(rows)
+    index = whence.Index(data.path, "certified", threads=1)
+    actions: dict[str, Callable[[], Any]] = {
+        "ours": lambda: [
+            index.search(q[None], K, side="helpful", threads=1).helpful.ids for q in queries
+        ],
+        "faiss": lambda: [flat.search(q[None], K)[1] for q in queries[:20]],
+    }
+    found = np.concatenate(actions["ours"]())
+    _agree(f"certified, {name}", found, flat.search(queries, K)[1], queries, rows)
+    index.search(queries, K, side="helpful", threads=1)
+    scored = index.explain().scored
+    times = take_turns(actions, rounds=(5, 20))
+    note = f"recall 1, proven; {0 if scored is None else scored.mean():.1f} rows scored a query"
+    yield compared_rates(
+        f"certified, {name}, batch 1 ÷ faiss Flat",
+        times["ours"],
+        times["faiss"],
+        goal,
+        unit="queries/s",
+        amounts=(len(queries), 20),
+        note=note,
+    )
+
+
+def _ends(name: str, data: gradients.Rows) -> Iterator[Row]:
+    """Both ends by codes of 4 bits, and what they find."""
+    faiss = peer("faiss")
+    if faiss is None:
+        return
+    rows, queries = data.rows, data.queries[:QUERIES]
+    flat = faiss.IndexFlatIP(rows.shape[1])
+    flat.add(rows)
+    index = whence.Index(data.path, "certified", bits=4, threads=1)
+    actions: dict[str, Callable[[], Any]] = {
+        "ours": lambda: [index.search(q[None], K, approximate=True, threads=1) for q in queries],
+        "faiss": lambda: [
+            (flat.search(q[None], K), flat.search(-q[None], K)) for q in queries[:10]
+        ],
+    }
+    for k in (K, 100):
+        recall = index.recall(len(queries), k, queries=queries, approximate=True)
+        for side, found in (("helpful", recall.helpful), ("harmful", recall.harmful)):
+            yield Row(
+                f"4 bits and rescoring, {name}: recall@{k}, {side}",
+                found,
+                1.0,
+                "of the scan's",
+                0.999,
+                lower_is_better=False,
+            )
+    actions["ours"]()
+    times = take_turns(actions, rounds=(5, 20))
+    yield compared_rates(
+        f"4 bits and rescoring, {name}, both ends, batch 1 ÷ faiss Flat twice",
+        times["ours"],
+        times["faiss"],
+        7.5,
+        unit="queries/s",
+        amounts=(len(queries), 10),
+    )
+    proven = whence.Index(data.path, threads=1)
+    for k in (K, 100):
+        recall = proven.recall(len(queries), k, queries=queries)
+        yield Row(
+            f"auto, {name}: recall@{k}, harmful",
+            recall.harmful,
+            1.0,
+            "of the scan's",
+            1.0,
+            lower_is_better=False,
+        )
+
+
+def _memory(data: gradients.Rows) -> Iterator[Row]:
+    """What an index keeps in memory."""
+    for name, bits, goal in (("4 bits", 4, 270), ("certified", 8, 540)):
+        index = whence.Index(data.path, "certified", bits=bits)
+        yield Row(
+            f"{name}: memory for each row of 512, rows on disk ÷ float32 rows",
+            index.bytes / len(index),
+            4.0 * index.source.dim,
+            "bytes",
+            goal / (4.0 * index.source.dim),
+        )
+
+
+def _speed(name: str, ours: Times, theirs: Times, batch: int, goal: float) -> Row:
+    return compared_rates(name, ours, theirs, goal, unit="queries/s", amounts=(batch, batch))
+
+
+def _numpy(queries: NDArray[np.float32], rows: NDArray[np.float32]) -> Found:
+    scores = queries @ rows.T
+    picked = np.argpartition(scores, -K, axis=1)[:, -K:]
+    order = np.argsort(-np.take_along_axis(scores, picked, 1), axis=1)
+    return np.take_along_axis(picked, order, 1)
+
+
+def _torch(queries: NDArray[np.float32], rows: torch.Tensor) -> Found:
+    return (torch.from_numpy(queries) @ rows.T).topk(K, dim=1).indices.numpy()
+
+
+def _agree(
+    name: str,
+    found: Found,
+    wanted: Found,
+    queries: NDArray[np.float32],
+    rows: NDArray[np.float32],
+) -> None:
+    """Nothing, if both are the same hits, or others of equal scores up to rounding."""
+    for query, mine, theirs in zip(queries, found, wanted, strict=True):
+        if (mine == theirs).all():
+            continue
+        scores, expected = rows[mine] @ query, rows[theirs] @ query
+        size = np.linalg.norm(rows[theirs], axis=1) * np.linalg.norm(query)
+        if (np.abs(scores - expected) > 1e-5 * size).any() or len(set(mine.tolist())) < K:
+            raise SystemExit(f"{name} must find the same rows as a scan, got {mine} for {theirs}")
