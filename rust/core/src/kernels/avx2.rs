@@ -514,24 +514,53 @@ fn sum_of_lanes(lanes: __m256i) -> i32 {
 
 #[target_feature(enable = "avx2")]
 pub(super) fn nibble_dots(rows: &[u8], width: usize, queries: &[&[i8]], out: &mut [i32]) {
-    let count = rows.len() / width;
-    let row = |r: usize| &rows[r * width..][..width];
+    code_planes([rows], width, queries, out);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn code_dots(
+    upper: &[u8],
+    lower: &[u8],
+    width: usize,
+    queries: &[&[i8]],
+    out: &mut [i32],
+) {
+    code_planes([lower, upper], width, queries, out);
+}
+
+/// The products of rows in planes of 4-bit numbers, of which each is worth 16 times the one before.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn code_planes<const P: usize>(
+    planes: [&[u8]; P],
+    width: usize,
+    queries: &[&[i8]],
+    out: &mut [i32],
+) {
+    let count = planes[0].len() / width;
     let (pairs, single) = queries.as_chunks::<2>();
     for first in (0..count).step_by(2) {
         // A row past the last is the last again.
-        let here = [row(first), row((first + 1).min(count - 1))];
+        let second = (first + 1).min(count - 1);
         let height = 2.min(count - first);
-        for (index, queries) in pairs.iter().enumerate() {
-            let found = nibble_tile(here, queries.map(|query| query.split_at(width)), width);
-            for (q, found) in found.iter().enumerate() {
-                let at = (2 * index + q) * count + first;
-                out[at..at + height].copy_from_slice(&found[..height]);
+        for (worth, plane) in planes.iter().enumerate() {
+            let row = |r: usize| &plane[r * width..][..width];
+            let here = [row(first), row(second)];
+            let mut put = |query: usize, found: &[i32; 2]| {
+                let out = &mut out[query * count + first..][..height];
+                for (out, found) in out.iter_mut().zip(found) {
+                    *out = if worth == 0 { *found } else { *out + 16 * found };
+                }
+            };
+            for (index, queries) in pairs.iter().enumerate() {
+                let found = nibble_tile(here, queries.map(|query| query.split_at(width)), width);
+                put(2 * index, &found[0]);
+                put(2 * index + 1, &found[1]);
             }
-        }
-        for query in single {
-            let [found] = nibble_tile(here, [query.split_at(width)], width);
-            let at = 2 * pairs.len() * count + first;
-            out[at..at + height].copy_from_slice(&found[..height]);
+            for query in single {
+                let [found] = nibble_tile(here, [query.split_at(width)], width);
+                put(2 * pairs.len(), &found);
+            }
         }
     }
 }

@@ -695,6 +695,39 @@ impl InstructionSet {
         }
     }
 
+    /// As [`InstructionSet::nibble_dots`], of 8-bit numbers whose upper and lower four bits are in
+    /// two planes.
+    #[inline]
+    pub fn code_dots(
+        self,
+        upper: &[u8],
+        lower: &[u8],
+        width: usize,
+        queries: &[&[i8]],
+        out: &mut [i32],
+    ) {
+        debug_assert!(width > 0 && width.is_multiple_of(32) && upper.len().is_multiple_of(width));
+        debug_assert!(queries.iter().all(|query| query.len() == 2 * width));
+        debug_assert_eq!(upper.len(), lower.len());
+        debug_assert_eq!(out.len() * width, upper.len() * queries.len());
+        if upper.is_empty() {
+            return;
+        }
+        match self.0 {
+            Set::Scalar => scalar::code_dots(upper, lower, width, queries, out),
+            // SAFETY: as in `nibble_dots`.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx2 | Set::Avx512 => unsafe {
+                avx2::code_dots(upper, lower, width, queries, out);
+            },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Vnni => unsafe { vnni::code_dots(upper, lower, width, queries, out) },
+        }
+    }
+
     /// Adds `scale * factor * (2 product - offset)`, row by row.
     #[inline]
     pub fn add_estimates(
@@ -1236,6 +1269,14 @@ mod tests {
                             numbers.zip(*query).map(|(x, y)| i32::from(x) * i32::from(*y)).sum();
                         prop_assert_eq!(found[q * rows + r], product);
                     }
+                }
+                // The same numbers as the upper four bits, and others as the lower.
+                let lower: Vec<u8> = codes.iter().map(|code| code.wrapping_mul(37) | 1).collect();
+                let (mut both, mut low) = (vec![0; rows * queries], vec![0; rows * queries]);
+                set.code_dots(&codes, &lower, width, &views, &mut both);
+                set.nibble_dots(&lower, width, &views, &mut low);
+                for ((both, high), low) in both.iter().zip(&found).zip(low) {
+                    prop_assert_eq!(*both, 16 * high + low);
                 }
             }
         }

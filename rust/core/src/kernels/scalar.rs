@@ -467,6 +467,21 @@ pub(super) fn nibble_dots(rows: &[u8], width: usize, queries: &[&[i8]], out: &mu
     }
 }
 
+pub(super) fn code_dots(
+    upper: &[u8],
+    lower: &[u8],
+    width: usize,
+    queries: &[&[i8]],
+    out: &mut [i32],
+) {
+    let mut low = vec![0; out.len()];
+    nibble_dots(upper, width, queries, out);
+    nibble_dots(lower, width, queries, &mut low);
+    for (out, low) in out.iter_mut().zip(low) {
+        *out = 16 * *out + low;
+    }
+}
+
 /// As `add_columns`.
 #[inline(always)]
 pub(super) fn add_estimates(

@@ -4,8 +4,9 @@
 use std::arch::x86_64::{
     __m256i, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32,
     _mm512_loadu_si512, _mm512_reduce_add_epi32, _mm512_set1_epi8, _mm512_setzero_si512,
-    _mm512_shuffle_i32x4, _mm512_srli_epi16, _mm512_storeu_si512, _mm512_unpackhi_epi32,
-    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64, _mm512_zextsi256_si512,
+    _mm512_shuffle_i32x4, _mm512_slli_epi16, _mm512_srli_epi16, _mm512_storeu_si512,
+    _mm512_ternarylogic_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+    _mm512_unpacklo_epi64, _mm512_zextsi256_si512,
 };
 
 use super::{FAR, prefetch};
@@ -14,6 +15,8 @@ use super::{FAR, prefetch};
 const SUMS: usize = 16;
 /// Bytes of a register.
 const WIDTH: usize = 64;
+/// Of three inputs, bit by bit: the second where the first has a one, else the third.
+const SELECT: i32 = 0xCA;
 
 /// Bytes of a part of a row: a register's worth, or the half of it that can be left at the end.
 #[inline]
@@ -31,20 +34,23 @@ fn load<T: Copy>(part: &[T]) -> __m512i {
 }
 
 /// The products of the first `R` rows with `Q` queries, `R Q = 16`; sum `q R + r` is that of row `r`
-/// with query `q`.
+/// with query `q`. Rows are in one plane of 4-bit numbers, or in two that make 8-bit ones.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn tile<const R: usize, const Q: usize>(
-    rows: &[u8],
+fn tile<const R: usize, const Q: usize, const P: usize>(
+    planes: [&[u8]; P],
     queries: &[&[i8]; Q],
     width: usize,
 ) -> [i32; SUMS] {
     let steps = width / WIDTH;
     let mut sums = [[_mm512_setzero_si512(); R]; Q];
-    let (mut whole, mut rest): ([&[[u8; WIDTH]]; R], [&[u8]; R]) = ([&[]; R], [&[]; R]);
+    let mut whole: [[&[[u8; WIDTH]]; P]; R] = [[&[]; P]; R];
+    let mut rest: [[&[u8]; P]; R] = [[&[]; P]; R];
     for r in 0..R {
-        let (chunks, left) = rows[r * width..(r + 1) * width].as_chunks::<WIDTH>();
-        (whole[r], rest[r]) = (&chunks[..steps], left);
+        for p in 0..P {
+            let (chunks, left) = planes[p][r * width..(r + 1) * width].as_chunks::<WIDTH>();
+            (whole[r][p], rest[r][p]) = (&chunks[..steps], left);
+        }
     }
     let mut factors: [[&[[i8; WIDTH]]; 2]; Q] = [[&[]; 2]; Q];
     let mut rest_factors: [[&[i8]; 2]; Q] = [[&[]; 2]; Q];
@@ -55,12 +61,14 @@ fn tile<const R: usize, const Q: usize>(
         }
     }
     for step in 0..steps {
-        let mut pairs = [_mm512_setzero_si512(); R];
+        let mut pairs = [[_mm512_setzero_si512(); P]; R];
         for r in 0..R {
-            if Q == 1 {
-                prefetch(whole[r][step].as_ptr().cast::<i8>().wrapping_add(FAR));
+            for p in 0..P {
+                if Q == 1 {
+                    prefetch(whole[r][p][step].as_ptr().cast::<i8>().wrapping_add(FAR));
+                }
+                pairs[r][p] = load(&whole[r][p][step]);
             }
-            pairs[r] = load(&whole[r][step]);
         }
         let mut both = [[_mm512_setzero_si512(); 2]; Q];
         for q in 0..Q {
@@ -69,9 +77,11 @@ fn tile<const R: usize, const Q: usize>(
         add_products(&mut sums, pairs, both);
     }
     if width > steps * WIDTH {
-        let mut pairs = [_mm512_setzero_si512(); R];
+        let mut pairs = [[_mm512_setzero_si512(); P]; R];
         for r in 0..R {
-            pairs[r] = load(rest[r]);
+            for p in 0..P {
+                pairs[r][p] = load(rest[r][p]);
+            }
         }
         let mut both = [[_mm512_setzero_si512(); 2]; Q];
         for q in 0..Q {
@@ -82,21 +92,33 @@ fn tile<const R: usize, const Q: usize>(
     sums_of_lanes(sums.as_flattened())
 }
 
-/// Adds the products of pairs of 4-bit numbers with the factors of both halves.
+/// Adds the products of pairs of numbers with the factors of both halves.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn add_products<const R: usize, const Q: usize>(
+fn add_products<const R: usize, const Q: usize, const P: usize>(
     sums: &mut [[__m512i; R]; Q],
-    pairs: [__m512i; R],
+    pairs: [[__m512i; P]; R],
     factors: [[__m512i; 2]; Q],
 ) {
     let mask = _mm512_set1_epi8(15);
     for r in 0..R {
-        let low = _mm512_and_si512(pairs[r], mask);
+        let (upper, lower) = (pairs[r][0], pairs[r][P - 1]);
+        // Of two planes one gives the upper four bits and one the lower; what a shift brings in
+        // from the byte beside is masked out.
+        let low = if P == 2 {
+            _mm512_ternarylogic_epi32::<SELECT>(mask, lower, _mm512_slli_epi16::<4>(upper))
+        } else {
+            _mm512_and_si512(upper, mask)
+        };
         for q in 0..Q {
             sums[q][r] = _mm512_dpbusd_epi32(sums[q][r], low, factors[q][0]);
         }
-        let high = _mm512_and_si512(_mm512_srli_epi16::<4>(pairs[r]), mask);
+        let shifted = _mm512_srli_epi16::<4>(lower);
+        let high = if P == 2 {
+            _mm512_ternarylogic_epi32::<SELECT>(mask, shifted, upper)
+        } else {
+            _mm512_and_si512(shifted, mask)
+        };
         for q in 0..Q {
             sums[q][r] = _mm512_dpbusd_epi32(sums[q][r], high, factors[q][1]);
         }
@@ -141,44 +163,76 @@ fn sums_of_lanes(sums: &[__m512i]) -> [i32; SUMS] {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn nibble_dots(rows: &[u8], width: usize, queries: &[&[i8]], out: &mut [i32]) {
-    let count = rows.len() / width;
+    dots([rows], width, queries, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn code_dots(
+    upper: &[u8],
+    lower: &[u8],
+    width: usize,
+    queries: &[&[i8]],
+    out: &mut [i32],
+) {
+    dots([upper, lower], width, queries, out);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn dots<const P: usize>(planes: [&[u8]; P], width: usize, queries: &[&[i8]], out: &mut [i32]) {
+    let count = planes[0].len() / width;
     let (fours, singles) = queries.as_chunks::<4>();
     let (of_fours, of_singles) = out.split_at_mut(4 * fours.len() * count);
     let whole = count - count % 4;
     for first in (0..whole).step_by(4) {
-        let here = &rows[first * width..];
+        let here = from(planes, first * width);
         for (queries, out) in fours.iter().zip(of_fours.chunks_exact_mut(4 * count)) {
-            let found = tile::<4, 4>(here, queries, width);
+            let found = tile::<4, 4, P>(here, queries, width);
             for (found, out) in found.as_chunks::<4>().0.iter().zip(out.chunks_exact_mut(count)) {
                 out[first..first + 4].copy_from_slice(found);
             }
         }
     }
     for (query, out) in queries.iter().zip(of_fours.chunks_exact_mut(count)) {
-        for (out, row) in out[whole..].iter_mut().zip(rows[whole * width..].chunks_exact(width)) {
-            *out = single(row, query);
+        for (row, out) in out.iter_mut().enumerate().skip(whole) {
+            *out = single(from(planes, row * width), width, query);
         }
     }
     for (query, out) in singles.iter().zip(of_singles.chunks_exact_mut(count)) {
         let (sixteens, rest) = out.as_chunks_mut::<SUMS>();
-        let (many, few) = rows.split_at(sixteens.len() * SUMS * width);
-        for (out, rows) in sixteens.iter_mut().zip(many.chunks_exact(SUMS * width)) {
-            *out = tile::<SUMS, 1>(rows, &[query], width);
+        for (index, out) in sixteens.iter_mut().enumerate() {
+            *out = tile::<SUMS, 1, P>(from(planes, index * SUMS * width), &[query], width);
         }
-        for (out, row) in rest.iter_mut().zip(few.chunks_exact(width)) {
-            *out = single(row, query);
+        let done = sixteens.len() * SUMS;
+        for (row, out) in rest.iter_mut().enumerate() {
+            *out = single(from(planes, (done + row) * width), width, query);
         }
     }
 }
 
-/// The product of one row with one query.
+/// The planes from a byte on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn single(row: &[u8], query: &[i8]) -> i32 {
+fn from<const P: usize>(mut planes: [&[u8]; P], at: usize) -> [&[u8]; P] {
+    for plane in &mut planes {
+        *plane = &plane[at..];
+    }
+    planes
+}
+
+/// The product of the first row with one query.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn single<const P: usize>(planes: [&[u8]; P], width: usize, query: &[i8]) -> i32 {
     let mut sums = [[_mm512_setzero_si512()]; 1];
-    let (low, high) = query.split_at(row.len());
-    for ((row, low), high) in row.chunks(WIDTH).zip(low.chunks(WIDTH)).zip(high.chunks(WIDTH)) {
-        add_products(&mut sums, [load(row)], [[load(low), load(high)]]);
+    for at in (0..width).step_by(WIDTH) {
+        let end = width.min(at + WIDTH);
+        let mut pairs = [_mm512_setzero_si512(); P];
+        for p in 0..P {
+            pairs[p] = load(&planes[p][at..end]);
+        }
+        let factors = [load(&query[at..end]), load(&query[width + at..width + end])];
+        add_products(&mut sums, [pairs], [factors]);
     }
     _mm512_reduce_add_epi32(sums[0][0])
 }

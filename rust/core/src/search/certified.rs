@@ -22,6 +22,9 @@ use crate::stop::{Asker, Watch};
 
 /// Queries that meet a block together.
 const GROUP: usize = 32;
+/// From so many queries on, all bits of the codes are taken at once: reading them is not what takes
+/// the time then, and a product of 8 bits takes no longer than one of 4.
+const SEVERAL: usize = 4;
 /// A query of which more than this share of a block's rows is left goes on with all of them.
 const DENSE: usize = 4;
 /// Rows that are scored exactly at a time.
@@ -245,7 +248,6 @@ struct Scan<'a> {
     numbers: Vec<[Vec<f32>; 4]>,
     /// `[queries, rows]` of a block.
     products: Vec<i32>,
-    lower: Vec<i32>,
     estimates: Vec<f32>,
     bounds: Vec<f32>,
     survivors: Vec<u32>,
@@ -264,7 +266,6 @@ impl<'a> Scan<'a> {
             slack: steps as f32 * f32::EPSILON,
             numbers: vec![<[Vec<f32>; 4]>::default(); codes.segments().len()],
             products: vec![0; GROUP * BLOCK],
-            lower: vec![0; GROUP * BLOCK],
             estimates: vec![0.0; GROUP * BLOCK],
             bounds: vec![0.0; BLOCK],
             survivors: Vec::new(),
@@ -334,7 +335,8 @@ impl<'a> Scan<'a> {
         self.estimates[..active.len() * rows].fill(0.0);
         for stage in 0..=last {
             let segment = &self.codes.segments()[stage];
-            let exact = both && stage < last;
+            let several = dense.len() >= SEVERAL && self.request.candidates.is_none();
+            let exact = both && (stage < last || several);
             self.multiply(segment, exact, start, rows, stage, queries, &dense);
             let mut kept = Vec::with_capacity(dense.len());
             for (slot, &query) in dense.iter().enumerate() {
@@ -350,7 +352,7 @@ impl<'a> Scan<'a> {
                     factor,
                     estimates,
                 );
-                self.bound(stage, reach, rows, coded);
+                self.bound(stage, exact, reach, rows, coded);
                 let pool = &mut pools[query];
                 self.survivors.clear();
                 self.set.sift(
@@ -369,7 +371,8 @@ impl<'a> Scan<'a> {
                     let row = row as usize;
                     let estimate = self.estimates[from + row];
                     let query = (coded, first + query);
-                    self.finish(stage, start, row, estimate, reach, query, pool);
+                    let refined = exact && stage == last;
+                    self.finish(stage, start, row, (estimate, refined), reach, query, pool);
                 }
                 self.survivors = survivors;
             }
@@ -403,18 +406,17 @@ impl<'a> Scan<'a> {
         let views = &views[..dense.len()];
         let plane = start * segment.width..(start + rows) * segment.width;
         let products = &mut self.products[..dense.len() * rows];
-        self.set.nibble_dots(&segment.upper[plane.clone()], segment.width, views, products);
+        let upper = &segment.upper[plane.clone()];
         if exact {
-            let lower = &mut self.lower[..dense.len() * rows];
-            self.set.nibble_dots(&segment.lower[plane], segment.width, views, lower);
-            for (product, lower) in products.iter_mut().zip(lower) {
-                *product = 16 * *product + *lower;
-            }
+            let lower = &segment.lower[plane];
+            self.set.code_dots(upper, lower, segment.width, views, products);
+        } else {
+            self.set.nibble_dots(upper, segment.width, views, products);
         }
     }
 
     /// How far the estimates after a stage are off, for all rows of the block.
-    fn bound(&mut self, stage: usize, reach: f32, rows: usize, query: &CodedQuery) {
+    fn bound(&mut self, stage: usize, exact: bool, reach: f32, rows: usize, query: &CodedQuery) {
         let last = self.numbers.len() - 1;
         let rounding = self.rounding(reach, query);
         let bounds = &mut self.bounds[..rows];
@@ -433,8 +435,11 @@ impl<'a> Scan<'a> {
             return;
         }
         bounds.fill(rounding);
-        for (numbers, segment) in self.numbers[..=stage].iter().zip(&query.segments) {
-            self.set.add_multiple(&numbers[1], segment.norm, bounds);
+        for (index, (numbers, segment)) in
+            self.numbers[..=stage].iter().zip(&query.segments).enumerate()
+        {
+            let errors = if exact && index == last { &numbers[3] } else { &numbers[1] };
+            self.set.add_multiple(errors, segment.norm, bounds);
         }
         if stage < last {
             self.set.add_multiple(&self.numbers[stage][2], segment.rest, bounds);
@@ -479,13 +484,13 @@ impl<'a> Scan<'a> {
     }
 
     /// The rest of what can be known of a row that survived a stage; into the pools with it, if
-    /// that leaves it a chance.
+    /// that leaves it a chance. `refined` if its lower plane is in the estimate already.
     fn finish(
         &self,
         stage: usize,
         start: usize,
         row: usize,
-        mut estimate: f32,
+        (mut estimate, refined): (f32, bool),
         reach: f32,
         (query, number): (&CodedQuery, usize),
         pools: &mut [Pool; 2],
@@ -502,7 +507,7 @@ impl<'a> Scan<'a> {
         }
         let last = self.numbers.len() - 1;
         let both = self.codes.bits() == Bits::Eight;
-        let mut bound = self.bound_of(stage, row, false, reach, query);
+        let mut bound = self.bound_of(stage, row, refined, reach, query);
         let lost = |estimate: f32, bound: f32, pools: &[Pool; 2]| {
             estimate + bound < pools[0].threshold && bound - estimate < pools[1].threshold
         };
@@ -513,7 +518,7 @@ impl<'a> Scan<'a> {
                 return;
             }
         }
-        if both && self.request.candidates.is_none() {
+        if both && !refined && self.request.candidates.is_none() {
             let (segment, coded) = (&self.codes.segments()[last], &query.segments[last]);
             let mut product = [0];
             let plane = place * segment.width..(place + 1) * segment.width;
@@ -536,12 +541,14 @@ impl<'a> Scan<'a> {
     fn part(&self, stage: usize, place: usize, row: usize, exact: bool, query: &CodedQuery) -> f32 {
         let (segment, coded) = (&self.codes.segments()[stage], &query.segments[stage]);
         let plane = place * segment.width..(place + 1) * segment.width;
-        let (mut product, mut lower) = ([0], [0]);
+        let mut product = [0];
         let views = [&coded.factors[..]];
-        self.set.nibble_dots(&segment.upper[plane.clone()], segment.width, &views, &mut product);
+        let upper = &segment.upper[plane.clone()];
         if exact {
-            self.set.nibble_dots(&segment.lower[plane], segment.width, &views, &mut lower);
-            product[0] = 16 * product[0] + lower[0];
+            let lower = &segment.lower[plane];
+            self.set.code_dots(upper, lower, segment.width, &views, &mut product);
+        } else {
+            self.set.nibble_dots(upper, segment.width, &views, &mut product);
         }
         let (factor, offset) = factor_and_offset(coded, exact);
         let mut estimate = [0.0];
@@ -819,16 +826,27 @@ mod tests {
             let proven = search(&codes, &request, 1, &asker).unwrap();
             request.candidates = Some(examples);
             let all = search(&codes, &request, 1, &asker).unwrap();
-            for ((found, proven), all) in found.iter().zip(&proven).zip(&all) {
-                // Of all candidates the best are the best; of some, some of them, in their order.
+            for (((found, proven), all), queries) in
+                found.iter().zip(&proven).zip(&all).zip(queries.chunks(dim))
+            {
+                // Of all candidates the best are the best.
                 prop_assert_eq!(&all.ends, &proven.ends);
                 prop_assert_eq!(found.scored, 8 * k);
-                for (found, proven) in [
-                    (&found.ends.largest, &proven.ends.largest),
-                    (&found.ends.smallest, &proven.ends.smallest),
-                ] {
-                    prop_assert_eq!(found.len(), k);
-                    prop_assert!(found.iter().any(|hit| proven.contains(hit)));
+                prop_assert_eq!((found.ends.largest.len(), found.ends.smallest.len()), (k, k));
+                // No score is better than the scan's of that rank, and every score is the row's own.
+                for rank in 0..k {
+                    let (mine, best) = (found.ends.largest[rank], proven.ends.largest[rank]);
+                    prop_assert!(mine.score <= best.score);
+                    let (mine, best) = (found.ends.smallest[rank], proven.ends.smallest[rank]);
+                    prop_assert!(mine.score >= best.score);
+                }
+                for hit in found.ends.largest.iter().chain(&found.ends.smallest) {
+                    let row = rows.scaled(&[hit.example]).unwrap();
+                    let exact: f64 =
+                        row.iter().zip(queries).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+                    let size: f64 =
+                        row.iter().zip(queries).map(|(x, y)| f64::from((x * y).abs())).sum();
+                    prop_assert!((f64::from(hit.score) - exact).abs() <= 1e-5 * size);
                 }
             }
         }
