@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 import whence
 from comparisons import gradients, scan
 from comparisons.shared import Row, Times, bench, compared_rates, fastest, peer, take_turns
+from whence.hashing import HashIndex, SignHash
 
 K = 10
 QUERIES = 200
+BITS = 256
+CANDIDATES = (10, 20, 50, 100, 200, 500, 1000)
 
 DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data")) / "fashion_mnist_full.npz"
 
@@ -43,6 +46,8 @@ def search(folder: Path) -> Iterator[Row]:
         yield from _one(name, sets[name], goal)
     for name in ("raw, preconditioned", "margin, preconditioned"):
         yield from _ends(name, sets[name])
+    for name in ("margin", "margin, preconditioned"):
+        yield from _hashing(name, sets[name])
     yield from _memory(sets["raw, preconditioned"])
 
 
@@ -178,6 +183,66 @@ def _ends(name: str, data: gradients.Rows) -> Iterator[Row]:
             1.0,
             lower_is_better=False,
         )
+
+
+def _hashing(name: str, data: gradients.Rows) -> Iterator[Row]:
+    """What hashing finds among as many candidates as others look at, at as many bits."""
+    rows, queries = data.rows, data.queries[:QUERIES]
+    wanted = _numpy(queries, rows)
+    ours = HashIndex(rows, SignHash(BITS), threads=1)
+
+    def mine(candidates: int) -> float:
+        found = ours.search(queries, K, candidates=max(K, candidates)).positions
+        return _recall(found, wanted)
+
+    faiss = peer("faiss")
+    if faiss is not None:
+        index = faiss.IndexLSH(rows.shape[1], BITS)
+        index.train(rows)
+        index.add(rows)
+        _, ranked = index.search(queries, CANDIDATES[-1])
+        for candidates in CANDIDATES:
+            theirs = _recall(_rescored(ranked[:, :candidates], queries, rows), wanted)
+            yield Row(
+                f"hashing, {BITS} bits, {name}: recall@{K} of {candidates} candidates ÷ IndexLSH",
+                mine(candidates),
+                theirs,
+                "found",
+                1.0,
+                lower_is_better=False,
+            )
+    annoy = peer("annoy")
+    if annoy is None:
+        return
+    forest = annoy.AnnoyIndex(rows.shape[1], "angular")
+    forest.set_seed(0)
+    for number, row in enumerate(rows):
+        forest.add_item(number, row)
+    forest.build(100, n_jobs=1)
+    for nodes in (200, 500, 1000, 3000):
+        looked = [forest.get_nns_by_vector(query, len(rows), nodes) for query in queries]
+        candidates = round(np.mean([len(each) for each in looked]))
+        yield Row(
+            f"hashing, {BITS} bits, {name}: recall@{K} of {candidates} candidates ÷ Annoy",
+            mine(candidates),
+            _recall([each[:K] for each in looked], wanted),
+            "found",
+            1.0,
+            lower_is_better=False,
+        )
+
+
+def _rescored(candidates: Found, queries: NDArray[np.float32], rows: NDArray[np.float32]) -> Found:
+    """The K best of each query's candidates by their exact scores."""
+    scores = np.einsum("qcd,qd->qc", rows[candidates], queries)
+    order = np.argsort(-scores, axis=1)[:, :K]
+    return np.take_along_axis(candidates, order, 1)
+
+
+def _recall(found: Sequence[Any] | Found, wanted: Found) -> float:
+    """The mean share of the wanted rows that were found."""
+    shares = [np.isin(want, each).mean() for want, each in zip(wanted, found, strict=True)]
+    return float(np.mean(shares))
 
 
 def _memory(data: gradients.Rows) -> Iterator[Row]:
