@@ -16,6 +16,7 @@ __all__ = [
     "MAX_THREADS",
     "MAX_VIEWS",
     "Codes",
+    "Graph",
     "Hash",
     "HashIndex",
     "Rows",
@@ -202,6 +203,53 @@ class Codes:
         candidates: int | None,
         threads: int,
     ) -> tuple[_Side, _Side, NDArray[np.uint64], NDArray[np.float32]]: ...
+
+@final
+class Graph:
+    """Examples linked to near ones by their codes, for approximate search.
+
+    Not for the smallest scores, for norms that differ widely (`norm_spread` far above 1), for
+    filters that few examples pass, for many hits or for few examples: there `codes.search` does
+    better, whose answer is proven. The same graph for any number of threads.
+    """
+
+    def __new__(
+        cls, codes: Codes, norms: NDArray[np.float32], seed: int, threads: int
+    ) -> Graph: ...
+    @staticmethod
+    def from_parts(
+        codes: Codes,
+        norms: NDArray[np.float32],
+        links: NDArray[np.uint32],
+        entries: NDArray[np.uint32],
+        deleted: NDArray[np.bool_],
+    ) -> Graph: ...
+    def parts(
+        self,
+    ) -> tuple[
+        NDArray[np.float32], NDArray[np.uint32], NDArray[np.uint32], NDArray[np.bool_]
+    ]: ...
+    def search(
+        self,
+        rows: Rows,
+        numbers: NDArray[np.uint64] | None,
+        queries: NDArray[np.float32],
+        k: int,
+        width: int,
+        eligible: NDArray[np.bool_] | None,
+        excluded: list[list[int]],
+        candidates: int | None,
+        threads: int,
+    ) -> tuple[_Side, _Side, NDArray[np.uint64], NDArray[np.float32]]: ...
+    def add(self, codes: Codes, norms: NDArray[np.float32], seed: int, threads: int) -> None: ...
+    def delete(self, examples: NDArray[np.uint64]) -> None: ...
+    @property
+    def codes(self) -> Codes: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def norm_spread(self) -> float: ...
+    def digest(self) -> int: ...
 
 @final
 class Hash:

@@ -23,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use super::norms::norm_gradients;
     #[pymodule_export]
-    use super::search::{Codes, Rows};
+    use super::search::{Codes, Graph, Rows};
     #[pymodule_export]
     use super::sketch::{Sketch, instruction_set};
     #[pymodule_export]

@@ -1,6 +1,7 @@
 //! `whence._core.Rows`.
 
 use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use half::{bf16, f16};
 use numpy::{
@@ -9,10 +10,11 @@ use numpy::{
 };
 use pyo3::prelude::*;
 use whence_core::error::Error;
+use whence_core::kernels::Lines;
 use whence_core::search::certified;
 use whence_core::search::codes::{self, Bits, Segment};
 use whence_core::search::rotation::Rotation;
-use whence_core::search::{self, Ends, Hit, Request, Sides};
+use whence_core::search::{self, Ends, Hit, Request, Sides, graph};
 use whence_core::store::{Kind, Shard};
 
 use crate::boundary::{compute, exception, not_contiguous};
@@ -168,7 +170,7 @@ fn wanted((largest, smallest): (bool, bool)) -> Sides {
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Codes {
-    codes: codes::Codes,
+    codes: Arc<codes::Codes>,
 }
 
 #[pymethods]
@@ -200,7 +202,7 @@ impl Codes {
             let rows = &rows.rows;
             codes::Codes::new(rows, numbers, &weights, norms, rotation, bits, threads, asker)
         })?;
-        Ok(Self { codes })
+        Ok(Self { codes: Arc::new(codes) })
     }
 
     /// What `parts` gave.
@@ -228,7 +230,7 @@ impl Codes {
                 };
                 Ok(Segment {
                     width: *width,
-                    upper: upper?,
+                    upper: Lines::from(&upper?[..]),
                     lower: lower?,
                     scales: bits(scales)?,
                     upper_errors: bits(upper_errors)?,
@@ -242,7 +244,7 @@ impl Codes {
             let rotation = Rotation::new(length, &prefix, directions, seed)?;
             codes::Codes::from_parts(rotation, weights, order, segments, reaches)
         })?;
-        Ok(Self { codes })
+        Ok(Self { codes: Arc::new(codes) })
     }
 
     /// The arrays it is made of: order, segments and reaches.
@@ -305,16 +307,21 @@ impl Codes {
             candidates,
         };
         let found = compute(py, |asker| certified::search(&self.codes, &request, threads, asker))?;
-        let scored: Vec<u64> = found.iter().map(|answer| answer.scored as u64).collect();
-        let margins: Vec<f32> = found.iter().flat_map(|answer| answer.margins).collect();
-        let ends: Vec<Ends> = found.into_iter().map(|answer| answer.ends).collect();
-        Ok((
-            side(py, &ends, |ends| &ends.largest)?,
-            side(py, &ends, |ends| &ends.smallest)?,
-            scored.into_pyarray(py),
-            margins.into_pyarray(py).reshape([count, 2])?,
-        ))
+        answers(py, found)
     }
+}
+
+fn answers(py: Python<'_>, found: Vec<certified::Answer>) -> PyResult<Answers<'_>> {
+    let count = found.len();
+    let scored: Vec<u64> = found.iter().map(|answer| answer.scored as u64).collect();
+    let margins: Vec<f32> = found.iter().flat_map(|answer| answer.margins).collect();
+    let ends: Vec<Ends> = found.into_iter().map(|answer| answer.ends).collect();
+    Ok((
+        side(py, &ends, |ends| &ends.largest)?,
+        side(py, &ends, |ends| &ends.smallest)?,
+        scored.into_pyarray(py),
+        margins.into_pyarray(py).reshape([count, 2])?,
+    ))
 }
 
 type SegmentParts<'py> = (usize, [PyReadonlyArray1<'py, u8>; 2], [PyReadonlyArray1<'py, u16>; 4]);
@@ -339,4 +346,158 @@ fn side<'py>(
     let scores: Vec<f32> = hits().map(|hit| hit.score).collect();
     let shape = [found.len(), width];
     Ok((examples.into_pyarray(py).reshape(shape)?, scores.into_pyarray(py).reshape(shape)?))
+}
+
+/// Examples may be added and deleted while others search: they wait for each other.
+#[pyclass(frozen, module = "whence._core")]
+pub(crate) struct Graph {
+    graph: RwLock<graph::Graph>,
+}
+
+type GraphParts<'py> = (
+    Bound<'py, PyArray1<f32>>,
+    Bound<'py, PyArray1<u32>>,
+    Bound<'py, PyArray1<u32>>,
+    Bound<'py, PyArray1<bool>>,
+);
+
+#[pymethods]
+impl Graph {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        codes: &Codes,
+        norms: PyReadonlyArray1<'_, f32>,
+        seed: u64,
+        threads: usize,
+    ) -> PyResult<Self> {
+        let norms = copied(py, &norms)?;
+        let codes = Arc::clone(&codes.codes);
+        let graph = compute(py, |asker| graph::Graph::new(codes, norms, seed, threads, asker))?;
+        Ok(Self { graph: RwLock::new(graph) })
+    }
+
+    /// What `parts` gave.
+    #[staticmethod]
+    fn from_parts(
+        py: Python<'_>,
+        codes: &Codes,
+        norms: PyReadonlyArray1<'_, f32>,
+        links: PyReadonlyArray1<'_, u32>,
+        entries: PyReadonlyArray1<'_, u32>,
+        deleted: PyReadonlyArray1<'_, bool>,
+    ) -> PyResult<Self> {
+        let parts = graph::Parts {
+            norms: copied(py, &norms)?,
+            links: copied(py, &links)?,
+            entries: copied(py, &entries)?,
+            deleted: copied(py, &deleted)?,
+        };
+        let codes = Arc::clone(&codes.codes);
+        let graph = compute(py, |_| graph::Graph::from_parts(codes, parts))?;
+        Ok(Self { graph: RwLock::new(graph) })
+    }
+
+    /// The arrays it is made of beside its codes: norms, links, entries, deleted.
+    fn parts<'py>(&self, py: Python<'py>) -> PyResult<GraphParts<'py>> {
+        let parts = self.read(py, graph::Graph::parts)?;
+        Ok((
+            parts.norms.into_pyarray(py),
+            parts.links.into_pyarray(py),
+            parts.entries.into_pyarray(py),
+            parts.deleted.into_pyarray(py),
+        ))
+    }
+
+    #[pyo3(signature = (rows, numbers, queries, k, width, eligible, excluded, candidates, threads))]
+    fn search<'py>(
+        &self,
+        py: Python<'py>,
+        rows: &Rows,
+        numbers: Option<PyReadonlyArray2<'_, u64>>,
+        queries: PyReadonlyArray3<'_, f32>,
+        k: usize,
+        width: usize,
+        eligible: Option<PyReadonlyArray1<'_, bool>>,
+        excluded: Vec<Vec<u64>>,
+        candidates: Option<usize>,
+        threads: usize,
+    ) -> PyResult<Answers<'py>> {
+        let count = queries.shape()[1];
+        let numbers = numbers_of(py, numbers.as_ref())?;
+        let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
+        let eligible = match &eligible {
+            Some(eligible) => eligible.as_slice().map_err(|_| not_contiguous(py, "eligible"))?,
+            None => &[],
+        };
+        let request = certified::Request {
+            rows: &rows.rows,
+            numbers,
+            queries,
+            count,
+            k,
+            sides: wanted((true, false)),
+            eligible,
+            excluded: &excluded,
+            candidates,
+        };
+        let found = compute(py, |asker| {
+            let graph = self.graph.read().unwrap_or_else(PoisonError::into_inner);
+            graph.search(&request, width, threads, asker)
+        })?;
+        answers(py, found)
+    }
+
+    fn add(
+        &self,
+        py: Python<'_>,
+        codes: &Codes,
+        norms: PyReadonlyArray1<'_, f32>,
+        seed: u64,
+        threads: usize,
+    ) -> PyResult<()> {
+        let norms = copied(py, &norms)?;
+        compute(py, |asker| {
+            let mut graph = self.graph.write().unwrap_or_else(PoisonError::into_inner);
+            graph.add(&codes.codes, &norms, seed, threads, asker)
+        })
+    }
+
+    fn delete(&self, py: Python<'_>, examples: PyReadonlyArray1<'_, u64>) -> PyResult<()> {
+        let examples = copied(py, &examples)?;
+        compute(py, |_| {
+            self.graph.write().unwrap_or_else(PoisonError::into_inner).delete(&examples)
+        })
+    }
+
+    #[getter]
+    fn codes(&self, py: Python<'_>) -> PyResult<Codes> {
+        Ok(Codes { codes: self.read(py, |graph| Arc::clone(graph.codes()))? })
+    }
+
+    #[getter]
+    fn bytes(&self, py: Python<'_>) -> PyResult<usize> {
+        self.read(py, graph::Graph::bytes)
+    }
+
+    #[getter]
+    fn norm_spread(&self, py: Python<'_>) -> PyResult<f32> {
+        self.read(py, graph::Graph::norm_spread)
+    }
+
+    fn digest(&self, py: Python<'_>) -> PyResult<u64> {
+        self.read(py, graph::Graph::digest)
+    }
+}
+
+impl Graph {
+    /// Without the GIL: whoever writes may hold the lock for long.
+    fn read<T: Send>(
+        &self,
+        py: Python<'_>,
+        of: impl FnOnce(&graph::Graph) -> T + Send,
+    ) -> PyResult<T> {
+        // A change that failed has changed nothing, so a poisoned lock guards a whole graph.
+        compute(py, |_| Ok(of(&self.graph.read().unwrap_or_else(PoisonError::into_inner))))
+    }
 }

@@ -453,10 +453,11 @@ fn finish(sums: [__m256; 2], row_tail: &[f32], query_tail: &[f32]) -> f32 {
 /// Steps whose sums of 16 bits cannot overflow: each adds at most 4 · 15 · 127 to one.
 const NIBBLE_STEPS: usize = 4;
 
-/// The products of `R` rows with `Q` queries; `[q][r]` is that of row `r` with query `q`.
+/// The products of `R` rows with `Q` queries; `[q][r]` is that of row `r` with query `q`. `STREAM`:
+/// rows are read once, in order.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn nibble_tile<const R: usize, const Q: usize>(
+fn nibble_tile<const R: usize, const Q: usize, const STREAM: bool>(
     rows: [&[u8]; R],
     queries: [(&[i8], &[i8]); Q],
     width: usize,
@@ -467,7 +468,7 @@ fn nibble_tile<const R: usize, const Q: usize>(
         let mut parts = [[_mm256_setzero_si256(); R]; Q];
         for at in (begin..width.min(begin + NIBBLE_STEPS * BYTES)).step_by(BYTES) {
             let pairs = rows.map(|row| {
-                if Q == 1 {
+                if STREAM {
                     prefetch(row[at..].as_ptr().cast::<i8>().wrapping_add(FAR));
                 }
                 load_bytes(row, at)
@@ -553,14 +554,36 @@ fn code_planes<const P: usize>(
                 }
             };
             for (index, queries) in pairs.iter().enumerate() {
-                let found = nibble_tile(here, queries.map(|query| query.split_at(width)), width);
+                let found = nibble_tile::<2, 2, false>(
+                    here,
+                    queries.map(|query| query.split_at(width)),
+                    width,
+                );
                 put(2 * index, &found[0]);
                 put(2 * index + 1, &found[1]);
             }
             for query in single {
-                let [found] = nibble_tile(here, [query.split_at(width)], width);
+                let [found] = nibble_tile::<2, 1, true>(here, [query.split_at(width)], width);
                 put(2 * pairs.len(), &found);
             }
         }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn picked_nibble_dots(
+    rows: &[u8],
+    width: usize,
+    picks: &[u32],
+    query: &[i8],
+    out: &mut [i32],
+) {
+    let row = |pick: u32| &rows[pick as usize * width..][..width];
+    let query = query.split_at(width);
+    for (picks, out) in picks.chunks(2).zip(out.chunks_mut(2)) {
+        // A row past the last is the last again.
+        let here = [row(picks[0]), row(picks[picks.len() - 1])];
+        let [found] = nibble_tile::<2, 1, false>(here, [query], width);
+        out.copy_from_slice(&found[..out.len()]);
     }
 }

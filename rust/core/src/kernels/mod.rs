@@ -98,6 +98,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod fourier;
+mod lines;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -107,6 +108,8 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 use crate::random;
+
+pub use lines::Lines;
 
 /// Coordinates that share one offset in a sketch, and lanes of a dot product.
 pub const LANES: usize = 16;
@@ -579,9 +582,9 @@ impl InstructionSet {
 
     /// Asks for values that will be read soon.
     #[inline]
-    pub fn fetch(values: &[f32]) {
+    pub fn fetch<T>(values: &[T]) {
         #[cfg(target_arch = "x86_64")]
-        for line in values.chunks(LANES) {
+        for line in values.chunks((lines::LINE / size_of::<T>().max(1)).max(1)) {
             prefetch(line.as_ptr().cast());
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -692,6 +695,33 @@ impl InstructionSet {
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
             Set::Vnni => unsafe { vnni::nibble_dots(rows, width, queries, out) },
+        }
+    }
+
+    /// [`InstructionSet::nibble_dots`] of some rows with one query: `out[i]` is that of row `picks[i]`.
+    #[inline]
+    pub fn picked_nibble_dots(
+        self,
+        rows: &[u8],
+        width: usize,
+        picks: &[u32],
+        query: &[i8],
+        out: &mut [i32],
+    ) {
+        debug_assert!(width > 0 && width.is_multiple_of(32) && query.len() == 2 * width);
+        debug_assert_eq!(picks.len(), out.len());
+        match self.0 {
+            Set::Scalar => scalar::picked_nibble_dots(rows, width, picks, query, out),
+            // SAFETY: as in `nibble_dots`.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx2 | Set::Avx512 => unsafe {
+                avx2::picked_nibble_dots(rows, width, picks, query, out);
+            },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Vnni => unsafe { vnni::picked_nibble_dots(rows, width, picks, query, out) },
         }
     }
 
@@ -1262,6 +1292,14 @@ mod tests {
             for set in InstructionSet::available() {
                 let mut found = vec![0; rows * queries];
                 set.nibble_dots(&codes, width, &views, &mut found);
+                let picks: Vec<u32> = (0..rows).map(|i| random(3, i) as u32 % rows as u32).collect();
+                for (q, query) in views.iter().enumerate() {
+                    let mut picked = vec![0; rows];
+                    set.picked_nibble_dots(&codes, width, &picks, query, &mut picked);
+                    for (&pick, picked) in picks.iter().zip(picked) {
+                        prop_assert_eq!(picked, found[q * rows + pick as usize]);
+                    }
+                }
                 for (q, query) in views.iter().enumerate() {
                     for (r, row) in codes.chunks(width).enumerate() {
                         let numbers = row.iter().map(|byte| byte % 16).chain(row.iter().map(|byte| byte / 16));

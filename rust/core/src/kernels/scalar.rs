@@ -457,12 +457,7 @@ pub(super) fn nibble_dots(rows: &[u8], width: usize, queries: &[&[i8]], out: &mu
     for (query, out) in queries.iter().zip(out.chunks_exact_mut(count)) {
         let (low, high) = query.split_at(width);
         for (row, out) in rows.chunks_exact(width).zip(out) {
-            let mut sum = 0;
-            for ((&pair, &low), &high) in row.iter().zip(low).zip(high) {
-                sum +=
-                    i32::from(pair & 15) * i32::from(low) + i32::from(pair >> 4) * i32::from(high);
-            }
-            *out = sum;
+            *out = nibble_dot(row, low, high);
         }
     }
 }
@@ -480,6 +475,29 @@ pub(super) fn code_dots(
     for (out, low) in out.iter_mut().zip(low) {
         *out = 16 * *out + low;
     }
+}
+
+pub(super) fn picked_nibble_dots(
+    rows: &[u8],
+    width: usize,
+    picks: &[u32],
+    query: &[i8],
+    out: &mut [i32],
+) {
+    let (low, high) = query.split_at(width);
+    for (&pick, out) in picks.iter().zip(out) {
+        *out = nibble_dot(&rows[pick as usize * width..][..width], low, high);
+    }
+}
+
+/// As `slots`.
+#[inline(always)]
+fn nibble_dot(row: &[u8], low: &[i8], high: &[i8]) -> i32 {
+    let mut sum = 0;
+    for ((&pair, &low), &high) in row.iter().zip(low).zip(high) {
+        sum += i32::from(pair & 15) * i32::from(low) + i32::from(pair >> 4) * i32::from(high);
+    }
+    sum
 }
 
 /// As `add_columns`.

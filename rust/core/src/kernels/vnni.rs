@@ -33,12 +33,13 @@ fn load<T: Copy>(part: &[T]) -> __m512i {
     }
 }
 
-/// The products of the first `R` rows with `Q` queries, `R Q = 16`; sum `q R + r` is that of row `r`
-/// with query `q`. Rows are in one plane of 4-bit numbers, or in two that make 8-bit ones.
+/// The products of `R` rows with `Q` queries, `R Q = 16`; sum `q R + r` is that of row `r` with query
+/// `q`. A row is in one plane of 4-bit numbers, or in two that make 8-bit ones. `STREAM`: rows are
+/// read once, in order.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn tile<const R: usize, const Q: usize, const P: usize>(
-    planes: [&[u8]; P],
+fn tile<const R: usize, const Q: usize, const P: usize, const STREAM: bool>(
+    rows: [[&[u8]; P]; R],
     queries: &[&[i8]; Q],
     width: usize,
 ) -> [i32; SUMS] {
@@ -48,7 +49,7 @@ fn tile<const R: usize, const Q: usize, const P: usize>(
     let mut rest: [[&[u8]; P]; R] = [[&[]; P]; R];
     for r in 0..R {
         for p in 0..P {
-            let (chunks, left) = planes[p][r * width..(r + 1) * width].as_chunks::<WIDTH>();
+            let (chunks, left) = rows[r][p].as_chunks::<WIDTH>();
             (whole[r][p], rest[r][p]) = (&chunks[..steps], left);
         }
     }
@@ -64,7 +65,7 @@ fn tile<const R: usize, const Q: usize, const P: usize>(
         let mut pairs = [[_mm512_setzero_si512(); P]; R];
         for r in 0..R {
             for p in 0..P {
-                if Q == 1 {
+                if STREAM {
                     prefetch(whole[r][p][step].as_ptr().cast::<i8>().wrapping_add(FAR));
                 }
                 pairs[r][p] = load(&whole[r][p][step]);
@@ -185,9 +186,9 @@ fn dots<const P: usize>(planes: [&[u8]; P], width: usize, queries: &[&[i8]], out
     let (of_fours, of_singles) = out.split_at_mut(4 * fours.len() * count);
     let whole = count - count % 4;
     for first in (0..whole).step_by(4) {
-        let here = from(planes, first * width);
+        let here = together(planes, first, width);
         for (queries, out) in fours.iter().zip(of_fours.chunks_exact_mut(4 * count)) {
-            let found = tile::<4, 4, P>(here, queries, width);
+            let found = tile::<4, 4, P, false>(here, queries, width);
             for (found, out) in found.as_chunks::<4>().0.iter().zip(out.chunks_exact_mut(count)) {
                 out[first..first + 4].copy_from_slice(found);
             }
@@ -201,11 +202,53 @@ fn dots<const P: usize>(planes: [&[u8]; P], width: usize, queries: &[&[i8]], out
     for (query, out) in singles.iter().zip(of_singles.chunks_exact_mut(count)) {
         let (sixteens, rest) = out.as_chunks_mut::<SUMS>();
         for (index, out) in sixteens.iter_mut().enumerate() {
-            *out = tile::<SUMS, 1, P>(from(planes, index * SUMS * width), &[query], width);
+            let here = together(planes, index * SUMS, width);
+            *out = tile::<SUMS, 1, P, true>(here, &[query], width);
         }
         let done = sixteens.len() * SUMS;
         for (row, out) in rest.iter_mut().enumerate() {
             *out = single(from(planes, (done + row) * width), width, query);
+        }
+    }
+}
+
+/// Rows that lie one after the other, from one on.
+#[inline]
+fn together<const R: usize, const P: usize>(
+    planes: [&[u8]; P],
+    first: usize,
+    width: usize,
+) -> [[&[u8]; P]; R] {
+    let mut rows: [[&[u8]; P]; R] = [[&[]; P]; R];
+    for (row, place) in rows.iter_mut().zip(first..) {
+        for (row, plane) in row.iter_mut().zip(planes) {
+            *row = &plane[place * width..(place + 1) * width];
+        }
+    }
+    rows
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn picked_nibble_dots(
+    rows: &[u8],
+    width: usize,
+    picks: &[u32],
+    query: &[i8],
+    out: &mut [i32],
+) {
+    let row = |pick: u32| &rows[pick as usize * width..][..width];
+    for (picks, out) in picks.chunks(SUMS).zip(out.chunks_mut(SUMS)) {
+        if picks.len() > SUMS / 2 {
+            // Rows past the last are the last again.
+            let mut here = [[row(picks[picks.len() - 1])]; SUMS];
+            for (here, &pick) in here.iter_mut().zip(picks) {
+                *here = [row(pick)];
+            }
+            out.copy_from_slice(&tile::<SUMS, 1, 1, false>(here, &[query], width)[..out.len()]);
+            continue;
+        }
+        for (&pick, out) in picks.iter().zip(out) {
+            *out = single([row(pick)], width, query);
         }
     }
 }

@@ -222,19 +222,25 @@ fn coded(
     threads: usize,
     asker: &Asker<'_>,
 ) -> Result<Vec<CodedQuery>, Error> {
-    let (count, dim) = (request.count, request.rows.dim());
+    let count = request.count;
     let parts = share(count, threads.min(1 + count / 8), asker, Vec::new, |found, query, _| {
-        // The weights are in the codes already.
-        let rows = codes.weights().iter().enumerate().flat_map(|(checkpoint, &weight)| {
-            let row = &request.queries[(checkpoint * count + query) * dim..][..dim];
-            row.iter().map(move |&value| f64::from(value) / f64::from(weight))
-        });
-        found.push((query, CodedQuery::new(codes.rotation(), rows)));
+        found.push((query, coded_query(codes, request, query)));
         Ok(())
     })?;
     let mut all: Vec<_> = parts.into_iter().flatten().collect();
     all.sort_unstable_by_key(|(query, _)| *query);
     Ok(all.into_iter().map(|(_, query)| query).collect())
+}
+
+/// A query as the codes meet it.
+pub(super) fn coded_query(codes: &Codes, request: &Request<'_>, query: usize) -> CodedQuery {
+    let dim = request.rows.dim();
+    // The weights are in the codes already.
+    let rows = codes.weights().iter().enumerate().flat_map(|(checkpoint, &weight)| {
+        let row = &request.queries[(checkpoint * request.count + query) * dim..][..dim];
+        row.iter().map(move |&value| f64::from(value) / f64::from(weight))
+    });
+    CodedQuery::new(codes.rotation(), rows)
 }
 
 /// What a worker scans with.
@@ -659,7 +665,7 @@ fn best(
     Ok((top::finish(hits, k, side), scored))
 }
 
-fn check(codes: &Codes, request: &Request<'_>) -> Result<(), Error> {
+pub(super) fn check(codes: &Codes, request: &Request<'_>) -> Result<(), Error> {
     let (checkpoints, dim) = (codes.weights().len(), request.rows.dim());
     if checkpoints.checked_mul(dim) != Some(codes.rotation().length()) {
         let must = format!("{} wide", codes.rotation().length() / checkpoints.max(1));
@@ -738,7 +744,7 @@ mod tests {
             let length = checkpoints * dim;
             let prefix = if prefix && length > UNIT { vec![UNIT] } else { vec![] };
             let directions: Vec<f64> =
-                (0..2 * length).map(|i| (random::value(seed ^ 3, i as u64) % 64) as f64 - 31.0).collect();
+                (0..2 * length).map(|i| (random::value(seed ^ 3, i as u64) % 64) as f64 - 31.5).collect();
             let rotation = Rotation::new(length, &prefix, &directions, seed).unwrap();
             let bits = if eight { Bits::Eight } else { Bits::Four };
             let weights = &[0.5, 2.0][..checkpoints];

@@ -18,6 +18,7 @@ use super::Rows;
 use super::rotation::{Rotation, UNIT};
 use super::rows::{check_numbers, number};
 use crate::error::Error;
+use crate::kernels::Lines;
 use crate::parallel::share;
 use crate::stop::Asker;
 use crate::store::Cursor;
@@ -43,7 +44,7 @@ pub struct Segment {
     pub width: usize,
     /// `[rows, width]`: byte `32 g + j` has coordinates `64 g + j` and, in its upper half,
     /// `64 g + 32 + j`.
-    pub upper: Vec<u8>,
+    pub upper: Lines,
     /// The same of the lower four bits; empty if they are not kept.
     pub lower: Vec<u8>,
     /// `[rows]`
@@ -203,7 +204,7 @@ impl Codes {
             let two = if bits == Bits::Eight { examples } else { 0 };
             Segment {
                 width,
-                upper: vec![0; examples * width],
+                upper: Lines::zeros(examples * width),
                 lower: vec![0; two * width],
                 scales: vec![bf16::ZERO; examples],
                 upper_errors: vec![bf16::ZERO; examples],
@@ -310,7 +311,7 @@ impl Codes {
         for (index, (segment, &length)) in segments.iter().zip(rotation.segments()).enumerate() {
             let both = if eight { rows } else { 0 };
             let tails = if index < last { rows } else { 0 };
-            let planes = [(&segment.upper, rows), (&segment.lower, both)];
+            let planes = [(&segment.upper[..], rows), (&segment.lower[..], both)];
             let numbers = [
                 (&segment.scales, rows),
                 (&segment.upper_errors, rows),
@@ -341,6 +342,41 @@ impl Codes {
             return Err(Error::shape("reaches", must, reaches.len()));
         }
         Ok(Self { rotation, weights, order, segments, reaches })
+    }
+
+    /// Appends the codes of more examples, which are numbered on from the last.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if they were made by another rotation, or with other weights or bits;
+    /// [`Error::Shape`] if all are more than [`MAX_ROWS`].
+    pub fn append(&mut self, more: &Self) -> Result<(), Error> {
+        let (before, rows) = (self.len(), self.len().saturating_add(more.len()));
+        if rows > MAX_ROWS {
+            return Err(Error::shape("codes", format!("at most {MAX_ROWS}"), rows));
+        }
+        let alike = self.rotation == more.rotation && self.weights == more.weights;
+        let empty = self.is_empty() || more.is_empty();
+        if !alike || !(empty || self.bits() == more.bits()) {
+            let must = "made as those that they follow";
+            return Err(Error::argument("codes", must, "another rotation, weights or bits"));
+        }
+        self.order.extend(more.order.iter().map(|&example| example + before as u32));
+        for (segment, more) in self.segments.iter_mut().zip(&more.segments) {
+            segment.upper.extend_from_slice(&more.upper);
+            segment.lower.extend_from_slice(&more.lower);
+            segment.scales.extend_from_slice(&more.scales);
+            segment.upper_errors.extend_from_slice(&more.upper_errors);
+            segment.errors.extend_from_slice(&more.errors);
+            segment.tails.extend_from_slice(&more.tails);
+        }
+        // The largest norm of all that come is at least that of what lies from any of them on.
+        let all = more.reaches.first().copied().unwrap_or(0.0);
+        for reach in &mut self.reaches {
+            *reach = reach.max(all);
+        }
+        let blocks = self.reaches.len()..rows.div_ceil(BLOCK);
+        self.reaches.extend(blocks.map(|block| more.reaches[(block * BLOCK - before) / BLOCK]));
+        Ok(())
     }
 
     /// How many examples have codes.

@@ -8,10 +8,12 @@
 //! - [`exact`]: every example scored, but those whose norm says that they cannot matter.
 //! - [`rotation`], [`codes`]: rows as few bits, with what is lost bounded; [`certified`]: the same
 //!   answer from codes, proven by their bounds.
+//! - [`graph`]: an approximate answer, found by walking from near examples to nearer ones.
 
 pub mod certified;
 pub mod codes;
 pub mod exact;
+pub mod graph;
 pub mod rotation;
 pub mod rows;
 mod top;

@@ -1,0 +1,81 @@
+//! Bytes that begin where a cache line does.
+#![allow(unsafe_code)]
+
+use std::ops::{Deref, DerefMut};
+
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+// SAFETY: an array of bytes, as long as its alignment, so without padding; any bits are one.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Line {}
+
+/// Bytes in memory, the first of which begins a cache line: rows of a multiple of 64 bytes take as
+/// few lines as there can be.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Lines {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+impl Lines {
+    /// So many zeros.
+    #[must_use]
+    pub fn zeros(len: usize) -> Self {
+        Self { lines: vec![Line([0; LINE]); len.div_ceil(LINE)], len }
+    }
+
+    /// Appends bytes.
+    pub fn extend_from_slice(&mut self, bytes: &[u8]) {
+        let before = self.len;
+        self.len += bytes.len();
+        self.lines.resize(self.len.div_ceil(LINE), Line([0; LINE]));
+        self[before..].copy_from_slice(bytes);
+    }
+}
+
+impl From<&[u8]> for Lines {
+    fn from(bytes: &[u8]) -> Self {
+        let mut lines = Self::zeros(bytes.len());
+        lines.copy_from_slice(bytes);
+        lines
+    }
+}
+
+impl Deref for Lines {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+}
+
+impl DerefMut for Lines {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_in_order_and_begin_a_line() {
+        let bytes: Vec<u8> = (0..200).collect();
+        for split in [0, 1, 63, 64, 65, 128, 200] {
+            let mut lines = Lines::from(&bytes[..split]);
+            lines.extend_from_slice(&bytes[split..]);
+            assert_eq!(&lines[..], bytes);
+            assert_eq!(lines.as_ptr() as usize % LINE, 0);
+        }
+        assert_eq!(&Lines::zeros(3)[..], [0; 3]);
+    }
+}

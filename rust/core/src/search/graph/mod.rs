@@ -1,0 +1,389 @@
+//! Approximate search: a walk from near examples to nearer ones.
+//!
+//! Every example is a node with up to [`DEGREE`] links to near ones; near by the cosine of their
+//! codes of 4 bits, which can be had from whole numbers alone. A search compares the query with some
+//! nodes spread over all, the entries, and walks on from the nearest; what it finds is scored
+//! exactly. Of cosines and not of inner products, since those of a few long rows are the largest
+//! with everything, and what only they link to is lost.
+//!
+//! Links are built leaf by leaf, not node by node: nodes that have the same pivots among their
+//! nearest are compared in tiles, all with all (after `PiPNN`, arXiv 2602.21247), and each node keeps
+//! of its nearest those that are not nearer to one it keeps (Malkov and Yashunin, arXiv 1603.09320;
+//! `DiskANN`'s rule). Then whatever no walk could come to is linked to what it can.
+//!
+//! It is not for everything. The smallest scores are not looked for: there are no links to what is
+//! far. Where norms are spread widely ([`Graph::norm_spread`]) the nearest by cosine are not the best
+//! by inner product. Filters that few pass, a large `k` and few examples are better off with the
+//! scan by the same codes ([`Graph::codes`]), whose answer is proven.
+
+mod build;
+mod walk;
+
+use std::sync::Arc;
+
+use self::build::Reached;
+use self::walk::{Directions, Gathered, Probe, TILE, Walker, near_of, node_of};
+use super::certified::{Answer, Request, check, coded_query};
+use super::codes::Codes;
+use super::exact::Scorer;
+use super::{Ends, Hit, top};
+use crate::error::Error;
+use crate::kernels::InstructionSet;
+use crate::parallel::share;
+use crate::random;
+use crate::stop::Asker;
+
+/// The most links of a node: two lines of a cache.
+pub const DEGREE: usize = 32;
+/// In the place of a link that there is not.
+pub const NONE: u32 = u32::MAX;
+/// How many entries there are, as a multiple of the square root of the nodes.
+const ENTRIES: usize = 4;
+
+/// Examples linked to near ones.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Graph {
+    /// Node `i` is the example at place `i`.
+    codes: Arc<Codes>,
+    /// `[nodes, segments]`: what makes unit vectors of codes.
+    factors: Vec<f32>,
+    /// `[examples]`
+    norms: Vec<f32>,
+    /// `[nodes, DEGREE]`: the nearest first, [`NONE`] after the last.
+    links: Vec<u32>,
+    entries: Gathered,
+    /// `[examples]`, and how many of them.
+    deleted: Vec<bool>,
+    deletions: usize,
+}
+
+/// What a [`Graph`] is made of beside its codes, in flat arrays.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parts {
+    /// `[examples]`: the norms of the examples.
+    pub norms: Vec<f32>,
+    /// `[nodes, DEGREE]`: the links of the node at each place, [`NONE`] after the last.
+    pub links: Vec<u32>,
+    /// The nodes at which walks begin.
+    pub entries: Vec<u32>,
+    /// `[examples]`: whether each has been deleted.
+    pub deleted: Vec<bool>,
+}
+
+/// So many nodes more at which walks begin as are missing, of those from `first` on.
+fn more_entries(entries: &mut Vec<u32>, first: usize, nodes: usize, seed: u64) {
+    let wanted = (ENTRIES * ENTRIES * nodes).isqrt();
+    let (count, room) = (wanted.saturating_sub(entries.len()), (nodes - first) as u32);
+    let key = random::parameter_key(seed, "entries", &[first as u64]);
+    let draw = |at| first as u32 + random::below(random::value(key, at), room) as u32;
+    entries.extend((0..count as u64).map(draw));
+    entries.sort_unstable();
+    entries.dedup();
+}
+
+fn check_norms(norms: &[f32], examples: usize) -> Result<(), Error> {
+    if norms.len() != examples {
+        return Err(Error::shape("norms", format!("{examples} values"), norms.len()));
+    }
+    match norms.iter().find(|norm| !(norm.is_finite() && **norm >= 0.0)) {
+        Some(norm) => Err(Error::argument("norms", "finite and not negative", norm)),
+        None => Ok(()),
+    }
+}
+
+impl Graph {
+    /// The graph of coded examples, whose norms are about `norms`.
+    ///
+    /// The same for any number of threads. O(examples · length of a code · leaf) time, and 1 KiB an
+    /// example of memory while it is built.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Argument`] if the norms are not one finite number an example;
+    /// [`Error::Stopped`].
+    pub fn new(
+        codes: Arc<Codes>,
+        norms: Vec<f32>,
+        seed: u64,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Self, Error> {
+        check_norms(&norms, codes.len())?;
+        let factors = walk::factors(&codes);
+        let directions = directions(&codes, &factors);
+        let mut entries = Vec::new();
+        more_entries(&mut entries, 0, codes.len(), seed);
+        let entries = Gathered::new(&directions, entries);
+        let links = build::build(&directions, &entries, seed, threads, asker)?;
+        let deleted = vec![false; codes.len()];
+        Ok(Self { codes, factors, norms, links, entries, deleted, deletions: 0 })
+    }
+
+    /// Adds examples, numbered on from the last: their codes, made as those of the others, and
+    /// their norms.
+    ///
+    /// The same for any number of threads; not the same as a graph of all from the start, but as good.
+    /// Fewer than there are, are linked one by one to what a walk finds; else all is built anew.
+    /// O(added · walk) time, and that of a copy of the whole.
+    ///
+    /// # Errors
+    /// As [`Graph::new`] and [`Codes::append`]; the graph is as it was then.
+    pub fn add(
+        &mut self,
+        more: &Codes,
+        norms: &[f32],
+        seed: u64,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<(), Error> {
+        check_norms(norms, more.len())?;
+        let before = self.codes.len();
+        let mut codes = Codes::clone(&self.codes);
+        codes.append(more)?;
+        let codes = Arc::new(codes);
+        let all: Vec<f32> = self.norms.iter().chain(norms).copied().collect();
+        let mut added = if more.len() >= before {
+            Self::new(codes, all, seed, threads, asker)?
+        } else {
+            let factors = walk::factors(&codes);
+            let directions = directions(&codes, &factors);
+            let mut links = self.links.clone();
+            build::extend(&directions, &mut links, &self.entries, threads, asker)?;
+            let mut entries = self.entries.nodes.clone();
+            if !more.is_empty() {
+                more_entries(&mut entries, before, codes.len(), seed);
+            }
+            let entries = Gathered::new(&directions, entries);
+            build::repair(&directions, &mut links, &entries, asker)?;
+            Self { codes, factors, norms: all, links, entries, deleted: Vec::new(), deletions: 0 }
+        };
+        added.deleted.clone_from(&self.deleted);
+        added.deleted.resize(added.codes.len(), false);
+        added.deletions = self.deletions;
+        *self = added;
+        Ok(())
+    }
+
+    /// Takes examples out of all answers to come. Walks still pass through them.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such example; none is deleted then.
+    pub fn delete(&mut self, examples: &[u64]) -> Result<(), Error> {
+        let count = self.deleted.len() as u64;
+        if let Some(example) = examples.iter().find(|&&example| example >= count) {
+            return Err(Error::argument("examples", format!("below {count}"), example));
+        }
+        for &example in examples {
+            let before = std::mem::replace(&mut self.deleted[example as usize], true);
+            self.deletions += usize::from(!before);
+        }
+        Ok(())
+    }
+
+    /// Up to `k` of the examples with the largest scores of each query, best first.
+    ///
+    /// Approximate: a walk ends when `width` nodes are known that are nearer than all it could go on
+    /// to; the `request.candidates` of them that promise most, all if that is not said, are scored
+    /// exactly. Both are at least `k`. Fewer than `k` come back where fewer are eligible and met.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the smallest scores are asked for; as [`super::certified::search`].
+    pub fn search(
+        &self,
+        request: &Request<'_>,
+        width: usize,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Vec<Answer>, Error> {
+        check(&self.codes, request)?;
+        if request.sides.smallest {
+            let must = "the largest alone: no links lead to the smallest scores";
+            return Err(Error::argument("sides", must, "the smallest"));
+        }
+        let (count, nodes) = (request.count, self.codes.len());
+        let k = request.k.min(nodes);
+        if count == 0 || k == 0 || !request.sides.largest {
+            return Ok(vec![Answer::default(); count]);
+        }
+        let width = width.clamp(k, nodes);
+        let candidates = request.candidates.unwrap_or(width).clamp(k, width);
+        let directions = directions(&self.codes, &self.factors);
+        // Queries that meet the entries together.
+        let tile = count.div_ceil(threads.max(1)).min(TILE);
+        // Where all may be returned, nothing has to be looked up for each node that a walk meets.
+        let any = self.deletions == 0 && request.eligible.is_empty() && request.excluded.is_empty();
+        let passes = |query: usize, node: u32| {
+            any || {
+                let example = self.codes.order()[node as usize];
+                let excluded = request.excluded.get(query);
+                !self.deleted[example as usize]
+                    && request.eligible.get(example as usize) != Some(&false)
+                    && excluded.is_none_or(|list| list.binary_search(&u64::from(example)).is_err())
+            }
+        };
+        let states = share(
+            count.div_ceil(tile),
+            threads,
+            asker,
+            || (Walker::default(), Scorer::default(), Vec::new(), Vec::new(), Vec::new()),
+            |(walker, scorer, examples, scores, answers), job, watch| {
+                let first = job * tile;
+                let coded = (first..count.min(first + tile))
+                    .map(|query| coded_query(&self.codes, request, query));
+                let (norms, probes): (Vec<f32>, Vec<Probe>) =
+                    coded.map(|query| (query.norm, Probe::query(query))).unzip();
+                let graph = (&self.links[..], &self.entries);
+                let passes = |probe, node| passes(first + probe, node);
+                walker.walk(&directions, graph, &probes, width, passes, watch)?;
+                for (slot, norm) in norms.into_iter().enumerate() {
+                    watch.check()?;
+                    let found = &mut walker.found[slot];
+                    let promise = |key: u64| {
+                        let example = self.codes.order()[node_of(key) as usize];
+                        near_of(key) * self.norms[example as usize]
+                    };
+                    found.sort_unstable_by(|&a, &b| {
+                        promise(b).total_cmp(&promise(a)).then(b.cmp(&a))
+                    });
+                    let next = found.get(candidates).map(|&key| promise(key) * norm);
+                    found.truncate(candidates);
+                    examples.clear();
+                    let example = |&key: &u64| self.codes.order()[node_of(key) as usize];
+                    examples.extend(found.iter().map(example));
+                    examples.sort_unstable(); // rows that lie together are read together
+                    let query = first + slot;
+                    scorer.score(
+                        request.rows,
+                        (request.numbers, nodes, examples),
+                        (request.queries, count, query),
+                        scores,
+                    )?;
+                    let hits = examples.iter().zip(&*scores).map(|(&example, &score)| Hit {
+                        example: u64::from(example),
+                        score: score + 0.0, // zeros of both signs are one score
+                    });
+                    let largest = top::finish(hits.collect(), k, 0);
+                    let mut answer = Answer { scored: examples.len(), ..Answer::default() };
+                    answer.margins = [f32::INFINITY; 2];
+                    if let (Some(hit), Some(next)) = (largest.last(), next) {
+                        answer.margins[0] = hit.score - next;
+                    }
+                    answer.ends = Ends { largest, smallest: Vec::new() };
+                    answers.push((query, answer));
+                }
+                Ok(())
+            },
+        )?;
+        let mut all: Vec<_> = states.into_iter().flat_map(|(.., answers)| answers).collect();
+        all.sort_unstable_by_key(|(query, _)| *query);
+        Ok(all.into_iter().map(|(_, answer)| answer).collect())
+    }
+
+    /// The codes, for a scan where walks would not do.
+    #[must_use]
+    pub fn codes(&self) -> &Arc<Codes> {
+        &self.codes
+    }
+
+    /// How many examples there are, deleted ones among them.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.codes.len()
+    }
+
+    /// True if there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.codes.is_empty()
+    }
+
+    /// The largest norm over that in the middle: far above 1, walks by cosines miss what inner
+    /// products are largest with. 1 without examples, infinite if most are zero and not all.
+    #[must_use]
+    pub fn norm_spread(&self) -> f32 {
+        let mut norms = self.norms.clone();
+        if norms.is_empty() {
+            return 1.0;
+        }
+        let middle = norms.len() / 2;
+        let (_, &mut middle, above) = norms.select_nth_unstable_by(middle, f32::total_cmp);
+        let largest = above.iter().fold(middle, |largest, &norm| largest.max(norm));
+        if largest == middle { 1.0 } else { largest / middle }
+    }
+
+    /// Bytes it takes in memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let numbers = self.factors.len() + self.norms.len() + self.links.len();
+        self.codes.bytes() + 4 * numbers + self.entries.bytes() + self.deleted.len()
+    }
+
+    /// A number that two graphs have in common only if their nodes and links are the same, but for
+    /// chance.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let absorb = |digest: u64, &word: &u32| random::value(digest, u64::from(word));
+        let all = [self.codes.order(), &self.links, &self.entries.nodes];
+        all.into_iter().flatten().fold(self.len() as u64, absorb)
+    }
+
+    /// What it is made of beside its codes.
+    #[must_use]
+    pub fn parts(&self) -> Parts {
+        Parts {
+            norms: self.norms.clone(),
+            links: self.links.clone(),
+            entries: self.entries.nodes.clone(),
+            deleted: self.deleted.clone(),
+        }
+    }
+
+    /// A graph that was taken apart.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Argument`] if the parts are not such as a walk can rely on: sizes
+    /// that fit, links of a node to others, each once, and from the entries a way to every node.
+    pub fn from_parts(codes: Arc<Codes>, parts: Parts) -> Result<Self, Error> {
+        let Parts { norms, links, entries, deleted } = parts;
+        let nodes = codes.len();
+        check_norms(&norms, nodes)?;
+        if deleted.len() != nodes {
+            return Err(Error::shape("deleted", format!("{nodes} values"), deleted.len()));
+        }
+        if nodes.checked_mul(DEGREE) != Some(links.len()) {
+            return Err(Error::shape("links", format!("[{nodes}, {DEGREE}]"), links.len()));
+        }
+        let rising = entries.is_sorted_by(|a, b| a < b);
+        if !rising || entries.iter().any(|&entry| entry as usize >= nodes) {
+            let must = format!("rising numbers below {nodes}");
+            return Err(Error::argument("entries", must, "others"));
+        }
+        let mut sorted = [NONE; DEGREE];
+        for (node, links) in links.chunks_exact(DEGREE).enumerate() {
+            sorted.copy_from_slice(links);
+            sorted.sort_unstable();
+            let count = links.iter().filter(|&&link| link != NONE).count();
+            let fits =
+                links[..count].iter().all(|&link| (link as usize) < nodes && link as usize != node)
+                    && sorted[..count].is_sorted_by(|a, b| a < b);
+            if !fits {
+                let must = format!("to other nodes below {nodes}, each once, then none");
+                return Err(Error::argument("links", must, format!("others at node {node}")));
+            }
+        }
+        if !Reached::new(&links, &entries).is_all() {
+            let must = "ways from the entries to every node";
+            return Err(Error::argument("links", must, "none to some"));
+        }
+        let factors = walk::factors(&codes);
+        let entries = Gathered::new(&directions(&codes, &factors), entries);
+        let deletions = deleted.iter().filter(|&&deleted| deleted).count();
+        Ok(Self { codes, factors, norms, links, entries, deleted, deletions })
+    }
+}
+
+fn directions<'a>(codes: &'a Codes, factors: &'a [f32]) -> Directions<'a> {
+    Directions { set: InstructionSet::best(), codes, factors }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,438 @@
+//! Walks along links, from near nodes to nearer ones.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use super::{DEGREE, NONE};
+use crate::error::Error;
+use crate::kernels::{InstructionSet, Lines};
+use crate::search::codes::{CodedQuery, Codes, Segment};
+use crate::stop::Watch;
+
+/// The most probes that are multiplied together.
+pub(super) const TILE: usize = 32;
+/// Walks that take turns: one computes while memory answers the others.
+const WALKS: usize = 8;
+/// Entries among which the far ones are sifted out at once.
+const SIFTED: usize = 64;
+/// Rounds of turns between two looks at the watch.
+const ROUNDS: usize = 16;
+
+/// A node and how near it is, in one number that is the larger the nearer the node is; of equally
+/// near nodes, that of the lower one.
+pub(super) fn key(near: f32, node: u32) -> u64 {
+    // Zeros of both signs are one number.
+    let bits = (near + 0.0).to_bits();
+    let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+    u64::from(ordered) << 32 | u64::from(!node)
+}
+
+/// The node of a key.
+pub(super) fn node_of(key: u64) -> u32 {
+    !(key as u32)
+}
+
+/// How near the node of a key is.
+pub(super) fn near_of(key: u64) -> f32 {
+    let ordered = (key >> 32) as u32;
+    f32::from_bits(if ordered >> 31 == 1 { ordered ^ 1 << 31 } else { !ordered })
+}
+
+/// The links of a node.
+pub(super) fn links_of(links: &[u32], node: u32) -> &[u32] {
+    let links = &links[node as usize * DEGREE..][..DEGREE];
+    &links[..links.iter().position(|&link| link == NONE).unwrap_or(DEGREE)]
+}
+
+/// The unit vectors along the codes of rows.
+#[derive(Clone, Copy)]
+pub(super) struct Directions<'a> {
+    pub(super) set: InstructionSet,
+    pub(super) codes: &'a Codes,
+    /// `[nodes, segments]`: what makes unit vectors of codes.
+    pub(super) factors: &'a [f32],
+}
+
+/// What nodes are compared with: a query, or one of them.
+pub(super) struct Probe(Vec<Part>);
+
+/// One segment of a [`Probe`].
+#[derive(Default)]
+struct Part {
+    /// The factors of a plane's lower halves, then of its upper halves.
+    factors: Vec<i8>,
+    /// 15 times their sum: what is taken off twice a product, for codes count from their middle.
+    offset: i32,
+    scale: f32,
+}
+
+impl Probe {
+    /// A query, as a unit vector.
+    pub(super) fn query(query: CodedQuery) -> Self {
+        let norm = query.norm;
+        let parts = query.segments.into_iter().map(|segment| Part {
+            factors: segment.factors,
+            offset: 15 * segment.sum,
+            scale: if norm > 0.0 { segment.scale / norm } else { 0.0 },
+        });
+        Self(parts.collect())
+    }
+
+    /// As many as are multiplied together, to be set to nodes.
+    pub(super) fn tile(codes: &Codes) -> Vec<Self> {
+        (0..TILE).map(|_| Self::empty(codes)).collect()
+    }
+
+    /// One that is to be set to a node.
+    pub(super) fn empty(codes: &Codes) -> Self {
+        let part =
+            |segment: &Segment| Part { factors: vec![0; 2 * segment.width], ..Part::default() };
+        Self(codes.segments().iter().map(part).collect())
+    }
+
+    pub(super) fn set(&mut self, directions: &Directions<'_>, node: u32) {
+        let count = self.0.len();
+        for (index, (part, segment)) in
+            self.0.iter_mut().zip(directions.codes.segments()).enumerate()
+        {
+            part.offset = 15 * centred(row(segment, node), &mut part.factors);
+            part.scale = directions.factors[node as usize * count + index];
+        }
+    }
+}
+
+/// The codes of a node.
+fn row(segment: &Segment, node: u32) -> &[u8] {
+    &segment.upper[node as usize * segment.width..][..segment.width]
+}
+
+/// The codes of a row as whole numbers with 0 in the middle, `2 code - 15`; returns their sum.
+fn centred(row: &[u8], factors: &mut [i8]) -> i32 {
+    let (low, high) = factors.split_at_mut(row.len());
+    let mut sum = 0;
+    for ((&pair, low), high) in row.iter().zip(low).zip(high) {
+        *low = 2 * (pair & 15).cast_signed() - 15;
+        *high = 2 * (pair >> 4).cast_signed() - 15;
+        sum += i32::from(*low) + i32::from(*high);
+    }
+    sum
+}
+
+/// `[nodes, segments]`: what makes unit vectors of codes; 0 for those of rows of zeros.
+pub(super) fn factors(codes: &Codes) -> Vec<f32> {
+    let mut factors = Vec::with_capacity(codes.len() * codes.segments().len());
+    let mut probe = Probe::empty(codes);
+    for node in 0..codes.len() {
+        let mut square = 0.0;
+        for (part, segment) in probe.0.iter_mut().zip(codes.segments()) {
+            centred(row(segment, node as u32), &mut part.factors);
+            let whole: i32 = part.factors.iter().map(|&x| i32::from(x) * i32::from(x)).sum();
+            square += f64::from(whole) * f64::from(segment.scales[node]).powi(2);
+        }
+        let inverse = if square > 0.0 { square.sqrt().recip() } else { 0.0 };
+        factors
+            .extend(codes.segments().iter().map(|s| (f64::from(s.scales[node]) * inverse) as f32));
+    }
+    factors
+}
+
+/// Cosines of nodes with probes, and what they are made of.
+#[derive(Default)]
+pub(super) struct Near {
+    products: Vec<i32>,
+    factors: Vec<f32>,
+    pub(super) values: Vec<f32>,
+}
+
+impl Near {
+    /// The cosines of nodes with a probe, into `values`.
+    pub(super) fn some(&mut self, directions: &Directions<'_>, probe: &Probe, nodes: &[u32]) {
+        let (set, count) = (directions.set, probe.0.len());
+        self.values.clear();
+        self.values.resize(nodes.len(), 0.0);
+        self.products.resize(nodes.len(), 0);
+        for (index, (part, segment)) in probe.0.iter().zip(directions.codes.segments()).enumerate()
+        {
+            let factor = |&node: &u32| directions.factors[node as usize * count + index];
+            self.factors.clear();
+            self.factors.extend(nodes.iter().map(factor));
+            let products = &mut self.products;
+            set.picked_nibble_dots(&segment.upper, segment.width, nodes, &part.factors, products);
+            set.add_estimates(products, part.offset, &self.factors, part.scale, &mut self.values);
+        }
+    }
+
+    /// The cosines of gathered nodes from `first` on with up to [`TILE`] probes,
+    /// `[probes, gathered]`, into `values`.
+    pub(super) fn all(
+        &mut self,
+        set: InstructionSet,
+        probes: &[Probe],
+        gathered: &Gathered,
+        first: usize,
+    ) {
+        let rows = gathered.nodes.len() - first;
+        self.values.clear();
+        self.values.resize(rows * probes.len(), 0.0);
+        self.products.resize(rows * probes.len(), 0);
+        if rows == 0 {
+            return;
+        }
+        for (index, (codes, factors)) in gathered.planes.iter().enumerate() {
+            let mut views: [&[i8]; TILE] = [&[]; TILE];
+            for (view, probe) in views.iter_mut().zip(probes) {
+                *view = &probe.0[index].factors;
+            }
+            let width = codes.len() / gathered.nodes.len();
+            let views = &views[..probes.len()];
+            set.nibble_dots(&codes[first * width..], width, views, &mut self.products);
+            for ((probe, values), products) in
+                probes.iter().zip(self.values.chunks_mut(rows)).zip(self.products.chunks(rows))
+            {
+                let Part { offset, scale, .. } = probe.0[index];
+                set.add_estimates(products, offset, &factors[first..], scale, values);
+            }
+        }
+    }
+}
+
+/// Codes of some nodes, copied to lie one after the other.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Gathered {
+    pub(super) nodes: Vec<u32>,
+    /// By segment: codes and factors.
+    planes: Vec<(Lines, Vec<f32>)>,
+}
+
+impl Gathered {
+    pub(super) fn new(directions: &Directions<'_>, nodes: Vec<u32>) -> Self {
+        let count = directions.codes.segments().len();
+        let planes = directions.codes.segments().iter().enumerate().map(|(index, segment)| {
+            let mut codes = Lines::zeros(nodes.len() * segment.width);
+            for (codes, &node) in codes.chunks_exact_mut(segment.width).zip(&nodes) {
+                codes.copy_from_slice(row(segment, node));
+            }
+            let factor = |&node: &u32| directions.factors[node as usize * count + index];
+            (codes, nodes.iter().map(factor).collect())
+        });
+        let planes = planes.collect();
+        Self { nodes, planes }
+    }
+
+    /// Bytes it takes in memory.
+    pub(super) fn bytes(&self) -> usize {
+        let plane = |(codes, factors): &(Lines, Vec<f32>)| codes.len() + 4 * factors.len();
+        4 * self.nodes.len() + self.planes.iter().map(plane).sum::<usize>()
+    }
+}
+
+/// The nodes that a walk has seen: an open table, as large as the walk and not as the graph.
+#[derive(Default)]
+struct Seen {
+    table: Vec<u32>,
+    count: usize,
+}
+
+impl Seen {
+    fn clear(&mut self) {
+        self.table.fill(NONE);
+        self.count = 0;
+    }
+
+    /// Adds a node; `false` if it is there already.
+    fn add(&mut self, node: u32) -> bool {
+        if 2 * self.count >= self.table.len() {
+            let larger = vec![NONE; (2 * self.table.len()).max(1024)];
+            let old = std::mem::replace(&mut self.table, larger);
+            self.count = 0;
+            for node in old.into_iter().filter(|&node| node != NONE) {
+                self.add(node);
+            }
+        }
+        let mask = self.table.len() - 1;
+        // The golden ratio spreads numbers that lie together.
+        let mut at = (u64::from(node).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize & mask;
+        while self.table[at] != NONE {
+            if self.table[at] == node {
+                return false;
+            }
+            at = (at + 1) & mask;
+        }
+        self.table[at] = node;
+        self.count += 1;
+        true
+    }
+}
+
+/// One walk.
+#[derive(Default)]
+struct Walk {
+    /// Which of the probes it is for.
+    probe: usize,
+    seen: Seen,
+    /// Keys of nodes whose links have not been followed.
+    frontier: BinaryHeap<u64>,
+    /// Keys of the nearest nodes that passed, the farthest first.
+    pool: BinaryHeap<Reverse<u64>>,
+    /// A node whose links come next.
+    open: Option<u32>,
+    /// Nodes that have been seen and not yet compared.
+    fresh: Vec<u32>,
+    near: Near,
+}
+
+impl Walk {
+    /// Begins at the nearest of the entries, whose cosines are given.
+    fn begin(
+        &mut self,
+        probe: usize,
+        (entries, near): (&[u32], &[f32]),
+        set: InstructionSet,
+        width: usize,
+        passes: &impl Fn(usize, u32) -> bool,
+    ) {
+        self.probe = probe;
+        self.seen.clear();
+        self.frontier.clear();
+        self.pool.clear();
+        self.open = None;
+        self.fresh.clear();
+        let zeros = [0.0; SIFTED];
+        let mut places = Vec::with_capacity(SIFTED);
+        for (entries, near) in entries.chunks(SIFTED).zip(near.chunks(SIFTED)) {
+            places.clear();
+            let bar = match self.pool.peek() {
+                Some(worst) if self.pool.len() >= width => near_of(worst.0),
+                _ => f32::NEG_INFINITY,
+            };
+            set.sift(near, &zeros[..near.len()], bar, f32::NEG_INFINITY, &mut places);
+            for &place in &places {
+                let place = place as usize;
+                // The others are too far, and will be again if a link leads to them.
+                self.seen.add(entries[place]);
+                self.meet(key(near[place], entries[place]), width, passes);
+            }
+        }
+    }
+
+    /// Takes a node that is near enough into the frontier, and into the pool if it passes.
+    fn meet(&mut self, key: u64, width: usize, passes: &impl Fn(usize, u32) -> bool) {
+        let full = self.pool.len() >= width;
+        if full && self.pool.peek().is_some_and(|worst| key < worst.0) {
+            return;
+        }
+        self.frontier.push(key);
+        if passes(self.probe, node_of(key)) {
+            self.pool.push(Reverse(key));
+            if full {
+                self.pool.pop();
+            }
+        }
+    }
+
+    /// Half a step: of the nearest node not yet opened the links, or the codes of those that it
+    /// links to, are asked for in one turn and looked at in the next. `false` at the end of the walk.
+    fn turn(
+        &mut self,
+        directions: &Directions<'_>,
+        links: &[u32],
+        probes: &[Probe],
+        width: usize,
+        passes: &impl Fn(usize, u32) -> bool,
+    ) -> bool {
+        if let Some(node) = self.open.take() {
+            for &link in links_of(links, node) {
+                if self.seen.add(link) {
+                    for segment in directions.codes.segments() {
+                        InstructionSet::fetch(row(segment, link));
+                    }
+                    let count = directions.codes.segments().len();
+                    InstructionSet::fetch(&directions.factors[link as usize * count..][..count]);
+                    self.fresh.push(link);
+                }
+            }
+            return true;
+        }
+        let mut near = std::mem::take(&mut self.near);
+        near.some(directions, &probes[self.probe], &self.fresh);
+        for index in 0..self.fresh.len() {
+            self.meet(key(near.values[index], self.fresh[index]), width, passes);
+        }
+        self.near = near;
+        self.fresh.clear();
+        let Some(next) = self.frontier.pop() else { return false };
+        if self.pool.len() >= width && self.pool.peek().is_some_and(|worst| next < worst.0) {
+            return false;
+        }
+        let node = node_of(next);
+        InstructionSet::fetch(&links[node as usize * DEGREE..][..DEGREE]);
+        self.open = Some(node);
+        true
+    }
+}
+
+/// What a worker walks with.
+#[derive(Default)]
+pub(super) struct Walker {
+    walks: Vec<Walk>,
+    near: Near,
+    /// For each probe keys of the nodes found, nearest first.
+    pub(super) found: Vec<Vec<u64>>,
+}
+
+impl Walker {
+    /// Finds, for each of up to [`TILE`] probes, up to `width` near nodes of those that pass: those
+    /// that a walk from the entries meets before it has nothing nearer to go to.
+    pub(super) fn walk(
+        &mut self,
+        directions: &Directions<'_>,
+        (links, entries): (&[u32], &Gathered),
+        probes: &[Probe],
+        width: usize,
+        passes: impl Fn(usize, u32) -> bool,
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
+        watch.check()?;
+        self.walks.resize_with(WALKS, Walk::default);
+        self.found.resize_with(probes.len(), Vec::new);
+        let Self { walks, near, found } = self;
+        near.all(directions.set, probes, entries, 0);
+        let count = entries.nodes.len();
+        let begin = |walk: &mut Walk, probe: usize| {
+            let near = &near.values[probe * count..][..count];
+            walk.begin(probe, (&entries.nodes, near), directions.set, width, &passes);
+        };
+        let mut next = WALKS.min(probes.len());
+        for (probe, walk) in walks[..next].iter_mut().enumerate() {
+            begin(walk, probe);
+        }
+        let mut active = next;
+        let mut rounds = 0;
+        while active > 0 {
+            rounds += 1;
+            if rounds % ROUNDS == 0 {
+                watch.check()?;
+            }
+            let mut at = 0;
+            while at < active {
+                let walk = &mut walks[at];
+                if walk.turn(directions, links, probes, width, &passes) {
+                    at += 1;
+                    continue;
+                }
+                let found = &mut found[walk.probe];
+                found.clear();
+                found.extend(walk.pool.drain().map(|Reverse(key)| key));
+                found.sort_unstable_by(|a, b| b.cmp(a));
+                if next < probes.len() {
+                    begin(walk, next);
+                    next += 1;
+                } else {
+                    active -= 1;
+                    walks.swap(at, active);
+                }
+            }
+        }
+        Ok(())
+    }
+}
