@@ -374,7 +374,7 @@ def test_bad_arguments_are_named():
         (lambda: index.search(rows[:1], where=3.5), errors.DtypeError, "where must be a dict"),
         (lambda: index.search(rows[:1], where=[]), errors.ArgumentError, "leave an example"),
         (lambda: index.search(np.full((1, 16), np.nan, "f4")), errors.NotFiniteError, "queries"),
-        (lambda: index.save("x"), errors.ArgumentError, "method must be 'certified'"),
+        (lambda: index.save("x"), errors.ArgumentError, "method must be 'certified' or 'hnsw'"),
         (lambda: index.recall(0), errors.ArgumentError, "sample must be"),
     ):
         with pytest.raises(kind, match=match):
@@ -515,3 +515,114 @@ def test_an_index_outlives_a_store_that_goes_on_growing(tmp_path):
     shutil.rmtree(tmp_path / "s")
     with pytest.raises(errors.StoreError):
         index.search(rows[:3], 5)
+
+
+def clustered_units(count, dim=64, seed=0, clusters=40):
+    """Directions around some centres, as those of gradients are."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(clusters, dim))
+    rows = centres[generator.integers(0, clusters, count)] + generator.normal(size=(count, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_graph_finds_what_a_sort_finds_and_says_what_it_did():
+    rows, asked = clustered_units(6000), clustered_units(50, seed=1)
+    index = whence.Index(rows, "hnsw")
+    hits = index.search(asked, 10, side="helpful", approximate=True)
+    assert "a walk over the graph" in index.explain().last
+    assert not hits.exact.any()
+    scores = asked.astype(np.float64) @ rows.T.astype(np.float64)
+    wanted = np.argsort(-scores, axis=1)[:, :10]
+    recall = np.mean([np.isin(w, f).mean() for w, f in zip(wanted, hits.helpful.ids, strict=True)])
+    assert recall > 0.95
+    found = np.take_along_axis(scores, hits.helpful.positions, 1)
+    assert np.allclose(hits.helpful.scores, found, rtol=1e-5)
+
+
+def test_a_graph_is_not_walked_where_it_would_miss():
+    rows, asked = clustered_units(4000), clustered_units(5, seed=1)
+    index = whence.Index(rows, "hnsw")
+    expected = whence.Index(rows, "exact").search(asked, 10)
+    for arguments, said in (
+        ({}, "proves nothing"),
+        ({"approximate": True}, "no links to the harmful side"),
+        ({"approximate": True, "side": "harmful"}, "no links to the harmful side"),
+        (
+            {"approximate": True, "side": "helpful", "where": np.arange(4000) % 10 == 0},
+            "the filter leaves 10%",
+        ),
+        ({"approximate": True, "side": "helpful", "k": 4000}, "a scan"),
+    ):
+        hits = index.search(asked, **{"k": 10, **arguments})
+        assert said in index.explain().last
+        if "where" in arguments:
+            assert (hits.helpful.ids % 10 == 0).all()
+    same(index.search(asked, 10), expected)
+    lengths = np.random.default_rng(0).lognormal(size=(4000, 1)).astype(np.float32)
+    heavy = whence.Index(rows * lengths, "hnsw")
+    heavy.search(asked, 10, side="helpful", approximate=True)
+    assert "times the median norm" in heavy.explain().last
+
+
+def test_a_graph_obeys_filters_and_exclusions():
+    rows, asked = clustered_units(4000), clustered_units(5, seed=1)
+    index = whence.Index(rows, "hnsw")
+    first = index.search(asked, 5, side="helpful", approximate=True).helpful.ids
+    keep = np.arange(4000) % 2 == 0
+    hits = index.search(
+        asked, 10, side="helpful", approximate=True, where=keep, exclude=first.tolist()
+    )
+    assert "walk" in index.explain().last
+    assert (hits.helpful.ids % 2 == 0).all()
+    for query in range(5):
+        assert not set(first[query]) & set(hits.helpful.ids[query])
+
+
+def test_a_graph_is_the_same_for_any_number_of_threads_and_comes_back_from_files(tmp_path):
+    np.save(tmp_path / "rows.npy", clustered_units(3000))
+    digests = {
+        whence.Index(tmp_path / "rows.npy", "hnsw", threads=threads)._graph.digest()
+        for threads in (1, 2, 8)
+    }
+    assert len(digests) == 1
+    index = whence.Index(tmp_path / "rows.npy", "hnsw")
+    index.save(tmp_path / "index")
+    again = whence.Index.load(tmp_path / "index", tmp_path / "rows.npy")
+    assert again._graph.digest() in digests
+    asked = clustered_units(5, seed=1)
+    for side in ("helpful", "both"):
+        same(
+            again.search(asked, 5, side=side, approximate=True),
+            index.search(asked, 5, side=side, approximate=True),
+        )
+    assert index.bytes == again.bytes
+    for name in ("graph-links", "graph-entries"):
+        file = tmp_path / "index" / f"{name}.npy"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 0x40
+        file.write_bytes(content)
+        with pytest.raises(errors.StoreError, match="damaged"):
+            whence.Index.load(tmp_path / "index", tmp_path / "rows.npy")
+        content[-3] ^= 0x40
+        file.write_bytes(content)
+
+
+def test_a_graph_takes_no_more_memory_than_the_goal(tmp_path):
+    np.save(tmp_path / "rows.npy", clustered_units(6000, 512))
+    index = whence.Index(tmp_path / "rows.npy", "hnsw")
+    assert index.bytes / len(index) <= 420
+
+
+@pytest.mark.parametrize("kind", ["equal", "zeros", "one", "few"])
+def test_a_graph_of_hostile_rows_is_built_and_asked(kind):
+    rows = {
+        "equal": np.ones((2500, 40), np.float32),
+        "zeros": np.zeros((2500, 40), np.float32),
+        "one": np.ones((1, 3), np.float32),
+        "few": clustered_units(5, 30),
+    }[kind]
+    index = whence.Index(rows, "hnsw")
+    hits = index.search(rows[:1], 7, side="helpful", approximate=True)
+    assert hits.helpful.ids.shape == (1, min(7, len(rows)))
+    assert len(set(hits.helpful.ids[0].tolist())) == min(7, len(rows))
+    same(index.search(rows[:1], 7), whence.Index(rows, "exact").search(rows[:1], 7))

@@ -226,9 +226,7 @@ class Graph:
     ) -> Graph: ...
     def parts(
         self,
-    ) -> tuple[
-        NDArray[np.float32], NDArray[np.uint32], NDArray[np.uint32], NDArray[np.bool_]
-    ]: ...
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint32], NDArray[np.uint32], NDArray[np.bool_]]: ...
     def search(
         self,
         rows: Rows,

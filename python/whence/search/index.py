@@ -21,7 +21,7 @@ from whence.search.matrix import Matrix
 from whence.search.source import Question, Source
 from whence.search.store import Store
 
-METHODS = ("auto", "exact", "certified")
+METHODS = ("auto", "exact", "certified", "hnsw")
 BASES = ("auto", "eigen", "rows", "none")
 
 FEW = 2000
@@ -33,13 +33,22 @@ DEEP = 20
 CANDIDATES = 2.5
 """How many candidates an approximate search scores exactly for each hit."""
 
+WALK = 4
+"""How many nodes a walk over the graph keeps in sight for each hit, and at least ten times that."""
+
+SPREAD = 2.0
+"""How much longer than the median the longest row may be for a graph of directions to be used."""
+
+SELECTIVE = 0.15
+"""The share of examples that a filter must leave for a graph to be used."""
+
 
 @dataclass(frozen=True)
 class Explanation:
     """What an index is, and how it answered last.
 
     Attributes:
-        method: What it answers with: "exact" or "certified".
+        method: What it answers with: "exact", "certified" or "hnsw".
         built: What was built, in words.
         why: Why.
         bytes: Bytes it keeps in memory for searching, ids and columns not counted.
@@ -105,8 +114,12 @@ class Index:
 
     Args:
         rows: A `whence.Store`, or its path; a `.npy` file; a matrix; or a `whence.Matrix`.
-        method: "certified", "exact", or "auto" for what suits the rows.
-        bits: 8 for codes that are soon certain; 4 for half the memory.
+        method: "certified", "exact", or "auto" for what suits the rows; or "hnsw" for codes of 4
+            bits with a graph over them, which only an approximate search of the helpful side
+            walks, and only where it finds what it should: not with filters that leave less than 15
+            percent, nor where the longest row has over twice the median norm, nor for many hits.
+        bits: 8 for codes that are soon certain, 4 for half the memory; None for 8, and 4 with a
+            graph.
         basis: What codes begin with: "eigen" for the leading eigenvectors of the rows' Gram matrix,
             "rows" for leading coordinates of rows that come in a basis already, "none", or "auto"
             for what the spectrum suggests.
@@ -135,7 +148,7 @@ class Index:
         rows: Source | str | os.PathLike[str] | NDArray[Any],
         method: str = "auto",
         *,
-        bits: int = 8,
+        bits: int | None = None,
         basis: str = "auto",
         missing: str = "error",
         seed: int = 0,
@@ -143,6 +156,8 @@ class Index:
     ) -> None:
         self.source = opened(rows)
         _arrays.choice("method", method, METHODS)
+        if bits is None:
+            bits = 4 if method == "hnsw" else 8
         if _arrays.integer("bits", bits, 4, 8) not in (4, 8):
             raise ArgumentError(f"bits must be 4 or 8, got {bits}")
         _arrays.choice("basis", basis, BASES)
@@ -158,15 +173,16 @@ class Index:
         self._last: tuple[str, NDArray[np.int64]] | None = None
         self._clusters: dict[int, NDArray[np.int64]] = {}
         self._codes: _core.Codes | None = None
+        self._graph: _core.Graph | None = None
         self._rows: _core.Rows | None = None
         self._why = f"{method!r} was asked for"
         if method == "auto":
             method, self._why = self._suited(count)
         self.method = method
-        if method == "certified":
-            self._code(bits, basis, threads)
-        else:
+        if method == "exact":
             self._gather()
+        else:
+            self._code(bits, basis, threads)
 
     def _suited(self, count: int) -> tuple[str, str]:
         """A method for so many examples, and why."""
@@ -181,12 +197,14 @@ class Index:
         if source.places:
             raise MismatchError(
                 "method must be 'exact' for a store with layout='factored', whose rows are no "
-                "vectors, got 'certified'"
+                f"vectors, got {self.method!r}"
             )
         weights, _ = source.weights()
         bounds = source.bounds(weights)
         if bounds is None:
             raise MismatchError(f"rows must have norms that bound scores, got {source!r}")
+        if self.method == "hnsw" and basis == "auto":
+            basis = "none"  # one segment: half a step more memory is not there
         chosen = bases.choose(source, weights, basis, self._seed)
         self._basis = chosen
         self._built = f"codes of {'4' if bits == 4 else '4 + 4'} bits, {chosen.why}"
@@ -201,6 +219,10 @@ class Index:
             bits,
             threads,
         )
+        if self.method == "hnsw":
+            self._graph = _core.Graph(self._codes, bounds, self._seed, threads)
+            self._codes = self._graph.codes
+            self._built = f"a graph of 32 links an example, {self._built}"
 
     def _complete_numbers(self) -> NDArray[np.uint64] | None:
         """[checkpoints, examples] numbers of rows, with any row for one that is missing.
@@ -339,7 +361,11 @@ class Index:
     @property
     def bytes(self) -> int:
         """Bytes kept in memory for searching: codes or rows, scales and numbers of rows."""
-        own = self._codes.bytes if self._codes is not None else 0
+        own = 0
+        if self._graph is not None:
+            own = self._graph.bytes
+        elif self._codes is not None:
+            own = self._codes.bytes
         numbers = self.source.numbers
         rows = self._rows if self._rows is not None else self.source.core
         return own + rows.bytes + (0 if numbers is None else numbers.nbytes)
@@ -465,7 +491,7 @@ class Index:
         return index
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the codes into a new folder: `.npy` files and a manifest with their checksums.
+        """Writes codes and graph into a new folder: `.npy` files and a manifest with checksums.
 
         Rows, ids and columns stay where they are; `load` asks for them again.
 
@@ -478,13 +504,14 @@ class Index:
         """
         if self._codes is None:
             raise ArgumentError(
-                f"method must be 'certified' for an index to be saved, got {self.method!r}: "
-                "another has nothing that is not in its rows"
+                "method must be 'certified' or 'hnsw' for an index to be saved, got "
+                f"{self.method!r}, which has nothing that is not in its rows"
             )
         return kept.save(
             _arrays.path("path", path),
             self.source,
             self._codes,
+            self._graph,
             self._basis,
             self._seed,
             self._built,
@@ -513,12 +540,13 @@ class Index:
         _arrays.choice("missing", missing, ("error", "drop"))
         if missing == "error" and source.incomplete is not None:
             source.row_numbers()  # raises, and says which
-        codes, basis, seed, built = kept.load(_arrays.path("path", path), source)
+        codes, graph, basis, seed, built = kept.load(_arrays.path("path", path), source)
         index = cls.__new__(cls)
         index.source, index._seed, index._missing = source, seed, missing
         index._last, index._clusters, index._rows = None, {}, None
-        index.method, index._why = "certified", "it was saved so"
-        index._codes, index._basis, index._built = codes, basis, built
+        index.method = "certified" if graph is None else "hnsw"
+        index._why = "it was saved so"
+        index._codes, index._graph, index._basis, index._built = codes, graph, basis, built
         return index
 
     def _answer(self, asked: Question, approximate: bool) -> Hits:
@@ -526,13 +554,23 @@ class Index:
         count = len(self)
         where = f"{len(asked.eligible)} queries, top {asked.k}"
         deep = asked.k * DEEP > count
-        if self._codes is None or (deep and not approximate):
+        if self._codes is None or deep:
             hits = self.source.scan(asked, self._rows)
             why = "no codes were built" if self._codes is None else f"k is above 1 / {DEEP} of all"
             self._last = (f"{where}: a scan, for {why}", np.full(len(hits), count, np.int64))
             return hits
+        against = "" if self._graph is None else self._against_graph(asked, approximate)
+        if self._graph is not None and not against:
+            return self._walk(self._graph, asked, where)
+        return self._answer_by_codes(self._codes, asked, approximate, where + ": ", against)
+
+    def _answer_by_codes(
+        self, codes: _core.Codes, asked: Question, approximate: bool, where: str, more: str
+    ) -> Hits:
+        """The answer of a scan of the codes."""
+        count = len(self)
         candidates = int(np.ceil(CANDIDATES * asked.k)) if approximate else None
-        largest, smallest, counts, margins = self._codes.search(
+        largest, smallest, counts, margins = codes.search(
             self.source.core,
             self._complete_numbers(),
             asked.rows,
@@ -547,12 +585,57 @@ class Index:
         kind = "proven by the bounds of codes" if candidates is None else "approximate"
         share = scored.mean() / count
         self._last = (
-            f"{where}: {kind}, {scored.mean():,.1f} of {count:,} examples scored a query "
-            f"({share:.2%})",
+            f"{where}{kind}, {scored.mean():,.1f} of {count:,} examples scored a query "
+            f"({share:.2%}){more}",
             scored,
         )
         given = None if candidates is None else margins
         return self.source.hits(asked, (largest, smallest), margins=given)
+
+    def _against_graph(self, asked: Question, approximate: bool) -> str:
+        """Why the graph is not walked for a question; nothing if it is."""
+        graph = self._graph
+        share = 1.0 if asked.keep is None else float(asked.keep.mean())
+        if graph is None or not approximate:
+            return "; the graph proves nothing, and was not walked"
+        if asked.sides[1]:
+            return "; the graph has no links to the harmful side, and was not walked"
+        if graph.norm_spread > SPREAD:
+            return (
+                "; the graph is of directions, and the longest row has "
+                f"{graph.norm_spread:,.1f} times the median norm: it was not walked"
+            )
+        if share < SELECTIVE:
+            return f"; the filter leaves {share:.0%}, and the graph was not walked"
+        if len(self) <= FEW:
+            return "; there are few examples, and the graph was not walked"
+        return ""
+
+    def _walk(self, graph: _core.Graph, asked: Question, where: str) -> Hits:
+        """The answer of a walk over the graph."""
+        width = max(10 * WALK, WALK * asked.k)
+        candidates = int(np.ceil(CANDIDATES * asked.k))
+        largest, smallest, counts, margins = graph.search(
+            self.source.core,
+            self._complete_numbers(),
+            asked.rows,
+            asked.k,
+            width,
+            asked.keep,
+            asked.excluded,
+            candidates,
+            asked.threads,
+        )
+        if largest[0].shape[1] < asked.k:  # a walk that came to too few: a scan of the codes
+            more = "; a walk over the graph came to too few"
+            return self._answer_by_codes(graph.codes, asked, True, where + ": ", more)
+        scored = counts.astype(np.int64)
+        self._last = (
+            f"{where}: approximate, a walk over the graph, {scored.mean():,.1f} of "
+            f"{len(self):,} examples scored a query",
+            scored,
+        )
+        return self.source.hits(asked, (largest, smallest), margins=margins)
 
     def _clustered(self, count: int) -> NDArray[np.int64]:
         """[examples] the cluster of each."""

@@ -5,6 +5,7 @@ A folder of `.npy` files and a manifest with the length and checksum of each:
     manifest.json            format, version, basis, seed, what rows it is of; its own checksum
     order.npy reaches.npy directions.npy
     segment-0-upper.npy ...  planes of codes, and the numbers of 16 bits beside them
+    graph-links.npy ...      of an index with a graph
 
 It is written under another name and then renamed: a folder of this name is whole.
 """
@@ -37,13 +38,20 @@ VERSION = 0
 MANIFEST = "manifest.json"
 
 PLANES = ("upper", "lower")
+GRAPH = ("graph-norms", "graph-links", "graph-entries", "graph-deleted")
 NUMBERS = ("scales", "upper-errors", "errors", "tails")
 
 
 def save(
-    path: Path, source: Source, codes: _core.Codes, basis: Basis, seed: int, built: str
+    path: Path,
+    source: Source,
+    codes: _core.Codes,
+    graph: _core.Graph | None,
+    basis: Basis,
+    seed: int,
+    built: str,
 ) -> Path:
-    """Writes codes into a new folder.
+    """Writes codes, and a graph over them, into a new folder.
 
     Raises:
         ArgumentError: If something is at the path.
@@ -62,6 +70,8 @@ def save(
         for names, parts in ((PLANES, planes), (NUMBERS, numbers)):
             for name, array in zip(names, parts, strict=True):
                 arrays[f"segment-{index}-{name}"] = array
+    if graph is not None:
+        arrays |= zip(GRAPH, graph.parts(), strict=True)
     with store_errors(path):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -89,8 +99,8 @@ def save(
     return path
 
 
-def load(path: Path, source: Source) -> tuple[_core.Codes, Basis, int, str]:
-    """Codes, basis, seed and description of the index in a folder.
+def load(path: Path, source: Source) -> tuple[_core.Codes, _core.Graph | None, Basis, int, str]:
+    """Codes, graph if there is one, basis, seed and description of the index in a folder.
 
     Raises:
         StoreError: If there is none, or it is damaged.
@@ -132,7 +142,11 @@ def load(path: Path, source: Source) -> tuple[_core.Codes, Basis, int, str]:
         if len(files["order"]) != len(source.ids):
             raise ValueError(f"order must be of {len(source.ids)} examples")
         basis = Basis(body["prefix"], files["directions"], float(body["share"]), str(body["why"]))
-        return codes, basis, int(body["seed"]), str(body["built"])
+        graph = None
+        if GRAPH[0] in files:
+            graph = _core.Graph.from_parts(codes, *(files[name] for name in GRAPH))
+            codes = graph.codes
+        return codes, graph, basis, int(body["seed"]), str(body["built"])
     except (MismatchError, StoreError):
         raise
     except (WhenceError, ValueError, KeyError, TypeError, OverflowError) as error:
