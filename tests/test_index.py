@@ -350,7 +350,7 @@ def test_query_asks_an_index_as_it_asks_a_store(tmp_path):
     hits = whence.query(model, index, lambda: loss(model(x[:3]), y[:3]), k=5)
     same(hits, whence.query(model, tmp_path / "s", lambda: loss(model(x[:3]), y[:3]), k=5))
     approximate = whence.query(
-        model, index, lambda: loss(model(x[:3]), y[:3]), k=5, approximate=True
+        model, index, lambda: loss(model(x[:3]), y[:3]), k=2, approximate=True
     )
     assert not approximate.exact.any()
 
@@ -537,6 +537,10 @@ def test_a_graph_finds_what_a_sort_finds_and_says_what_it_did():
     assert recall > 0.95
     found = np.take_along_axis(scores, hits.helpful.positions, 1)
     assert np.allclose(hits.helpful.scores, found, rtol=1e-5)
+    narrow = index.search(asked, 10, side="helpful", approximate=True, ef=10)
+    assert (narrow.helpful.scores[:, -1] <= hits.helpful.scores[:, -1]).mean() > 0.9
+    with pytest.raises(errors.ArgumentError, match="ef must be None but"):
+        index.search(asked, 10, ef=20)
 
 
 def test_a_graph_is_not_walked_where_it_would_miss():

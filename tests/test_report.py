@@ -495,4 +495,4 @@ def test_one_side_and_approximate_answers_are_drawn_as_what_they_are(tmp_path):
         assert str(hits.harmful.ids[1, 2]) in drawn
     assert "helpful" not in "".join(str(hits).splitlines()[6:])
     assert set(hits.to_pandas().side) == {"harmful"}
-    assert "approximate: chosen by estimates" in str(index.search(rows[:2], 3, approximate=True))
+    assert "approximate: chosen by estimates" in str(index.search(rows[:2], 2, approximate=True))

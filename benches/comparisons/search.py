@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import whence
-from comparisons import gradients, scan
+from comparisons import gradients, graphs, scan
 from comparisons.shared import Row, Times, bench, compared_rates, fastest, peer, take_turns
 from whence.hashing import HashIndex, SignHash
 
@@ -48,6 +48,7 @@ def search(folder: Path) -> Iterator[Row]:
         yield from _ends(name, sets[name])
     for name in ("margin", "margin, preconditioned"):
         yield from _hashing(name, sets[name])
+        yield from graphs.rows(name, sets[name])
     yield from _memory(sets["raw, preconditioned"])
 
 

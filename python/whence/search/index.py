@@ -36,6 +36,9 @@ CANDIDATES = 2.5
 WALK = 4
 """How many nodes a walk over the graph keeps in sight for each hit, and at least ten times that."""
 
+WALKED = 1.75
+"""How many of those it comes to are scored exactly for each hit."""
+
 SPREAD = 2.0
 """How much longer than the median the longest row may be for a graph of directions to be used."""
 
@@ -260,6 +263,7 @@ class Index:
         exclude: Sequence[Sequence[Any]] | None = None,
         side: str = "both",
         approximate: bool = False,
+        ef: int | None = None,
         diverse: int | None = None,
         threads: int | None = None,
     ) -> Hits:
@@ -275,6 +279,9 @@ class Index:
             side: As in `Store.search`.
             approximate: Score only the best candidates by codes of 4 bits, `2.5 k` of them at each
                 end, and leave out the proof; `Hits.margins` says how clear the answer is.
+            ef: How many nodes a walk over a graph keeps in sight: more find more, and take longer.
+                At least k counts; None for four times k, and at least 40. For an approximate
+                search of an index with a graph only.
             diverse: Into how many clusters the rows are cut for an answer that has examples of all
                 that the query has to do with, instead of many of a kind; None for the plain answer.
             threads: As in `Store.search`.
@@ -293,6 +300,7 @@ class Index:
             exclude=exclude,
             side=side,
             approximate=approximate,
+            ef=ef,
             diverse=diverse,
             threads=threads,
         )
@@ -307,6 +315,7 @@ class Index:
         missing: str = "error",
         side: str = "both",
         approximate: bool = False,
+        ef: int | None = None,
         diverse: int | None = None,
         threads: int | None = None,
     ) -> Hits:
@@ -324,11 +333,18 @@ class Index:
             side=side,
             threads=threads,
         )
+        if ef is not None:
+            _arrays.integer("ef", ef, 1)
+            if self._graph is None or not approximate:
+                raise ArgumentError(
+                    "ef must be None but for approximate answers of an index with "
+                    f"method='hnsw', got {ef}"
+                )
         if diverse is None:
-            return self._answer(asked, approximate)
+            return self._answer(asked, approximate, ef)
         clusters = self._clustered(_arrays.integer("diverse", diverse, 2, len(self)))
         return mixtures.search(
-            asked, clusters, lambda question: self._answer(question, approximate)
+            asked, clusters, lambda question: self._answer(question, approximate, ef)
         )
 
     def knn_query(
@@ -549,7 +565,7 @@ class Index:
         index._codes, index._graph, index._basis, index._built = codes, graph, basis, built
         return index
 
-    def _answer(self, asked: Question, approximate: bool) -> Hits:
+    def _answer(self, asked: Question, approximate: bool, ef: int | None = None) -> Hits:
         """The answer to a question, and how it came about."""
         count = len(self)
         where = f"{len(asked.eligible)} queries, top {asked.k}"
@@ -561,7 +577,7 @@ class Index:
             return hits
         against = "" if self._graph is None else self._against_graph(asked, approximate)
         if self._graph is not None and not against:
-            return self._walk(self._graph, asked, where)
+            return self._walk(self._graph, asked, ef, where)
         return self._answer_by_codes(self._codes, asked, approximate, where + ": ", against)
 
     def _answer_by_codes(
@@ -611,10 +627,10 @@ class Index:
             return "; there are few examples, and the graph was not walked"
         return ""
 
-    def _walk(self, graph: _core.Graph, asked: Question, where: str) -> Hits:
+    def _walk(self, graph: _core.Graph, asked: Question, ef: int | None, where: str) -> Hits:
         """The answer of a walk over the graph."""
-        width = max(10 * WALK, WALK * asked.k)
-        candidates = int(np.ceil(CANDIDATES * asked.k))
+        width = max(10 * WALK, WALK * asked.k) if ef is None else max(ef, asked.k)
+        candidates = min(width, int(np.ceil(WALKED * asked.k)))
         largest, smallest, counts, margins = graph.search(
             self.source.core,
             self._complete_numbers(),
