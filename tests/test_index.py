@@ -395,7 +395,7 @@ def test_memory_is_what_the_goals_allow(tmp_path):
         index = whence.Index(tmp_path / "rows.npy", "certified", bits=bits)
         assert index.bytes / len(index) <= most
         codes = index._codes.parts()
-        arrays = [codes[0], codes[2], *(a for _, p, n in codes[1] for a in (*p, *n))]
+        arrays = [codes[0], codes[2], *(a for _, p, s, n in codes[1] for a in (*p, s, *n))]
         assert index.bytes >= sum(array.nbytes for array in arrays)
 
 
@@ -409,8 +409,8 @@ def test_bits_do_not_depend_on_threads_or_the_instruction_set(tmp_path):
         "index = whence.Index(sys.argv[1], 'certified', basis='none', threads=int(sys.argv[2]))\n"
         "order, segments, reaches = index._codes.parts()\n"
         "total = zlib.crc32(order.tobytes() + reaches.tobytes())\n"
-        "for _, planes, numbers in segments:\n"
-        "    for array in (*planes, *numbers): total = zlib.crc32(array.tobytes(), total)\n"
+        "for _, planes, scales, numbers in segments:\n"
+        "    for array in (*planes, scales, *numbers): total = zlib.crc32(array.tobytes(), total)\n"
         "rows = np.load(sys.argv[1])\n"
         "hits = index.search(rows[:9], 4, approximate=True, threads=int(sys.argv[2]))\n"
         "for side in (hits.helpful, hits.harmful):\n"

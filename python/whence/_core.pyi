@@ -127,7 +127,7 @@ class Sketch:
     ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]: ...
 
 _Side = tuple[NDArray[np.uint64], NDArray[np.float32]]
-_Segment = tuple[int, list[NDArray[np.uint8]], list[NDArray[np.uint16]]]
+_Segment = tuple[int, list[NDArray[np.uint8]], NDArray[np.float32], list[NDArray[np.uint16]]]
 
 @final
 class Rows:

@@ -4,7 +4,7 @@ A folder of `.npy` files and a manifest with the length and checksum of each:
 
     manifest.json            format, version, basis, seed, what rows it is of; its own checksum
     order.npy reaches.npy directions.npy
-    segment-0-upper.npy ...  planes of codes, and the numbers of 16 bits beside them
+    segment-0-upper.npy ...  planes of codes, their scales, and the bounds of 16 bits beside them
     graph-links.npy ...      of an index with a graph
 
 It is written under another name and then renamed: a folder of this name is whole.
@@ -39,7 +39,7 @@ MANIFEST = "manifest.json"
 
 PLANES = ("upper", "lower")
 GRAPH = ("graph-norms", "graph-links", "graph-entries", "graph-deleted")
-NUMBERS = ("scales", "upper-errors", "errors", "tails")
+NUMBERS = ("upper-errors", "errors", "tails")
 
 
 def save(
@@ -66,7 +66,8 @@ def save(
         "reaches": reaches,
         "directions": basis.directions,
     }
-    for index, (_, planes, numbers) in enumerate(segments):
+    for index, (_, planes, scales, numbers) in enumerate(segments):
+        arrays[f"segment-{index}-scales"] = scales
         for names, parts in ((PLANES, planes), (NUMBERS, numbers)):
             for name, array in zip(names, parts, strict=True):
                 arrays[f"segment-{index}-{name}"] = array
@@ -90,7 +91,7 @@ def save(
             "prefix": basis.prefix,
             "share": basis.share,
             "why": basis.why,
-            "widths": [width for width, _, _ in segments],
+            "widths": [width for width, *_ in segments],
             "files": files,
         }
         write_json(part / MANIFEST, body)
@@ -123,6 +124,7 @@ def load(path: Path, source: Source) -> tuple[_core.Codes, _core.Graph | None, B
             (
                 width,
                 [files[f"segment-{index}-{name}"] for name in PLANES],
+                files[f"segment-{index}-scales"],
                 [files[f"segment-{index}-{name}"] for name in NUMBERS],
             )
             for index, width in enumerate(body["widths"])

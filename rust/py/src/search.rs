@@ -221,9 +221,9 @@ impl Codes {
         let directions = directions.as_slice().map_err(|_| not_contiguous(py, "directions"))?;
         let segments = segments
             .iter()
-            .map(|(width, planes, numbers)| {
+            .map(|(width, planes, scales, numbers)| {
                 let [upper, lower] = planes.each_ref().map(|plane| copied(py, plane));
-                let [scales, upper_errors, errors, tails] =
+                let [upper_errors, errors, tails] =
                     numbers.each_ref().map(|numbers| copied(py, numbers));
                 let bits = |bits: PyResult<Vec<u16>>| -> PyResult<Vec<bf16>> {
                     Ok(bits?.into_iter().map(bf16::from_bits).collect())
@@ -232,7 +232,7 @@ impl Codes {
                     width: *width,
                     upper: Lines::from(&upper?[..]),
                     lower: lower?,
-                    scales: bits(scales)?,
+                    scales: copied(py, scales)?,
                     upper_errors: bits(upper_errors)?,
                     errors: bits(errors)?,
                     tails: bits(tails)?,
@@ -257,12 +257,8 @@ impl Codes {
             (
                 segment.width,
                 [segment.upper.to_pyarray(py), segment.lower.to_pyarray(py)],
-                [
-                    bits(&segment.scales),
-                    bits(&segment.upper_errors),
-                    bits(&segment.errors),
-                    bits(&segment.tails),
-                ],
+                segment.scales.to_pyarray(py),
+                [bits(&segment.upper_errors), bits(&segment.errors), bits(&segment.tails)],
             )
         });
         let (order, reaches) = (self.codes.order(), self.codes.reaches());
@@ -324,8 +320,19 @@ fn answers(py: Python<'_>, found: Vec<certified::Answer>) -> PyResult<Answers<'_
     ))
 }
 
-type SegmentParts<'py> = (usize, [PyReadonlyArray1<'py, u8>; 2], [PyReadonlyArray1<'py, u16>; 4]);
-type SegmentArrays<'py> = (usize, [Bound<'py, PyArray1<u8>>; 2], [Bound<'py, PyArray1<u16>>; 4]);
+/// Width, planes, scales and bounds.
+type SegmentParts<'py> = (
+    usize,
+    [PyReadonlyArray1<'py, u8>; 2],
+    PyReadonlyArray1<'py, f32>,
+    [PyReadonlyArray1<'py, u16>; 3],
+);
+type SegmentArrays<'py> = (
+    usize,
+    [Bound<'py, PyArray1<u8>>; 2],
+    Bound<'py, PyArray1<f32>>,
+    [Bound<'py, PyArray1<u16>>; 3],
+);
 type Parts<'py> = (Bound<'py, PyArray1<u32>>, Vec<SegmentArrays<'py>>, Bound<'py, PyArray1<f32>>);
 
 fn copied<T: Element + Copy>(py: Python<'_>, array: &PyReadonlyArray1<'_, T>) -> PyResult<Vec<T>> {

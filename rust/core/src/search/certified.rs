@@ -51,7 +51,7 @@ pub struct Request<'a> {
     pub eligible: &'a [bool],
     /// For each query the examples it must not return, in rising order; empty for none at all.
     pub excluded: &'a [Vec<u64>],
-    /// For how many candidates of each end, chosen by estimates of 4 bits, to stop short of proof.
+    /// For how many candidates of each end, chosen by the codes' estimates, to stop short of proof.
     pub candidates: Option<usize>,
 }
 
@@ -327,8 +327,10 @@ impl<'a> Scan<'a> {
             self.codes.segments().iter().zip(&mut self.numbers).enumerate()
         {
             // Prefixes are taken with all the bits there are; the rest with its upper four first.
-            let errors = if both && index < last { &segment.errors } else { &segment.upper_errors };
-            widen(&segment.scales[start..start + rows], &mut numbers[0]);
+            let whole = both && (index < last || self.request.candidates.is_some());
+            let errors = if whole { &segment.errors } else { &segment.upper_errors };
+            numbers[0].clear();
+            numbers[0].extend_from_slice(&segment.scales[start..start + rows]);
             widen(&errors[start..start + rows], &mut numbers[1]);
             if index < last {
                 widen(&segment.tails[start..start + rows], &mut numbers[2]);
@@ -341,7 +343,7 @@ impl<'a> Scan<'a> {
         self.estimates[..active.len() * rows].fill(0.0);
         for stage in 0..=last {
             let segment = &self.codes.segments()[stage];
-            let several = dense.len() >= SEVERAL && self.request.candidates.is_none();
+            let several = dense.len() >= SEVERAL || self.request.candidates.is_some();
             let exact = both && (stage < last || several);
             self.multiply(segment, exact, start, rows, stage, queries, &dense);
             let mut kept = Vec::with_capacity(dense.len());
@@ -518,7 +520,8 @@ impl<'a> Scan<'a> {
             estimate + bound < pools[0].threshold && bound - estimate < pools[1].threshold
         };
         for next in stage + 1..=last {
-            estimate += self.part(next, place, row, both && next < last, query);
+            let exact = both && (next < last || self.request.candidates.is_some());
+            estimate += self.part(next, place, row, exact, query);
             bound = self.bound_of(next, row, false, reach, query);
             if lost(estimate, bound, pools) {
                 return;
@@ -894,7 +897,7 @@ mod tests {
         assert!(with(&|parts| parts.segments[0].width = 0).is_err());
         assert!(with(&|parts| parts.segments[1].lower.clear()).is_err());
         assert!(with(&|parts| parts.segments[0].tails.clear()).is_err());
-        assert!(with(&|parts| parts.segments[0].scales[7] = bf16::NAN).is_err());
+        assert!(with(&|parts| parts.segments[0].scales[7] = f32::NAN).is_err());
         assert!(with(&|parts| parts.segments[0].errors[7] = bf16::from_f32(-1.0)).is_err());
         assert!(with(&|parts| parts.reaches[2] = parts.reaches[0] * 2.0).is_err());
         assert!(with(&|parts| parts.reaches[0] = f32::NAN).is_err());

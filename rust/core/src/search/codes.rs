@@ -8,7 +8,11 @@
 //! from that with the row. Rows are in falling order of their norms, and each block knows the largest
 //! norm from it on: where that times the query's is too little, the search ends.
 //!
-//! All bounds are rounded up, scales too, to 16 bits.
+//! Where the upper plane is all there is, its scale is such that the product of a row with its code
+//! is that of the row with itself: what is lost is then at a right angle to the row, and the estimates
+//! of rows that are nearly alike keep their order (as in `RaBitQ`; Gao and Long, SIGMOD 2024).
+//!
+//! Bounds are rounded up, to 16 bits.
 
 use std::sync::Mutex;
 
@@ -48,7 +52,7 @@ pub struct Segment {
     /// The same of the lower four bits; empty if they are not kept.
     pub lower: Vec<u8>,
     /// `[rows]`
-    pub scales: Vec<bf16>,
+    pub scales: Vec<f32>,
     /// `[rows]`: the norm of what the upper plane alone loses.
     pub upper_errors: Vec<bf16>,
     /// `[rows]`: the norm of what both planes lose; empty if there is one.
@@ -88,7 +92,7 @@ struct Coder {
     /// By segment: planes, and scale, errors and tail.
     upper: Vec<Vec<u8>>,
     lower: Vec<Vec<u8>>,
-    numbers: Vec<[bf16; 4]>,
+    numbers: Vec<(f32, [bf16; 3])>,
     /// The largest norm of the row or of its codes.
     reach: f32,
 }
@@ -100,7 +104,7 @@ impl Coder {
             bits,
             upper: planes(),
             lower: planes(),
-            numbers: vec![[bf16::ZERO; 4]; rotation.segments().len()],
+            numbers: vec![(0.0, [bf16::ZERO; 3]); rotation.segments().len()],
             reach: 0.0,
         }
     }
@@ -113,10 +117,9 @@ impl Coder {
             let (here, after) = rest.split_at(2 * upper.len());
             rest = after;
             let largest = here.iter().fold(0f64, |largest, value| largest.max(value.abs()));
-            let scale = up(largest / 127.5);
-            let step = f64::from(scale.to_f32());
+            let mut step = f64::from(up_f32(largest / 127.5));
             let inverse = if step > 0.0 { step.recip() } else { 0.0 };
-            let mut errors = [0.0; 2];
+            let (mut along, mut square) = (0.0, 0.0);
             for (values, (upper, lower)) in here
                 .chunks_exact(UNIT)
                 .zip(upper.chunks_exact_mut(UNIT / 2).zip(lower.chunks_exact_mut(UNIT / 2)))
@@ -126,15 +129,8 @@ impl Coder {
                     #[allow(clippy::cast_sign_loss)] // clamped; what is no number becomes 0
                     let nearest = (value * inverse + 128.0).clamp(0.0, 255.0) as u8;
                     *code = nearest;
-                    let coded = [
-                        16.0 * step * (f64::from(*code >> 4) - 7.5),
-                        step * (f64::from(*code) - 127.5),
-                    ];
-                    for ((error, norm), coded) in errors.iter_mut().zip(&mut norms[1..]).zip(coded)
-                    {
-                        *error += (value - coded) * (value - coded);
-                        *norm += coded * coded;
-                    }
+                    along += value * 16.0 * (f64::from(nearest >> 4) - 7.5);
+                    square += value * value;
                 }
                 let (first, second) = codes.split_at(UNIT / 2);
                 for (byte, (a, b)) in upper.iter_mut().zip(first.iter().zip(second)) {
@@ -144,9 +140,37 @@ impl Coder {
                     *byte = (a & 15) | b << 4;
                 }
             }
+            if self.bits == Bits::Four && along > 0.0 {
+                let fitting = square / along;
+                // Of numbers near the smallest there are the quotient can be anything.
+                if fitting < 2.0 * step {
+                    step = f64::from(fitting as f32);
+                }
+            }
+            let mut errors = [0.0; 2];
+            for (values, (upper, lower)) in here
+                .chunks_exact(UNIT)
+                .zip(upper.chunks_exact(UNIT / 2).zip(lower.chunks_exact(UNIT / 2)))
+            {
+                for (index, &value) in values.iter().enumerate() {
+                    let shift = if index < UNIT / 2 { 0 } else { 4 };
+                    let half = |plane: &[u8]| plane[index % (UNIT / 2)] >> shift & 15;
+                    let (upper, lower) = (half(upper), half(lower));
+                    let coded = [
+                        16.0 * step * (f64::from(upper) - 7.5),
+                        step * (f64::from(16 * upper + lower) - 127.5),
+                    ];
+                    for ((error, norm), coded) in errors.iter_mut().zip(&mut norms[1..]).zip(coded)
+                    {
+                        *error += (value - coded) * (value - coded);
+                        *norm += coded * coded;
+                    }
+                }
+            }
             let tail: f64 = after.iter().map(|value| value * value).sum();
             let [upper_error, error] = errors.map(|square| up(rounded_up(square).sqrt()));
-            self.numbers[index] = [scale, upper_error, error, up(rounded_up(tail).sqrt())];
+            let bounds = [upper_error, error, up(rounded_up(tail).sqrt())];
+            self.numbers[index] = (step as f32, bounds);
         }
         let kept = if self.bits == Bits::Eight { 3 } else { 2 };
         let norm = norms[..kept].iter().fold(0f64, |largest, &norm| largest.max(norm));
@@ -206,7 +230,7 @@ impl Codes {
                 width,
                 upper: Lines::zeros(examples * width),
                 lower: vec![0; two * width],
-                scales: vec![bf16::ZERO; examples],
+                scales: vec![0.0; examples],
                 upper_errors: vec![bf16::ZERO; examples],
                 errors: vec![bf16::ZERO; two],
                 tails: vec![bf16::ZERO; if index < last { examples } else { 0 }],
@@ -312,21 +336,19 @@ impl Codes {
             let both = if eight { rows } else { 0 };
             let tails = if index < last { rows } else { 0 };
             let planes = [(&segment.upper[..], rows), (&segment.lower[..], both)];
-            let numbers = [
-                (&segment.scales, rows),
-                (&segment.upper_errors, rows),
-                (&segment.errors, both),
-                (&segment.tails, tails),
-            ];
+            let numbers =
+                [(&segment.upper_errors, rows), (&segment.errors, both), (&segment.tails, tails)];
             let fits = segment.width == length / 2
                 && planes.iter().all(|(plane, rows)| plane.len() == rows * segment.width)
-                && numbers.iter().all(|(numbers, rows)| numbers.len() == *rows);
+                && numbers.iter().all(|(numbers, rows)| numbers.len() == *rows)
+                && segment.scales.len() == rows;
             if !fits {
                 let must = format!("{rows} rows of {} bytes a plane", length / 2);
                 return Err(Error::shape("segments", must, format!("others in segment {index}")));
             }
             let bound = |number: &bf16| number.is_finite() && !number.is_sign_negative();
-            if !numbers.iter().all(|(numbers, _)| numbers.iter().all(bound)) {
+            let scales = segment.scales.iter().all(|scale| scale.is_finite() && *scale >= 0.0);
+            if !scales || !numbers.iter().all(|(numbers, _)| numbers.iter().all(bound)) {
                 let must = "made of numbers that are finite and not negative";
                 return Err(Error::argument(
                     "segments",
@@ -432,7 +454,7 @@ impl Codes {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let segment = |segment: &Segment| {
-            let numbers = segment.scales.len()
+            let numbers = 2 * segment.scales.len()
                 + segment.upper_errors.len()
                 + segment.errors.len()
                 + segment.tails.len();
@@ -457,7 +479,7 @@ fn check_weights(weights: &[f32]) -> Result<(), Error> {
 /// Writes a coded row at its place.
 fn put(segments: &mut [Segment], coder: &Coder, place: usize) {
     for (index, segment) in segments.iter_mut().enumerate() {
-        let [scale, upper_error, error, tail] = coder.numbers[index];
+        let (scale, [upper_error, error, tail]) = coder.numbers[index];
         let plane = place * segment.width..(place + 1) * segment.width;
         segment.upper[plane.clone()].copy_from_slice(&coder.upper[index]);
         segment.scales[place] = scale;

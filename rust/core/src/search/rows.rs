@@ -1,5 +1,7 @@
 //! Where rows come from: shards, numbered through.
 
+use std::ops::Range;
+
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::parallel::share;
@@ -33,7 +35,9 @@ pub(super) fn check_numbers(
 pub struct Rows {
     shards: Vec<Shard>,
     starts: Vec<u64>,
+    /// Empty if all are 1.
     scales: Vec<f32>,
+    count: usize,
     dim: usize,
 }
 
@@ -56,7 +60,9 @@ impl Rows {
         if total != scales.len() as u64 {
             return Err(Error::shape("scales", format!("{total} values"), scales.len()));
         }
-        Ok(Self { shards, starts, scales, dim })
+        let count = scales.len();
+        let scales = if scales.iter().all(|&scale| scale == 1.0) { Vec::new() } else { scales };
+        Ok(Self { shards, starts, scales, count, dim })
     }
 
     /// The width of a row.
@@ -68,13 +74,22 @@ impl Rows {
     /// The number of rows.
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.scales.len() as u64
+        self.count as u64
     }
 
     /// True if there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.scales.is_empty()
+        self.count == 0
+    }
+
+    /// Appends the scales of some rows.
+    fn add_scales(&self, rows: Range<usize>, scales: &mut Vec<f32>) {
+        if self.scales.is_empty() {
+            scales.resize(scales.len() + rows.len(), 1.0);
+        } else {
+            scales.extend_from_slice(&self.scales[rows]);
+        }
     }
 
     /// Reads the rows with these numbers, stored values and scales apart.
@@ -106,7 +121,7 @@ impl Rows {
                 .count();
             let out = &mut values[done * self.dim..(done + run) * self.dim];
             self.shards[shard].read(at, out, cursor)?;
-            scales.extend_from_slice(&self.scales[first as usize..first as usize + run]);
+            self.add_scales(first as usize..first as usize + run, scales);
             done += run;
         }
         Ok(())
@@ -132,7 +147,7 @@ impl Rows {
             let at = first - self.starts[shard];
             if let Some(lent) = self.shards[shard].lent(at, numbers.len()) {
                 scales.clear();
-                scales.extend_from_slice(&self.scales[first as usize..=last as usize]);
+                self.add_scales(first as usize..last as usize + 1, scales);
                 return Ok(lent);
             }
         }
@@ -154,7 +169,7 @@ impl Rows {
             }
             let shard = self.starts.partition_point(|&start| start <= number) - 1;
             places.push((shard, number - self.starts[shard]));
-            scales.push(self.scales[number as usize]);
+            self.add_scales(number as usize..number as usize + 1, &mut scales);
         }
         let shard = Shard::gathered(&self.shards, &places, &mut Cursor::default())?;
         Self::new(vec![shard], scales, self.dim)
@@ -167,7 +182,7 @@ impl Rows {
     /// [`Error::Io`]; [`Error::Stopped`].
     pub fn norms(&self, threads: usize, asker: &Asker<'_>) -> Result<Vec<f32>, Error> {
         const STEP: usize = 256;
-        let rows = self.scales.len();
+        let rows = self.count;
         let parts = share(
             rows.div_ceil(STEP),
             threads,
