@@ -69,6 +69,32 @@ pub fn share<S: Send>(
     }
 }
 
+/// What `work` makes of each of the `jobs`, in their order; else as [`share`].
+///
+/// # Errors
+/// As [`share`].
+pub fn collect<S: Send, T: Send>(
+    jobs: usize,
+    threads: usize,
+    asker: &Asker<'_>,
+    state: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize, &Watch<'_>) -> Result<T, Error> + Sync,
+) -> Result<Vec<T>, Error> {
+    let parts = share(
+        jobs,
+        threads,
+        asker,
+        || (state(), Vec::new()),
+        |(state, made), job, watch| {
+            made.push((job, work(state, job, watch)?));
+            Ok(())
+        },
+    )?;
+    let mut all: Vec<_> = parts.into_iter().flat_map(|(_, made)| made).collect();
+    all.sort_unstable_by_key(|(job, _)| *job);
+    Ok(all.into_iter().map(|(_, thing)| thing).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,6 +112,24 @@ mod tests {
             let mut all: Vec<usize> = states.concat();
             all.sort_unstable();
             assert_eq!(all, (0..100).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn what_is_made_comes_in_the_order_of_the_jobs() {
+        for threads in [1, 3, 8] {
+            let asker = Asker::new(&never);
+            let made = collect(
+                50,
+                threads,
+                &asker,
+                || 0,
+                |count, job, _| {
+                    *count += 1;
+                    Ok(job * job)
+                },
+            );
+            assert_eq!(made.unwrap(), (0..50).map(|job| job * job).collect::<Vec<_>>());
         }
     }
 

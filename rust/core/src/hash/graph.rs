@@ -9,7 +9,7 @@ use super::pairs::sharing;
 use super::{count_rows, in_range};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
-use crate::parallel::share;
+use crate::parallel::{collect, share};
 use crate::stop::Asker;
 
 /// The most views of a graph.
@@ -122,14 +122,17 @@ pub fn by_codes<'a>(
         };
         views.iter().map(of).sum()
     };
-    let states = share(pairs.len().div_ceil(PAIRS), threads, asker, Vec::new, |done, job, _| {
-        let pairs = &pairs[job * PAIRS..pairs.len().min((job + 1) * PAIRS)];
-        done.push((job, pairs.iter().map(agreement).collect::<Vec<u64>>()));
-        Ok(())
-    })?;
-    let mut parts: Vec<_> = states.into_iter().flatten().collect();
-    parts.sort_unstable_by_key(|&(job, _)| job);
-    let agreements = parts.into_iter().flat_map(|(_, part)| part);
+    let parts = collect(
+        pairs.len().div_ceil(PAIRS),
+        threads,
+        asker,
+        || (),
+        |(), job, _| {
+            let pairs = &pairs[job * PAIRS..pairs.len().min((job + 1) * PAIRS)];
+            Ok(pairs.iter().map(agreement).collect::<Vec<u64>>())
+        },
+    )?;
+    let agreements = parts.into_iter().flatten();
     let mut starts = vec![0usize; rows + 1];
     for &(low, high) in &pairs {
         starts[low as usize + 1] += 1;

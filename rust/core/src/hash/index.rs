@@ -20,9 +20,10 @@ use super::probe::{Change, MAX_CHANGES, Probes};
 use super::{count_rows, in_range};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
-use crate::parallel::share;
+use crate::parallel::collect;
 use crate::random::absorb;
-use crate::search::{Hit, by_largest, by_smallest};
+use crate::search::Hit;
+use crate::search::top::{self, LARGEST, SMALLEST};
 use crate::stop::{Asker, Watch};
 
 /// The most buckets that are looked up for a query.
@@ -92,14 +93,16 @@ impl Index {
             band.map(|band| in_range("band", band, 1, most.min(hash.hashes()))).transpose()?;
         let codes = hash.codes(rows, threads, asker)?;
         let numbers = 0..band.map_or(0, |band| hash.hashes() / band);
-        let states = share(numbers.len(), threads, asker, Vec::new, |done, table, _| {
-            let keys = keys(&codes, hash.code_len(), table, band.unwrap_or(1), 0);
-            done.push((table, Buckets::new(&keys)));
-            Ok(())
-        })?;
-        let mut tables = states.into_iter().flatten().collect::<Vec<_>>();
-        tables.sort_unstable_by_key(|&(table, _)| table);
-        let tables = tables.into_iter().map(|(_, buckets)| buckets).collect();
+        let tables = collect(
+            numbers.len(),
+            threads,
+            asker,
+            || (),
+            |(), table, _| {
+                let keys = keys(&codes, hash.code_len(), table, band.unwrap_or(1), 0);
+                Ok(Buckets::new(&keys))
+            },
+        )?;
         Ok(Self { hash, codes, rows: count, band: band.unwrap_or(0), tables })
     }
 
@@ -167,16 +170,11 @@ impl Index {
         }
         let queries = count_rows("queries", request.queries, dim)?;
         let projections = self.hash.project(request.queries, threads, asker)?;
-        let states = share(queries, threads, asker, Worker::default, |worker, query, watch| {
+        collect(queries, threads, asker, Worker::default, |worker, query, watch| {
             let projections = &projections[query * self.hash.hashes()..][..self.hash.hashes()];
             worker.rank(self, request, projections, watch)?;
-            let found = worker.score(self, request, query)?;
-            worker.found.push((query, found));
-            Ok(())
-        })?;
-        let mut all: Vec<_> = states.into_iter().flat_map(|worker| worker.found).collect();
-        all.sort_unstable_by_key(|&(query, _)| query);
-        Ok(all.into_iter().map(|(_, found)| found).collect())
+            worker.score(self, request, query)
+        })
     }
 }
 
@@ -237,7 +235,6 @@ struct Worker {
     rows: Vec<u32>,
     pairs: Vec<(u32, u32)>,
     scores: Vec<f32>,
-    found: Vec<(usize, Found)>,
 }
 
 impl Worker {
@@ -302,10 +299,7 @@ impl Worker {
             let hits = hits.map(|(&row, &score)| Hit { example: u64::from(row), score });
             self.ranked.extend(hits);
         }
-        if let Some(last) = request.candidates.checked_sub(1) {
-            self.ranked.select_nth_unstable_by(last, by_largest);
-        }
-        self.ranked.truncate(request.candidates);
+        top::keep(&mut self.ranked, request.candidates, LARGEST);
         Ok(())
     }
 
@@ -383,15 +377,13 @@ impl Worker {
         }
         let rescored = self.scores.len();
         // Zeros of both signs are one score.
-        let mut hits: Vec<Hit> = self
+        let hits = self
             .pairs
             .iter()
             .zip(&self.scores)
-            .map(|(&(row, _), score)| Hit { example: u64::from(row), score: score + 0.0 })
-            .collect();
-        hits.sort_unstable_by(if request.smallest { by_smallest } else { by_largest });
-        hits.truncate(request.k);
-        Ok(Found { hits, rescored })
+            .map(|(&(row, _), score)| Hit { example: u64::from(row), score: score + 0.0 });
+        let side = if request.smallest { SMALLEST } else { LARGEST };
+        Ok(Found { hits: top::finish(hits.collect(), request.k, side), rescored })
     }
 }
 

@@ -6,18 +6,19 @@
 //! exactly, in the order of what they may reach, until nothing that is left can matter. Nothing here
 //! decides by an estimate alone, unless the caller asked for an approximate answer.
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering as Atomic};
 
 use half::bf16;
 
 use super::codes::{BLOCK, Bits, CodedQuery, CodedSegment, Codes, Segment};
-use super::exact::Scorer;
+use super::exact::{Scorer, excludes};
 use super::rows::check_numbers;
 use super::{Ends, Hit, Rows, Sides, top};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
-use crate::parallel::share;
+use crate::parallel::collect;
 use crate::stop::{Asker, Watch};
 
 /// Queries that meet a block together.
@@ -53,6 +54,14 @@ pub struct Request<'a> {
     pub excluded: &'a [Vec<u64>],
     /// For how many candidates of each end, chosen by the codes' estimates, to stop short of proof.
     pub candidates: Option<usize>,
+}
+
+impl Request<'_> {
+    /// Whether a query may be answered with an example.
+    pub(super) fn allows(&self, query: usize, example: u32) -> bool {
+        self.eligible.get(example as usize) != Some(&false)
+            && !excludes(self.excluded, query, u64::from(example))
+    }
 }
 
 /// An answer and what it took.
@@ -142,17 +151,11 @@ impl Shared {
         Self([AtomicU32::new(0), AtomicU32::new(0)])
     }
 
-    /// Bits in the order of the numbers.
-    fn ordered(value: f32) -> u32 {
-        let bits = value.to_bits();
-        if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
-    }
-
     fn meet(&self, side: usize, threshold: &mut f32) {
-        let mine = Self::ordered(*threshold);
+        let mine = top::rank(*threshold);
         let best = self.0[side].fetch_max(mine, Atomic::Relaxed);
         if best > mine {
-            *threshold = f32::from_bits(if best >> 31 == 1 { best ^ 1 << 31 } else { !best });
+            *threshold = top::of_rank(best);
         }
     }
 }
@@ -185,12 +188,12 @@ pub fn search(
     let shared: Vec<Shared> = (0..count).map(|_| Shared::new()).collect();
     let wanted = [request.sides.largest, request.sides.smallest];
     let kept = request.candidates.map_or(k, |candidates| candidates.clamp(k, codes.len()));
-    let parts = share(
+    let parts = collect(
         groups * slices,
         threads,
         asker,
-        || (Scan::new(codes, request), Vec::new()),
-        |(scan, found), job, watch| {
+        || Scan::new(codes, request),
+        |scan, job, watch| {
             let (group, slice) = (job / slices, job % slices);
             let first = group * GROUP;
             let last = count.min(first + GROUP);
@@ -198,14 +201,13 @@ pub fn search(
                 (first..last).map(|_| wanted.map(|wanted| Pool::new(kept, wanted))).collect();
             let here = (&queries[first..last], &shared[first..last]);
             scan.blocks((slice..blocks).step_by(slices), here, first, &mut pools, watch)?;
-            found.push((first, pools));
-            Ok(())
+            Ok(pools)
         },
     )?;
     let mut pools: Vec<[Pool; 2]> =
         (0..count).map(|_| wanted.map(|wanted| Pool::new(kept, wanted))).collect();
-    for (first, parts) in parts.into_iter().flat_map(|(_, found)| found) {
-        for (pools, parts) in pools[first..].iter_mut().zip(parts) {
+    for (job, parts) in parts.into_iter().enumerate() {
+        for (pools, parts) in pools[job / slices * GROUP..].iter_mut().zip(parts) {
             for (pool, part) in pools.iter_mut().zip(parts) {
                 pool.threshold = pool.threshold.max(part.threshold);
                 pool.all.extend(part.all);
@@ -223,13 +225,8 @@ fn coded(
     asker: &Asker<'_>,
 ) -> Result<Vec<CodedQuery>, Error> {
     let count = request.count;
-    let parts = share(count, threads.min(1 + count / 8), asker, Vec::new, |found, query, _| {
-        found.push((query, coded_query(codes, request, query)));
-        Ok(())
-    })?;
-    let mut all: Vec<_> = parts.into_iter().flatten().collect();
-    all.sort_unstable_by_key(|(query, _)| *query);
-    Ok(all.into_iter().map(|(_, query)| query).collect())
+    let threads = threads.min(1 + count / 8);
+    collect(count, threads, asker, || (), |(), query, _| Ok(coded_query(codes, request, query)))
 }
 
 /// A query as the codes meet it.
@@ -345,7 +342,13 @@ impl<'a> Scan<'a> {
             let segment = &self.codes.segments()[stage];
             let several = dense.len() >= SEVERAL || self.request.candidates.is_some();
             let exact = both && (stage < last || several);
-            self.multiply(segment, exact, start, rows, stage, queries, &dense);
+            let mut views: [&[i8]; GROUP] = [&[]; GROUP];
+            for (view, &query) in views.iter_mut().zip(&dense) {
+                *view = &queries[query].segments[stage].factors;
+            }
+            let products = &mut self.products[..dense.len() * rows];
+            let places = start..start + rows;
+            multiply(self.set, segment, exact, places, &views[..dense.len()], products);
             let mut kept = Vec::with_capacity(dense.len());
             for (slot, &query) in dense.iter().enumerate() {
                 let from = slot * rows;
@@ -360,7 +363,9 @@ impl<'a> Scan<'a> {
                     factor,
                     estimates,
                 );
-                self.bound(stage, exact, reach, rows, coded);
+                let mut bounds = std::mem::take(&mut self.bounds);
+                self.bound(stage, exact, 0..rows, reach, coded, &mut bounds[..rows]);
+                self.bounds = bounds;
                 let pool = &mut pools[query];
                 self.survivors.clear();
                 self.set.sift(
@@ -396,99 +401,47 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// The products of a block's codes in a segment with the queries, into `self.products`.
-    fn multiply(
-        &mut self,
-        segment: &Segment,
-        exact: bool,
-        start: usize,
-        rows: usize,
+    /// How far the estimates of some rows of the block are off after a stage; `refined` if the
+    /// lower plane of the last segment is in.
+    fn bound(
+        &self,
         stage: usize,
-        queries: &[CodedQuery],
-        dense: &[usize],
+        refined: bool,
+        rows: Range<usize>,
+        reach: f32,
+        query: &CodedQuery,
+        bounds: &mut [f32],
     ) {
-        let mut views: [&[i8]; GROUP] = [&[]; GROUP];
-        for (view, &query) in views.iter_mut().zip(dense) {
-            *view = &queries[query].segments[stage].factors;
-        }
-        let views = &views[..dense.len()];
-        let plane = start * segment.width..(start + rows) * segment.width;
-        let products = &mut self.products[..dense.len() * rows];
-        let upper = &segment.upper[plane.clone()];
-        if exact {
-            let lower = &segment.lower[plane];
-            self.set.code_dots(upper, lower, segment.width, views, products);
-        } else {
-            self.set.nibble_dots(upper, segment.width, views, products);
-        }
-    }
-
-    /// How far the estimates after a stage are off, for all rows of the block.
-    fn bound(&mut self, stage: usize, exact: bool, reach: f32, rows: usize, query: &CodedQuery) {
         let last = self.numbers.len() - 1;
-        let rounding = self.rounding(reach, query);
-        let bounds = &mut self.bounds[..rows];
-        let segment = &query.segments[stage];
         if self.request.candidates.is_some() {
             // How far the estimate itself may still move.
             bounds.fill(0.0);
             if stage < last {
-                let rest = (segment.rest + query.error) * (1.0 + self.slack);
+                let rest = (query.segments[stage].rest + query.error) * (1.0 + self.slack);
                 bounds.fill(SMALLEST);
-                self.set.add_multiple(&self.numbers[stage][2], rest, bounds);
+                let mut add = |numbers: &[f32]| {
+                    self.set.add_multiple(&numbers[rows.clone()], rest, bounds);
+                };
+                add(&self.numbers[stage][2]);
                 for numbers in &self.numbers[stage + 1..] {
-                    self.set.add_multiple(&numbers[1], rest, bounds);
+                    add(&numbers[1]);
                 }
             }
             return;
         }
-        bounds.fill(rounding);
+        // What the query's code and rounding add, whatever the row.
+        let rounding = query.error + self.slack * (query.norm + query.error);
+        bounds.fill(rounding * reach + SMALLEST);
+        let mut add =
+            |numbers: &[f32], factor| self.set.add_multiple(&numbers[rows.clone()], factor, bounds);
         for (index, (numbers, segment)) in
             self.numbers[..=stage].iter().zip(&query.segments).enumerate()
         {
-            let errors = if exact && index == last { &numbers[3] } else { &numbers[1] };
-            self.set.add_multiple(errors, segment.norm, bounds);
+            add(if refined && index == last { &numbers[3] } else { &numbers[1] }, segment.norm);
         }
         if stage < last {
-            self.set.add_multiple(&self.numbers[stage][2], segment.rest, bounds);
+            add(&self.numbers[stage][2], query.segments[stage].rest);
         }
-    }
-
-    /// What the query's code and rounding add to the bound of any row of a block.
-    fn rounding(&self, reach: f32, query: &CodedQuery) -> f32 {
-        (query.error + self.slack * (query.norm + query.error)) * reach + SMALLEST
-    }
-
-    /// How far the estimate of one row after a stage is off; `refined` if its lower plane is in.
-    fn bound_of(
-        &self,
-        stage: usize,
-        row: usize,
-        refined: bool,
-        reach: f32,
-        query: &CodedQuery,
-    ) -> f32 {
-        let last = self.numbers.len() - 1;
-        let segment = &query.segments[stage];
-        if self.request.candidates.is_some() {
-            if stage == last {
-                return 0.0;
-            }
-            let rest = (segment.rest + query.error) * (1.0 + self.slack);
-            let errors: f32 = self.numbers[stage + 1..].iter().map(|numbers| numbers[1][row]).sum();
-            return (self.numbers[stage][2][row] + errors) * rest + SMALLEST;
-        }
-        let mut bound = self.rounding(reach, query);
-        for (index, (numbers, segment)) in
-            self.numbers[..=stage].iter().zip(&query.segments).enumerate()
-        {
-            let errors = if refined && index == last { &numbers[3] } else { &numbers[1] };
-            bound += errors[row] * segment.norm;
-        }
-        if stage < last {
-            bound += self.numbers[stage][2][row] * segment.rest;
-        }
-        bound
     }
 
     /// The rest of what can be known of a row that survived a stage; into the pools with it, if
@@ -505,24 +458,31 @@ impl<'a> Scan<'a> {
     ) {
         let place = start + row;
         let example = self.codes.order()[place];
-        if self.request.eligible.get(example as usize) == Some(&false) {
-            return;
-        }
-        if let Some(list) = self.request.excluded.get(number)
-            && list.binary_search(&u64::from(example)).is_ok()
-        {
+        if !self.request.allows(number, example) {
             return;
         }
         let last = self.numbers.len() - 1;
         let both = self.codes.bits() == Bits::Eight;
-        let mut bound = self.bound_of(stage, row, refined, reach, query);
+        let bound_of = |stage, refined| {
+            let mut bound = [0.0];
+            self.bound(stage, refined, row..row + 1, reach, query, &mut bound);
+            bound[0]
+        };
+        let mut bound = bound_of(stage, refined);
         let lost = |estimate: f32, bound: f32, pools: &[Pool; 2]| {
             estimate + bound < pools[0].threshold && bound - estimate < pools[1].threshold
         };
         for next in stage + 1..=last {
             let exact = both && (next < last || self.request.candidates.is_some());
-            estimate += self.part(next, place, row, exact, query);
-            bound = self.bound_of(next, row, false, reach, query);
+            let (segment, coded) = (&self.codes.segments()[next], &query.segments[next]);
+            let mut product = [0];
+            let places = place..place + 1;
+            multiply(self.set, segment, exact, places, &[&coded.factors], &mut product);
+            let (factor, offset) = factor_and_offset(coded, exact);
+            let (scale, out) =
+                (&self.numbers[next][0][row..=row], std::slice::from_mut(&mut estimate));
+            self.set.add_estimates(&product, offset, scale, factor, out);
+            bound = bound_of(next, false);
             if lost(estimate, bound, pools) {
                 return;
             }
@@ -534,36 +494,34 @@ impl<'a> Scan<'a> {
             let lower = &segment.lower[plane];
             self.set.nibble_dots(lower, segment.width, &[&coded.factors], &mut product);
             // What the lower plane adds: scale (lower - 7.5).
-            let mut more = [0.0];
-            let scale = &self.numbers[last][0][row..=row];
-            self.set.add_estimates(&product, 15 * coded.sum, scale, coded.scale / 2.0, &mut more);
-            estimate += more[0];
-            bound = self.bound_of(last, row, true, reach, query);
+            let (scale, out) =
+                (&self.numbers[last][0][row..=row], std::slice::from_mut(&mut estimate));
+            self.set.add_estimates(&product, 15 * coded.sum, scale, coded.scale / 2.0, out);
+            bound = bound_of(last, true);
         }
         for (pool, estimate) in pools.iter_mut().zip([estimate, -estimate]) {
             let (most, least) = (estimate + bound, estimate - bound);
             pool.add(Candidate { most, least, place: place as u32 });
         }
     }
+}
 
-    /// The estimate of a row's product in one segment.
-    fn part(&self, stage: usize, place: usize, row: usize, exact: bool, query: &CodedQuery) -> f32 {
-        let (segment, coded) = (&self.codes.segments()[stage], &query.segments[stage]);
-        let plane = place * segment.width..(place + 1) * segment.width;
-        let mut product = [0];
-        let views = [&coded.factors[..]];
-        let upper = &segment.upper[plane.clone()];
-        if exact {
-            let lower = &segment.lower[plane];
-            self.set.code_dots(upper, lower, segment.width, &views, &mut product);
-        } else {
-            self.set.nibble_dots(upper, segment.width, &views, &mut product);
-        }
-        let (factor, offset) = factor_and_offset(coded, exact);
-        let mut estimate = [0.0];
-        let scale = &self.numbers[stage][0][row..=row];
-        self.set.add_estimates(&product, offset, scale, factor, &mut estimate);
-        estimate[0]
+/// The products of the codes at some places with the segments of queries, `[queries, places]`: of
+/// all their bits if `exact`, else of the upper ones.
+fn multiply(
+    set: InstructionSet,
+    segment: &Segment,
+    exact: bool,
+    places: Range<usize>,
+    queries: &[&[i8]],
+    products: &mut [i32],
+) {
+    let plane = places.start * segment.width..places.end * segment.width;
+    let upper = &segment.upper[plane.clone()];
+    if exact {
+        set.code_dots(upper, &segment.lower[plane], segment.width, queries, products);
+    } else {
+        set.nibble_dots(upper, segment.width, queries, products);
     }
 }
 
@@ -589,48 +547,38 @@ fn score_candidates(
     asker: &Asker<'_>,
 ) -> Result<Vec<Answer>, Error> {
     let pools: Vec<_> = pools.into_iter().map(Mutex::new).collect();
-    let parts = share(
-        request.count,
-        threads,
-        asker,
-        || (Scorer::default(), Vec::new()),
-        |(scorer, found), query, watch| {
-            let mut pools = pools[query].lock().map_err(Error::panicked)?;
-            let mut answer = Answer { margins: [f32::INFINITY; 2], ..Answer::default() };
-            for (side, pool) in pools.iter_mut().enumerate() {
-                let mut score = |examples: &[u32], out: &mut Vec<f32>| {
-                    watch.check()?;
-                    let examples = (request.numbers, codes.len(), examples);
-                    let query = (request.queries, request.count, query);
-                    scorer.score(request.rows, examples, query, out)
-                };
-                pool.sort(codes.order());
-                let hits = if request.candidates.is_some() {
-                    pool.all.truncate(pool.k);
-                    best(&pool.all, (codes.order(), side), k, pool.k, &mut score)?
-                } else {
-                    best(&pool.all, (codes.order(), side), k, k, &mut score)?
-                };
-                answer.scored += hits.1;
-                if request.candidates.is_some()
-                    && let (Some(hit), Some(candidate)) = (hits.0.last(), pool.all.get(pool.k - 1))
-                {
-                    answer.margins[side] = signed(hit.score, side) - candidate.most;
-                }
-                *[&mut answer.ends.largest, &mut answer.ends.smallest][side] = hits.0;
+    collect(request.count, threads, asker, Scorer::default, |scorer, query, watch| {
+        let mut pools = pools[query].lock().map_err(Error::panicked)?;
+        let mut answer = Answer { margins: [f32::INFINITY; 2], ..Answer::default() };
+        for (side, pool) in pools.iter_mut().enumerate() {
+            let mut score = |examples: &[u32], hits: &mut Vec<Hit>| {
+                watch.check()?;
+                let examples = (request.numbers, codes.len(), examples);
+                scorer.score(request.rows, examples, (request.queries, request.count, query), hits)
+            };
+            pool.sort(codes.order());
+            // Proof goes on from the first `k` as far as it has to.
+            let mut least = k;
+            if request.candidates.is_some() {
+                pool.all.truncate(pool.k);
+                least = pool.k;
             }
-            found.push((query, answer));
-            Ok(())
-        },
-    )?;
-    let mut all: Vec<_> = parts.into_iter().flat_map(|(_, found)| found).collect();
-    all.sort_unstable_by_key(|(query, _)| *query);
-    Ok(all.into_iter().map(|(_, answer)| answer).collect())
+            let (hits, scored) = best(&pool.all, (codes.order(), side), k, least, &mut score)?;
+            answer.scored += scored;
+            if request.candidates.is_some()
+                && let (Some(hit), Some(candidate)) = (hits.last(), pool.all.get(pool.k - 1))
+            {
+                answer.margins[side] = signed(hit.score, side) - candidate.most;
+            }
+            *[&mut answer.ends.largest, &mut answer.ends.smallest][side] = hits;
+        }
+        Ok(answer)
+    })
 }
 
 /// A score as the pool of a side has it.
 fn signed(score: f32, side: usize) -> f32 {
-    if side == 0 { score } else { -score }
+    if side == top::LARGEST { score } else { -score }
 }
 
 /// The best `k` of candidates in falling order of what they may reach, of which at least the first
@@ -640,10 +588,10 @@ fn best(
     (order, side): (&[u32], usize),
     k: usize,
     least: usize,
-    score: &mut impl FnMut(&[u32], &mut Vec<f32>) -> Result<(), Error>,
+    score: &mut impl FnMut(&[u32], &mut Vec<Hit>) -> Result<(), Error>,
 ) -> Result<(Vec<Hit>, usize), Error> {
     let (mut hits, mut scored) = (Vec::new(), 0);
-    let (mut examples, mut scores) = (Vec::new(), Vec::new());
+    let mut examples = Vec::new();
     while let Some(next) = candidates.first() {
         let mut size = least;
         if scored >= least {
@@ -658,12 +606,8 @@ fn best(
         examples.clear();
         examples.extend(here.iter().map(|candidate| order[candidate.place as usize]));
         examples.sort_unstable(); // rows that lie together are read together
-        score(&examples, &mut scores)?;
+        score(&examples, &mut hits)?;
         scored += here.len();
-        hits.extend(examples.iter().zip(&scores).map(|(&example, &score)| Hit {
-            example: u64::from(example),
-            score: score + 0.0, // zeros of both signs are one score
-        }));
     }
     Ok((top::finish(hits, k, side), scored))
 }

@@ -315,8 +315,7 @@ impl Scan<'_> {
                 let (index, example) = (index as usize, picked.get(at) as u64);
                 let (score, query) = (scores[index], active[index]);
                 finite(score, query, example)?;
-                let excluded = self.request.excluded.get(query);
-                if excluded.is_some_and(|list| list.binary_search(&example).is_ok()) {
+                if excludes(self.request.excluded, query, example) {
                     continue;
                 }
                 let sieve = &mut sieves[query];
@@ -375,6 +374,11 @@ pub(super) fn check_excluded(excluded: &[Vec<u64>], queries: usize) -> Result<()
     Err(Error::shape("excluded", must, excluded.len()))
 }
 
+/// Whether a query must not be answered with an example.
+pub(super) fn excludes(excluded: &[Vec<u64>], query: usize, example: u64) -> bool {
+    excluded.get(query).is_some_and(|list| list.binary_search(&example).is_ok())
+}
+
 /// Whether every value of `[checkpoints, queries, dim]` is finite.
 pub(super) fn check_finite(values: &[f32], queries: usize, dim: usize) -> Result<(), Error> {
     let Some(at) = values.iter().position(|value| !value.is_finite()) else {
@@ -394,11 +398,12 @@ pub(super) struct Scorer {
     values: Vec<f32>,
     scales: Vec<f32>,
     products: Vec<f32>,
+    scores: Vec<f32>,
     cursor: Cursor,
 }
 
 impl Scorer {
-    /// The scores of examples, given with `[checkpoints, all]` numbers of rows of all examples; for
+    /// Appends examples with their scores; given with `[checkpoints, all]` numbers of rows of all examples; for
     /// query `query` of `[checkpoints, count, dim]`.
     ///
     /// # Errors
@@ -408,13 +413,13 @@ impl Scorer {
         rows: &Rows,
         (numbers, all, examples): (&[u64], usize, &[u32]),
         (queries, count, query): (&[f32], usize, usize),
-        out: &mut Vec<f32>,
+        hits: &mut Vec<Hit>,
     ) -> Result<(), Error> {
         let (dim, set) = (rows.dim(), InstructionSet::best());
         self.values.resize(examples.len() * dim, 0.0);
         self.products.resize(examples.len(), 0.0);
-        out.clear();
-        out.resize(examples.len(), 0.0);
+        self.scores.clear();
+        self.scores.resize(examples.len(), 0.0);
         for (checkpoint, queries) in queries.chunks_exact(count * dim).enumerate() {
             self.numbers.clear();
             let row = |&example: &u32| number(numbers, all, checkpoint, example as usize);
@@ -422,13 +427,15 @@ impl Scorer {
             rows.read(&self.numbers, &mut self.values, &mut self.scales, &mut self.cursor)?;
             set.dots(&self.values, &queries[query * dim..][..dim], dim, &mut self.products);
             for (score, (product, scale)) in
-                out.iter_mut().zip(self.products.iter().zip(&self.scales))
+                self.scores.iter_mut().zip(self.products.iter().zip(&self.scales))
             {
                 *score += scale * product;
             }
         }
-        for (&score, &example) in out.iter().zip(examples) {
-            finite(score, query, u64::from(example))?;
+        for (&score, &example) in self.scores.iter().zip(examples) {
+            let example = u64::from(example);
+            finite(score, query, example)?;
+            hits.push(Hit { example, score: score + 0.0 }); // zeros of both signs are one score
         }
         Ok(())
     }

@@ -16,11 +16,10 @@ pub mod exact;
 pub mod graph;
 pub mod rotation;
 pub mod rows;
-mod top;
+pub(crate) mod top;
 
 pub use exact::{Request, ends};
 pub use rows::Rows;
-pub(crate) use top::{by_largest, by_smallest};
 
 /// An example and its score.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::error::Error;
 use crate::kernels::InstructionSet;
-use crate::parallel::share;
+use crate::parallel::collect;
 use crate::sketch::MAX_DIM;
 use crate::stop::Asker;
 use crate::store::{Cursor, Shard};
@@ -183,12 +183,12 @@ impl Rows {
     pub fn norms(&self, threads: usize, asker: &Asker<'_>) -> Result<Vec<f32>, Error> {
         const STEP: usize = 256;
         let rows = self.count;
-        let parts = share(
+        let parts = collect(
             rows.div_ceil(STEP),
             threads,
             asker,
-            || (Vec::new(), Vec::new(), Cursor::default(), Vec::new()),
-            |(found, values, cursor, scales), job, _| {
+            || (Vec::new(), Cursor::default(), Vec::new()),
+            |(values, cursor, scales), job, _| {
                 let first = job * STEP;
                 let numbers: Vec<u64> = (first as u64..rows.min(first + STEP) as u64).collect();
                 values.resize(numbers.len() * self.dim, 0.0);
@@ -205,13 +205,10 @@ impl Rows {
                         value: f64::from(norms[at]),
                     });
                 }
-                found.push((job, norms));
-                Ok(())
+                Ok(norms)
             },
         )?;
-        let mut parts: Vec<_> = parts.into_iter().flat_map(|part| part.0).collect();
-        parts.sort_unstable_by_key(|(job, _)| *job);
-        Ok(parts.into_iter().flat_map(|(_, norms)| norms).collect())
+        Ok(parts.concat())
     }
 
     /// Whether no row is in a file.

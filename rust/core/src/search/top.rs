@@ -4,13 +4,18 @@ use std::cmp::Ordering;
 
 use super::{Ends, Hit, Sides};
 
+/// The side of the largest scores.
+pub(crate) const LARGEST: usize = 0;
+/// The side of the smallest scores.
+pub(crate) const SMALLEST: usize = 1;
+
 /// Larger score first, then lower example.
-pub(crate) fn by_largest(a: &Hit, b: &Hit) -> Ordering {
+fn by_largest(a: &Hit, b: &Hit) -> Ordering {
     b.score.total_cmp(&a.score).then(a.example.cmp(&b.example))
 }
 
 /// Smaller score first, then lower example.
-pub(crate) fn by_smallest(a: &Hit, b: &Hit) -> Ordering {
+fn by_smallest(a: &Hit, b: &Hit) -> Ordering {
     a.score.total_cmp(&b.score).then(a.example.cmp(&b.example))
 }
 
@@ -44,10 +49,10 @@ impl Sieve {
     /// What the size of a score must reach to matter: the lower of both ends' thresholds, with
     /// those that were found so far looked at once more.
     pub(super) fn threshold(&mut self, k: usize) -> f32 {
-        if let Some(above) = keep(&mut self.largest, k, 0) {
+        if let Some(above) = keep(&mut self.largest, k, LARGEST) {
             self.above = above;
         }
-        if let Some(below) = keep(&mut self.smallest, k, 1) {
+        if let Some(below) = keep(&mut self.smallest, k, SMALLEST) {
             self.below = below;
         }
         self.above.min(-self.below)
@@ -61,13 +66,13 @@ impl Sieve {
         if hit.score >= self.above {
             self.largest.push(hit);
             if self.largest.len() >= full {
-                self.above = keep(&mut self.largest, k, 0).unwrap_or(self.above);
+                self.above = keep(&mut self.largest, k, LARGEST).unwrap_or(self.above);
             }
         }
         if hit.score <= self.below {
             self.smallest.push(hit);
             if self.smallest.len() >= full {
-                self.below = keep(&mut self.smallest, k, 1).unwrap_or(self.below);
+                self.below = keep(&mut self.smallest, k, SMALLEST).unwrap_or(self.below);
             }
         }
     }
@@ -79,17 +84,21 @@ impl Sieve {
     }
 
     pub(super) fn finish(self, k: usize) -> Ends {
-        Ends { largest: finish(self.largest, k, 0), smallest: finish(self.smallest, k, 1) }
+        Ends {
+            largest: finish(self.largest, k, LARGEST),
+            smallest: finish(self.smallest, k, SMALLEST),
+        }
     }
 }
 
-/// The order of a side: 0 has the largest first, 1 the smallest.
+/// The order of a side.
 fn order(side: usize) -> fn(&Hit, &Hit) -> Ordering {
     [by_largest, by_smallest][side]
 }
 
-/// Keeps the first `k` of a side, the last of them at its place, and returns that one's score.
-pub(super) fn keep(hits: &mut Vec<Hit>, k: usize, side: usize) -> Option<f32> {
+/// Keeps the first `k` of a side, the last of them at its place, and returns that one's score if
+/// others went.
+pub(crate) fn keep(hits: &mut Vec<Hit>, k: usize, side: usize) -> Option<f32> {
     let last = k.checked_sub(1)?;
     if last < hits.len() {
         hits.select_nth_unstable_by(last, order(side));
@@ -100,8 +109,35 @@ pub(super) fn keep(hits: &mut Vec<Hit>, k: usize, side: usize) -> Option<f32> {
 }
 
 /// The first `k` of a side, in order.
-pub(super) fn finish(mut hits: Vec<Hit>, k: usize, side: usize) -> Vec<Hit> {
+pub(crate) fn finish(mut hits: Vec<Hit>, k: usize, side: usize) -> Vec<Hit> {
     hits.sort_unstable_by(order(side));
     hits.truncate(k);
     hits
+}
+
+/// A whole number for a score: in the order of scores, from that of the least NaN to the greatest.
+pub(super) fn rank(score: f32) -> u32 {
+    let bits = score.to_bits();
+    if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
+}
+
+/// The score of a whole number.
+pub(super) fn of_rank(rank: u32) -> f32 {
+    f32::from_bits(if rank >> 31 == 1 { rank ^ 1 << 31 } else { !rank })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ranks_are_in_the_order_of_scores(a in any::<u32>(), b in any::<u32>()) {
+            let (a, b) = (f32::from_bits(a), f32::from_bits(b));
+            prop_assert_eq!(rank(a).cmp(&rank(b)), a.total_cmp(&b));
+            prop_assert_eq!(of_rank(rank(a)).to_bits(), a.to_bits());
+        }
+    }
 }

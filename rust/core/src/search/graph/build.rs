@@ -12,7 +12,7 @@ use super::walk::{
 };
 use super::{DEGREE, NONE};
 use crate::error::Error;
-use crate::parallel::share;
+use crate::parallel::{collect, share};
 use crate::random;
 use crate::stop::{Asker, Watch};
 
@@ -154,12 +154,12 @@ fn split(
 ) -> Result<Vec<Vec<u32>>, Error> {
     let count = pivots.len();
     let gathered = Gathered::new(directions, pivots);
-    let states = share(
+    let all = collect(
         members.len().div_ceil(BLOCK),
         threads,
         asker,
-        || (Probe::tile(directions.codes), Near::default(), Vec::new(), Vec::new()),
-        |(probes, near, keys, found), job, watch| {
+        || (Probe::tile(directions.codes), Near::default(), Vec::new()),
+        |(probes, near, keys), job, watch| {
             let members = &members[job * BLOCK..members.len().min((job + 1) * BLOCK)];
             let mut nearest = Vec::with_capacity(members.len() * fanout);
             for members in members.chunks(TILE) {
@@ -175,14 +175,11 @@ fn split(
                     nearest.extend(keys.iter().map(|&key| (node_of(key), member)));
                 }
             }
-            found.push((job, nearest));
-            Ok(())
+            Ok(nearest)
         },
     )?;
-    let mut all: Vec<_> = states.into_iter().flat_map(|(.., found)| found).collect();
-    all.sort_unstable_by_key(|(job, _)| *job);
     let mut parts = vec![Vec::new(); count];
-    for (pivot, member) in all.into_iter().flat_map(|(_, nearest)| nearest) {
+    for (pivot, member) in all.into_iter().flatten() {
         parts[pivot as usize].push(member);
     }
     Ok(parts)

@@ -23,13 +23,14 @@ use std::sync::Arc;
 
 use self::build::Reached;
 use self::walk::{Directions, Gathered, Probe, TILE, Walker, near_of, node_of};
+use super::Ends;
 use super::certified::{Answer, Request, check, coded_query};
 use super::codes::Codes;
 use super::exact::Scorer;
-use super::{Ends, Hit, top};
+use super::top::{self, LARGEST};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
-use crate::parallel::share;
+use crate::parallel::collect;
 use crate::random;
 use crate::stop::Asker;
 
@@ -214,18 +215,16 @@ impl Graph {
         let passes = |query: usize, node: u32| {
             any || {
                 let example = self.codes.order()[node as usize];
-                let excluded = request.excluded.get(query);
-                !self.deleted[example as usize]
-                    && request.eligible.get(example as usize) != Some(&false)
-                    && excluded.is_none_or(|list| list.binary_search(&u64::from(example)).is_err())
+                !self.deleted[example as usize] && request.allows(query, example)
             }
         };
-        let states = share(
+        let answers = collect(
             count.div_ceil(tile),
             threads,
             asker,
-            || (Walker::default(), Scorer::default(), Vec::new(), Vec::new(), Vec::new()),
-            |(walker, scorer, examples, scores, answers), job, watch| {
+            || (Walker::default(), Scorer::default(), Vec::new()),
+            |(walker, scorer, examples), job, watch| {
+                let mut answers = Vec::with_capacity(tile);
                 let first = job * tile;
                 let coded = (first..count.min(first + tile))
                     .map(|query| coded_query(&self.codes, request, query));
@@ -250,32 +249,26 @@ impl Graph {
                     let example = |&key: &u64| self.codes.order()[node_of(key) as usize];
                     examples.extend(found.iter().map(example));
                     examples.sort_unstable(); // rows that lie together are read together
-                    let query = first + slot;
+                    let mut hits = Vec::with_capacity(examples.len());
                     scorer.score(
                         request.rows,
                         (request.numbers, nodes, examples),
-                        (request.queries, count, query),
-                        scores,
+                        (request.queries, count, first + slot),
+                        &mut hits,
                     )?;
-                    let hits = examples.iter().zip(&*scores).map(|(&example, &score)| Hit {
-                        example: u64::from(example),
-                        score: score + 0.0, // zeros of both signs are one score
-                    });
-                    let largest = top::finish(hits.collect(), k, 0);
+                    let largest = top::finish(hits, k, LARGEST);
                     let mut answer = Answer { scored: examples.len(), ..Answer::default() };
                     answer.margins = [f32::INFINITY; 2];
                     if let (Some(hit), Some(next)) = (largest.last(), next) {
                         answer.margins[0] = hit.score - next;
                     }
                     answer.ends = Ends { largest, smallest: Vec::new() };
-                    answers.push((query, answer));
+                    answers.push(answer);
                 }
-                Ok(())
+                Ok(answers)
             },
         )?;
-        let mut all: Vec<_> = states.into_iter().flat_map(|(.., answers)| answers).collect();
-        all.sort_unstable_by_key(|(query, _)| *query);
-        Ok(all.into_iter().map(|(_, answer)| answer).collect())
+        Ok(answers.into_iter().flatten().collect())
     }
 
     /// The codes, for a scan where walks would not do.

@@ -1,7 +1,7 @@
 use super::*;
 use crate::search::codes::Bits;
 use crate::search::rotation::{Rotation, UNIT};
-use crate::search::{self, Rows, Sides, ends};
+use crate::search::{self, Hit, Rows, Sides, ends};
 use crate::stop::never;
 use crate::store::Shard;
 

@@ -7,6 +7,7 @@ use super::{DEGREE, NONE};
 use crate::error::Error;
 use crate::kernels::{InstructionSet, Lines};
 use crate::search::codes::{CodedQuery, Codes, Segment};
+use crate::search::top;
 use crate::stop::Watch;
 
 /// The most probes that are multiplied together.
@@ -22,9 +23,7 @@ const ROUNDS: usize = 16;
 /// near nodes, that of the lower one.
 pub(super) fn key(near: f32, node: u32) -> u64 {
     // Zeros of both signs are one number.
-    let bits = (near + 0.0).to_bits();
-    let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
-    u64::from(ordered) << 32 | u64::from(!node)
+    u64::from(top::rank(near + 0.0)) << 32 | u64::from(!node)
 }
 
 /// The node of a key.
@@ -34,8 +33,7 @@ pub(super) fn node_of(key: u64) -> u32 {
 
 /// How near the node of a key is.
 pub(super) fn near_of(key: u64) -> f32 {
-    let ordered = (key >> 32) as u32;
-    f32::from_bits(if ordered >> 31 == 1 { ordered ^ 1 << 31 } else { !ordered })
+    top::of_rank((key >> 32) as u32)
 }
 
 /// The links of a node.
