@@ -394,7 +394,7 @@ def test_memory_is_what_the_goals_allow(tmp_path):
     for bits, most in ((8, 540), (4, 270)):
         index = whence.Index(tmp_path / "rows.npy", "certified", bits=bits)
         assert index.bytes / len(index) <= most
-        codes = index._codes.parts()
+        codes = index._built.codes.parts()
         arrays = [codes[0], codes[2], *(a for _, p, s, n in codes[1] for a in (*p, s, *n))]
         assert index.bytes >= sum(array.nbytes for array in arrays)
 
@@ -407,7 +407,7 @@ def test_bits_do_not_depend_on_threads_or_the_instruction_set(tmp_path):
     program = (
         "import sys, zlib, numpy as np, whence\n"
         "index = whence.Index(sys.argv[1], 'certified', basis='none', threads=int(sys.argv[2]))\n"
-        "order, segments, reaches = index._codes.parts()\n"
+        "order, segments, reaches = index._built.codes.parts()\n"
         "total = zlib.crc32(order.tobytes() + reaches.tobytes())\n"
         "for _, planes, scales, numbers in segments:\n"
         "    for array in (*planes, scales, *numbers): total = zlib.crc32(array.tobytes(), total)\n"
@@ -585,14 +585,14 @@ def test_a_graph_obeys_filters_and_exclusions():
 def test_a_graph_is_the_same_for_any_number_of_threads_and_comes_back_from_files(tmp_path):
     np.save(tmp_path / "rows.npy", clustered_units(3000))
     digests = {
-        whence.Index(tmp_path / "rows.npy", "hnsw", threads=threads)._graph.digest()
+        whence.Index(tmp_path / "rows.npy", "hnsw", threads=threads)._built.graph.digest()
         for threads in (1, 2, 8)
     }
     assert len(digests) == 1
     index = whence.Index(tmp_path / "rows.npy", "hnsw")
     index.save(tmp_path / "index")
     again = whence.Index.load(tmp_path / "index", tmp_path / "rows.npy")
-    assert again._graph.digest() in digests
+    assert again._built.graph.digest() in digests
     asked = clustered_units(5, seed=1)
     for side in ("helpful", "both"):
         same(
@@ -630,3 +630,93 @@ def test_a_graph_of_hostile_rows_is_built_and_asked(kind):
     assert hits.helpful.ids.shape == (1, min(7, len(rows)))
     assert len(set(hits.helpful.ids[0].tolist())) == min(7, len(rows))
     same(index.search(rows[:1], 7), whence.Index(rows, "exact").search(rows[:1], 7))
+
+
+@pytest.mark.parametrize("method", ["exact", "certified", "hnsw"])
+@pytest.mark.parametrize("before", [700, 2300])
+def test_examples_added_in_turns_are_found_as_if_all_had_been_there(tmp_path, method, before):
+    rows = random_rows(3000, 70)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    parts = np.split(rows, [before, before, 2900])
+    store = fill(tmp_path / "s", parts[0], ids=np.arange(before))
+    index = whence.Index(store, method, threads=2)
+    at = before
+    for part in parts[1:]:
+        if len(part):
+            store = fill(tmp_path / "s", part, ids=np.arange(at, at + len(part)))
+        at += len(part)
+        index.add(whence.open(tmp_path / "s"), threads=2)
+        assert len(index) == at
+    asked = random_rows(6, 70, seed=1)
+    same(index.search(asked, 20), store.search(asked, 20))
+    assert index.search(rows[2950:2953], 5).helpful.ids[:, 0].tolist() == [2950, 2951, 2952]
+    if method == "hnsw":
+        assert index.recall(50, approximate=True).helpful > 0.9
+        index.search(asked, side="helpful", approximate=True)
+        assert "a walk over the graph" in index.explain().last
+
+
+def test_codes_of_longer_rows_that_come_later_are_looked_at_and_the_others_left():
+    rows = random_rows(6000, 64) * np.geomspace(1, 1e-3, 6000, dtype=np.float32)[:, None]
+    late = random_rows(400, 64, seed=2) * np.float32(5)
+    index = whence.Index(rows)
+    index.add(np.concatenate([rows, late]))
+    asked = random_rows(5, 64, seed=1)
+    same(index.search(asked), whence.Index(np.concatenate([rows, late]), "exact").search(asked))
+    assert index.explain().scored.mean() < 300
+
+
+def test_rows_that_do_not_begin_with_the_indexs_own_are_not_added(tmp_path):
+    rows = random_rows(2500, 40)
+    index = whence.Index(rows, "certified")
+    for other in (rows[:-1], rows[::-1], np.concatenate([rows[1:], rows]), random_rows(2600, 41)):
+        with pytest.raises(errors.MismatchError, match="rows must begin with"):
+            index.add(np.ascontiguousarray(other))
+    more = np.concatenate([rows, np.full((1, 40), np.nan, np.float32)])
+    with pytest.raises(errors.NotFiniteError):
+        index.add(more)
+    assert len(index) == 2500
+    same(index.search(rows[:3]), whence.Index(rows, "exact").search(rows[:3]))
+
+
+@pytest.mark.parametrize("method", ["exact", "certified", "hnsw"])
+def test_what_was_deleted_is_in_no_answer(method):
+    rows, asked = random_rows(3000, 50), random_rows(5, 50, seed=1)
+    index = whence.Index(rows, method)
+    first = index.search(asked).helpful.ids[:, 0]
+    index.delete(np.unique(first))
+    index.delete([int(first[0]), 5])
+    kept = np.setdiff1d(np.arange(3000), [*first, 5])
+    expected = whence.Index(rows, "exact").search(asked, 12, where=kept)
+    same(index.search(asked, 12), expected)
+    same(index.search(asked, 12, where=kept), expected)
+    hits = index.search(asked, 12, side="helpful", approximate=True)
+    assert not np.isin(hits.helpful.ids, first).any()
+    assert (hits.eligible == len(kept)).all()
+    assert index.search(asked, 3000).helpful.ids.shape == (5, len(kept))
+    assert index.recall(20).helpful == 1
+    assert f"deleted {3000 - len(kept)} of 3,000" in str(index.explain())
+    with pytest.raises(errors.IdError):
+        index.delete([7, 3000])
+    same(index.search(asked, 12), expected)
+    index.delete(kept)
+    with pytest.raises(errors.ArgumentError, match="leave an example"):
+        index.search(asked)
+
+
+def test_a_saved_index_of_a_store_that_has_grown_takes_in_the_rest_and_forgets_no_deletion(
+    tmp_path,
+):
+    rows = random_rows(3000, 40)
+    fill(tmp_path / "s", rows[:2500], ids=np.arange(2500))
+    for method in ("certified", "hnsw"):
+        index = whence.Index(whence.open(tmp_path / "s"), method)
+        index.delete([3, 2400])
+        index.save(tmp_path / method)
+    store = fill(tmp_path / "s", rows[2500:], ids=np.arange(2500, 3000))
+    asked = random_rows(4, 40, seed=1)
+    kept = np.setdiff1d(np.arange(3000), [3, 2400])
+    for method in ("certified", "hnsw"):
+        index = whence.Index.load(tmp_path / method, tmp_path / "s")
+        assert (len(index), index.explain().deleted) == (3000, 2)
+        same(index.search(asked, 30), store.search(asked, 30, where=kept))

@@ -39,23 +39,22 @@ class Basis:
     why: str
 
 
-def choose(source: Source, weights: NDArray[np.float32], wanted: str, seed: int) -> Basis:
+def choose(source: Source, wanted: str, seed: int) -> Basis:
     """The basis for the rows of a source.
 
     Args:
         source: The rows.
-        weights: [checkpoints] of each checkpoint's rows.
         wanted: "auto", "eigen" for the leading eigenvectors of the rows' Gram matrix, "rows" for
             their own leading coordinates, "none".
         seed: Of the sample.
 
     O(sample · length²), and O(length³) for the eigenvectors; in float64 by LAPACK.
     """
-    length = len(weights) * source.dim
+    length = len(source.checkpoints) * source.dim
     nothing = np.zeros((0, length))
     if wanted == "none" or length <= PREFIX or len(source.ids) <= PREFIX:
         return Basis([], nothing, 1.0, "no prefix: none was asked for, or rows are too short")
-    rows = sample(source, weights, seed)
+    rows = sample(source, seed)
     total = float((rows**2).sum()) or 1.0
     leading = float((rows[:, :PREFIX] ** 2).sum()) / total
     falling = leading >= max(FALLING, 2 * PREFIX / length)
@@ -72,7 +71,7 @@ def choose(source: Source, weights: NDArray[np.float32], wanted: str, seed: int)
     return Basis([PREFIX], reflections(vectors[:, : -PREFIX - 1 : -1]), share, why)
 
 
-def sample(source: Source, weights: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
+def sample(source: Source, seed: int) -> NDArray[np.float64]:
     """[examples, checkpoints · dim] some rows side by side, each times its weight."""
     complete = np.arange(len(source.ids))
     if source.incomplete is not None:
@@ -82,12 +81,7 @@ def sample(source: Source, weights: NDArray[np.float32], seed: int) -> NDArray[n
         edges = np.linspace(0, len(complete), SAMPLE + 1).astype(np.int64)
         draws = np.random.default_rng(seed).random(SAMPLE)
         complete = complete[edges[:-1] + (draws * np.diff(edges)).astype(np.int64)]
-    numbers = source.row_numbers(missing="keep")[:, complete]
-    parts = [
-        weight * source.core.read(np.ascontiguousarray(each, np.uint64)).astype(np.float64)
-        for weight, each in zip(weights, numbers, strict=True)
-    ]
-    return np.concatenate(parts, axis=1)
+    return source.side_by_side(complete, np.float64)
 
 
 def _wide(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

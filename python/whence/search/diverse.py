@@ -29,15 +29,13 @@ STEP = 4096
 """Rows that are assigned to clusters at a time."""
 
 
-def clusters(
-    source: Source, weights: NDArray[np.float32], count: int, seed: int
-) -> NDArray[np.int64]:
+def clusters(source: Source, count: int, seed: int) -> NDArray[np.int64]:
     """[examples] the cluster of each row's direction, from 0 to count - 1.
 
     Spherical k-means on a sample (Dhillon and Modha, 2001). An example that lacks a checkpoint is
     in cluster 0, and never a hit. O(examples · length · count) time.
     """
-    rows = _units(sample(source, weights, seed))
+    rows = _units(sample(source, seed))
     centres = rows[np.random.default_rng(seed).permutation(len(rows))[:count]]
     for _ in range(ROUNDS):
         nearest = (rows @ centres.T).argmax(axis=1)
@@ -46,13 +44,8 @@ def clusters(
         empty = ~np.isin(np.arange(len(centres)), nearest)
         centres = np.where(empty[:, None], centres, _units(sums))
     found = np.zeros(len(source.ids), np.int64)
-    numbers = source.row_numbers(missing="keep").clip(min=0)
-    for first in range(0, len(found), STEP):
-        parts = [
-            weight * source.core.read(np.ascontiguousarray(each[first : first + STEP], np.uint64))
-            for weight, each in zip(weights, numbers, strict=True)
-        ]
-        found[first : first + STEP] = (np.concatenate(parts, axis=1) @ centres.T).argmax(axis=1)
+    for examples in np.array_split(np.arange(len(found)), -(-len(found) // STEP)):
+        found[examples] = (source.side_by_side(examples) @ centres.T).argmax(axis=1)
     if source.incomplete is not None:
         found[source.incomplete] = 0
     return found

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence._arrays import Ids
-from whence.errors import MissingDependencyError, ShapeError, WhenceError
+from whence._optional import imported
+from whence.errors import ShapeError, WhenceError
 
 if TYPE_CHECKING:
     import pandas
@@ -135,10 +136,7 @@ class Hits:
         Raises:
             MissingDependencyError: If pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingDependencyError("to_pandas needs pandas: pip install pandas") from None
+        pandas = imported("pandas", "to_pandas", "pandas")
         frames = []
         for name, side in self.sides.items():
             queries, width = side.scores.shape

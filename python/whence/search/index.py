@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence.errors import ArgumentError, MismatchError, MissingDependencyError
+from whence._optional import imported
+from whence.errors import ArgumentError, MismatchError
 from whence.search import basis as bases
 from whence.search import diverse as mixtures
 from whence.search import kept
 from whence.search.hits import Hits, Side
 from whence.search.matrix import Matrix
-from whence.search.source import Question, Source
+from whence.search.source import Held, Question, Source
 from whence.search.store import Store
 
 METHODS = ("auto", "exact", "certified", "hnsw")
@@ -56,6 +57,7 @@ class Explanation:
         why: Why.
         bytes: Bytes it keeps in memory for searching, ids and columns not counted.
         examples: How many examples it has.
+        deleted: How many of them were deleted.
         last: How the last question was answered and why, in words; None before the first.
         scored: [queries] how many examples were scored exactly for each query of the last
             question; None before the first.
@@ -66,6 +68,7 @@ class Explanation:
     why: str
     bytes: int
     examples: int
+    deleted: int
     last: str | None
     scored: NDArray[np.int64] | None
 
@@ -76,6 +79,8 @@ class Explanation:
             f"why     {self.why}",
             f"memory  {self.bytes / 2**20:,.1f} MiB, {each:,.0f} bytes an example",
         ]
+        if self.deleted:
+            lines.append(f"deleted {self.deleted:,} of {self.examples:,} examples")
         if self.last is not None:
             lines.append(f"last    {self.last}")
         return "\n".join(lines)
@@ -146,6 +151,18 @@ class Index:
         >>> print(index.explain())  # doctest: +SKIP
     """
 
+    source: Source
+    """The rows."""
+
+    method: str
+    """What it answers with."""
+
+    _built: kept.Built | None
+    _held: Held | None
+    _gone: NDArray[np.bool_] | None
+    _clusters: dict[int, NDArray[np.int64]]
+    _last: tuple[str, NDArray[np.int64]] | None
+
     def __init__(
         self,
         rows: Source | str | os.PathLike[str] | NDArray[Any],
@@ -157,35 +174,33 @@ class Index:
         seed: int = 0,
         threads: int | None = None,
     ) -> None:
-        self.source = opened(rows)
+        self._open(opened(rows), _arrays.choice("missing", missing, ("error", "drop")))
         _arrays.choice("method", method, METHODS)
         if bits is None:
             bits = 4 if method == "hnsw" else 8
         if _arrays.integer("bits", bits, 4, 8) not in (4, 8):
             raise ArgumentError(f"bits must be 4 or 8, got {bits}")
         _arrays.choice("basis", basis, BASES)
-        _arrays.choice("missing", missing, ("error", "drop"))
         self._seed = _arrays.integer("seed", seed, 0, 2**64 - 1)
         threads = _arrays.threads(threads)
-        self._missing = missing
-        count = len(self.source.ids)
-        if not count:
-            raise ArgumentError(f"rows must have at least one, got none in {self.source!r}")
-        if missing == "error" and self.source.incomplete is not None:
-            self.source.row_numbers()  # raises, and says which
-        self._last: tuple[str, NDArray[np.int64]] | None = None
-        self._clusters: dict[int, NDArray[np.int64]] = {}
-        self._codes: _core.Codes | None = None
-        self._graph: _core.Graph | None = None
-        self._rows: _core.Rows | None = None
         self._why = f"{method!r} was asked for"
         if method == "auto":
-            method, self._why = self._suited(count)
+            method, self._why = self._suited(len(self))
         self.method = method
         if method == "exact":
-            self._gather()
+            self._held = self.source.held()
         else:
-            self._code(bits, basis, threads)
+            self._built = self._code(bits, basis, threads)
+
+    def _open(self, source: Source, missing: str) -> None:
+        """Takes rows, and knows nothing of them yet."""
+        if not len(source.ids):
+            raise ArgumentError(f"rows must have at least one, got none in {source!r}")
+        if missing == "error" and source.incomplete is not None:
+            source.row_numbers()  # raises, and says which
+        self.source, self._missing = source, missing
+        self._last, self._clusters, self._gone = None, {}, None
+        self._built, self._held = None, None
 
     def _suited(self, count: int) -> tuple[str, str]:
         """A method for so many examples, and why."""
@@ -195,58 +210,84 @@ class Index:
             return "exact", f"a scan of {count:,} examples takes less than codes could save"
         return "certified", f"codes of {count:,} examples are read in a fraction of a scan's time"
 
-    def _code(self, bits: int, basis: str, threads: int) -> None:
+    def _code(self, bits: int, basis: str, threads: int) -> kept.Built:
+        """Codes of all rows, and a graph over them if that is the method."""
         source = self.source
         if source.places:
             raise MismatchError(
                 "method must be 'exact' for a store with layout='factored', whose rows are no "
                 f"vectors, got {self.method!r}"
             )
-        weights, _ = source.weights()
-        bounds = source.bounds(weights)
-        if bounds is None:
-            raise MismatchError(f"rows must have norms that bound scores, got {source!r}")
         if self.method == "hnsw" and basis == "auto":
-            basis = "none"  # one segment: half a step more memory is not there
-        chosen = bases.choose(source, weights, basis, self._seed)
-        self._basis = chosen
-        self._built = f"codes of {'4' if bits == 4 else '4 + 4'} bits, {chosen.why}"
-        self._codes = _core.Codes(
-            source.core,
-            self._complete_numbers(),
-            weights.tolist(),
-            bounds,
-            chosen.prefix,
-            chosen.directions,
-            self._seed,
-            bits,
-            threads,
-        )
+            basis = "none"  # codes of one segment lie together, and are fetched at once
+        chosen = bases.choose(source, basis, self._seed)
+        codes, bounds = _codes(source, 0, chosen, bits, self._seed, threads)
+        graph = None
         if self.method == "hnsw":
-            self._graph = _core.Graph(self._codes, bounds, self._seed, threads)
-            self._codes = self._graph.codes
-            self._built = f"a graph of 32 links an example, {self._built}"
+            graph = _core.Graph(codes, bounds, self._seed, threads)
+            codes = graph.codes
+        return kept.Built(codes, graph, chosen, bits, self._seed)
 
-    def _complete_numbers(self) -> NDArray[np.uint64] | None:
-        """[checkpoints, examples] numbers of rows, with any row for one that is missing.
+    def add(
+        self, rows: Source | str | os.PathLike[str] | NDArray[Any], *, threads: int | None = None
+    ) -> None:
+        """Takes in examples that came after those the index was built of.
 
-        An example that lacks a checkpoint is never eligible, whatever its code says.
+        Codes and links of those before stay as they are: what comes is coded in the same basis,
+        and linked to what a walk over the graph finds. Proven answers stay the scan's; where the
+        rows to come are of another kind, an index that is built anew can be quicker. No other
+        thread may search meanwhile.
+
+        Args:
+            rows: What the index was built of with more examples at its end, such as the store
+                opened again.
+            threads: As to build with.
+
+        Raises:
+            IdError: If an id lacks a checkpoint.
+            MismatchError: If the rows do not begin with those that the index was built of.
+            NotFiniteError: If a row is not finite.
+            StoreError: If the rows cannot be read.
+
+        O(added · length · log length) time, and that of a copy of the index in memory.
         """
-        numbers = self.source.numbers
-        if self.source.incomplete is None or numbers is None:
-            return numbers
-        return np.where(self.source.incomplete, np.uint64(0), numbers)
+        threads = _arrays.threads(threads)
+        source, before = opened(rows), len(self)
+        if len(source.ids) < before or (
+            kept.fingerprint(source, before) != kept.fingerprint(self.source, before)
+        ):
+            raise MismatchError(f"rows must begin with those of {self.source!r}, got {source!r}")
+        self._grow(source, before, threads)
 
-    def _gather(self) -> None:
-        """The rows in memory, checkpoint after checkpoint, as they are stored."""
-        numbers = self._complete_numbers()
-        core = self.source.core
-        if not (numbers is None and core.resident):
-            if numbers is None:
-                numbers = np.arange(len(self.source.ids), dtype=np.uint64)[None]
-            core = core.gathered(np.ascontiguousarray(numbers.reshape(-1)))
-        self._rows = core
-        self._built = "rows as they are stored, in memory"
+    def _grow(self, source: Source, before: int, threads: int) -> None:
+        """Takes in what follows the index's examples, the first `before` of the source's."""
+        built, gone = self._built, self._gone
+        held = None if self._held is None else source.held()
+        if built is not None and len(source.ids) > before:
+            codes, bounds = _codes(source, before, built.basis, built.bits, built.seed, threads)
+            if built.graph is None:
+                built = replace(built, codes=built.codes.appended(codes))
+            else:
+                graph = built.graph.grown(codes, bounds, built.seed, threads)
+                built = replace(built, codes=graph.codes, graph=graph)
+        self._open(source, self._missing)
+        self._held, self._built = held, built
+        if gone is not None:
+            self._gone = np.concatenate([gone, np.zeros(len(source.ids) - before, np.bool_)])
+
+    def delete(self, ids: Any) -> None:
+        """Takes examples out of all answers to come. Rows, codes and links stay where they are.
+
+        Args:
+            ids: Of the examples.
+
+        Raises:
+            IdError: If an id is not there; none is deleted then.
+        """
+        places = self.source.positions("ids", _arrays.ids("ids", ids))
+        gone = np.zeros(len(self), np.bool_) if self._gone is None else self._gone.copy()
+        gone[places] = True
+        self._gone = gone if gone.any() else None
 
     def __len__(self) -> int:
         return len(self.source.ids)
@@ -332,10 +373,11 @@ class Index:
             missing="drop" if self._missing == "drop" else missing,
             side=side,
             threads=threads,
+            gone=self._gone,
         )
         if ef is not None:
             _arrays.integer("ef", ef, 1)
-            if self._graph is None or not approximate:
+            if self.method != "hnsw" or not approximate:
                 raise ArgumentError(
                     "ef must be None but for approximate answers of an index with "
                     f"method='hnsw', got {ef}"
@@ -372,19 +414,23 @@ class Index:
     def explain(self) -> Explanation:
         """What was built and why, and how the last question was answered."""
         last, scored = self._last or (None, None)
-        return Explanation(self.method, self._built, self._why, self.bytes, len(self), last, scored)
+        built = "rows as they are stored, in memory" if self._built is None else str(self._built)
+        deleted = 0 if self._gone is None else int(self._gone.sum())
+        return Explanation(
+            self.method, built, self._why, self.bytes, len(self), deleted, last, scored
+        )
 
     @property
     def bytes(self) -> int:
         """Bytes kept in memory for searching: codes or rows, scales and numbers of rows."""
-        own = 0
-        if self._graph is not None:
-            own = self._graph.bytes
-        elif self._codes is not None:
-            own = self._codes.bytes
-        numbers = self.source.numbers
-        rows = self._rows if self._rows is not None else self.source.core
-        return own + rows.bytes + (0 if numbers is None else numbers.nbytes)
+        if self._held is not None:
+            core, numbers = self._held
+            own = core.bytes
+        else:
+            numbers, own = self.source.numbers, self.source.core.bytes
+        if self._built is not None:
+            own += (self._built.graph or self._built.codes).bytes
+        return own + (0 if numbers is None else numbers.nbytes)
 
     def recall(
         self,
@@ -413,21 +459,18 @@ class Index:
         sample = _arrays.integer("sample", sample, 1)
         random = np.random.default_rng(self._seed)
         if queries is None:
-            there = np.arange(len(self))
-            if self.source.incomplete is not None:
-                there = there[~self.source.incomplete]
-            picked = np.sort(random.permutation(there)[:sample])
-            numbers = self.source.row_numbers(missing="keep")[:, picked]
             if self.source.places:
                 raise MismatchError(
                     "queries must be given for a store with layout='factored', got None"
                 )
-            parts = [self.source.core.read(np.ascontiguousarray(n, np.uint64)) for n in numbers]
-            rows = np.stack(parts)
+            there = np.arange(len(self))
+            if self.source.incomplete is not None:
+                there = there[~self.source.incomplete]
+            rows = self.source.rows_at(np.sort(random.permutation(there)[:sample]))
         else:
             rows = self.source.query_rows(queries)
             rows = rows[:, np.sort(random.permutation(rows.shape[1])[:sample])]
-        asked = self.source.ask(rows, k, missing=self._missing, threads=threads)
+        asked = self.source.ask(rows, k, missing=self._missing, threads=threads, gone=self._gone)
         last = self._last
         found, wanted = self._answer(asked, approximate), self.source.scan(asked)
         self._last = last
@@ -454,13 +497,8 @@ class Index:
         """
         if self.source.places:
             raise MismatchError("rows must be vectors, got a store with layout='factored'")
-        weights, _ = self.source.weights()
-        numbers = self.source.row_numbers()
-        parts = [
-            weight * self.source.core.read(np.ascontiguousarray(each, np.uint64))
-            for weight, each in zip(weights, numbers, strict=True)
-        ]
-        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        self.source.row_numbers()  # raises if a row is missing
+        return self.source.side_by_side(np.arange(len(self)))
 
     def to_faiss(self) -> Any:
         """A `faiss.IndexFlatIP` of `vectors()`, under the ids if they are integers.
@@ -469,10 +507,7 @@ class Index:
             MissingDependencyError: If faiss is not installed.
             WhenceError: As `vectors`.
         """
-        try:
-            import faiss
-        except ImportError:
-            raise MissingDependencyError("to_faiss needs faiss: pip install faiss-cpu") from None
+        faiss = imported("faiss", "to_faiss", "faiss-cpu")
         vectors = self.vectors()
         index = faiss.IndexFlatIP(vectors.shape[1])
         if self.source.ids.dtype.kind != "i":
@@ -495,10 +530,7 @@ class Index:
             MissingDependencyError: If hnswlib is not installed.
             WhenceError: As `vectors`.
         """
-        try:
-            import hnswlib
-        except ImportError:
-            raise MissingDependencyError("to_hnswlib needs hnswlib: pip install hnswlib") from None
+        hnswlib = imported("hnswlib", "to_hnswlib", "hnswlib")
         vectors = self.vectors()
         index = hnswlib.Index(space="ip", dim=vectors.shape[1])
         index.init_index(max_elements=len(vectors), M=M, ef_construction=ef_construction)
@@ -518,20 +550,12 @@ class Index:
             ArgumentError: If the index has no codes, or something is at the path.
             StoreError: If it cannot be written.
         """
-        if self._codes is None:
+        if self._built is None:
             raise ArgumentError(
                 "method must be 'certified' or 'hnsw' for an index to be saved, got "
                 f"{self.method!r}, which has nothing that is not in its rows"
             )
-        return kept.save(
-            _arrays.path("path", path),
-            self.source,
-            self._codes,
-            self._graph,
-            self._basis,
-            self._seed,
-            self._built,
-        )
+        return kept.save(_arrays.path("path", path), self.source, self._built, self._gone)
 
     @classmethod
     def load(
@@ -540,29 +564,30 @@ class Index:
         rows: Source | str | os.PathLike[str] | NDArray[Any],
         *,
         missing: str = "error",
+        threads: int | None = None,
     ) -> Index:
         """The index that was saved at a path.
 
         Args:
             path: The folder.
-            rows: What it was built of.
+            rows: What it was built of; what came after those is added, as by `add`.
             missing: As when it was built.
+            threads: As to build with.
 
         Raises:
             StoreError: If there is no index, or it is damaged.
             MismatchError: If it is of other rows.
         """
-        source = opened(rows)
-        _arrays.choice("missing", missing, ("error", "drop"))
-        if missing == "error" and source.incomplete is not None:
-            source.row_numbers()  # raises, and says which
-        codes, graph, basis, seed, built = kept.load(_arrays.path("path", path), source)
         index = cls.__new__(cls)
-        index.source, index._seed, index._missing = source, seed, missing
-        index._last, index._clusters, index._rows = None, {}, None
-        index.method = "certified" if graph is None else "hnsw"
+        index._open(opened(rows), _arrays.choice("missing", missing, ("error", "drop")))
+        threads = _arrays.threads(threads)
+        source = index.source
+        built, index._gone, count = kept.load(_arrays.path("path", path), source)
+        index._built, index._seed = built, built.seed
+        index.method = "certified" if built.graph is None else "hnsw"
         index._why = "it was saved so"
-        index._codes, index._graph, index._basis, index._built = codes, graph, basis, built
+        if count < len(source.ids):
+            index._grow(source, count, threads)
         return index
 
     def _answer(self, asked: Question, approximate: bool, ef: int | None = None) -> Hits:
@@ -570,15 +595,18 @@ class Index:
         count = len(self)
         where = f"{len(asked.eligible)} queries, top {asked.k}"
         deep = asked.k * DEEP > count
-        if self._codes is None or deep:
-            hits = self.source.scan(asked, self._rows)
-            why = "no codes were built" if self._codes is None else f"k is above 1 / {DEEP} of all"
+        if self._built is None or deep:
+            hits = self.source.scan(asked, self._held)
+            why = "no codes were built" if self._built is None else f"k is above 1 / {DEEP} of all"
             self._last = (f"{where}: a scan, for {why}", np.full(len(hits), count, np.int64))
             return hits
-        against = "" if self._graph is None else self._against_graph(asked, approximate)
-        if self._graph is not None and not against:
-            return self._walk(self._graph, asked, ef, where)
-        return self._answer_by_codes(self._codes, asked, approximate, where + ": ", against)
+        codes, graph = self._built.codes, self._built.graph
+        if graph is None:
+            return self._answer_by_codes(codes, asked, approximate, where + ": ", "")
+        against = self._against_graph(graph, asked, approximate)
+        if not against:
+            return self._walk(graph, asked, ef, where)
+        return self._answer_by_codes(codes, asked, approximate, where + ": ", against)
 
     def _answer_by_codes(
         self, codes: _core.Codes, asked: Question, approximate: bool, where: str, more: str
@@ -588,7 +616,7 @@ class Index:
         candidates = int(np.ceil(CANDIDATES * asked.k)) if approximate else None
         largest, smallest, counts, margins = codes.search(
             self.source.core,
-            self._complete_numbers(),
+            self.source.numbers,
             asked.rows,
             asked.k,
             asked.sides,
@@ -608,11 +636,10 @@ class Index:
         given = None if candidates is None else margins
         return self.source.hits(asked, (largest, smallest), margins=given)
 
-    def _against_graph(self, asked: Question, approximate: bool) -> str:
+    def _against_graph(self, graph: _core.Graph, asked: Question, approximate: bool) -> str:
         """Why the graph is not walked for a question; nothing if it is."""
-        graph = self._graph
         share = 1.0 if asked.keep is None else float(asked.keep.mean())
-        if graph is None or not approximate:
+        if not approximate:
             return "; the graph proves nothing, and was not walked"
         if asked.sides[1]:
             return "; the graph has no links to the harmful side, and was not walked"
@@ -633,7 +660,7 @@ class Index:
         candidates = min(width, int(np.ceil(WALKED * asked.k)))
         largest, smallest, counts, margins = graph.search(
             self.source.core,
-            self._complete_numbers(),
+            self.source.numbers,
             asked.rows,
             asked.k,
             width,
@@ -656,9 +683,35 @@ class Index:
     def _clustered(self, count: int) -> NDArray[np.int64]:
         """[examples] the cluster of each."""
         if count not in self._clusters:
-            weights, _ = self.source.weights()
-            self._clusters[count] = mixtures.clusters(self.source, weights, count, self._seed)
+            self._clusters[count] = mixtures.clusters(self.source, count, self._seed)
         return self._clusters[count]
+
+
+def _codes(
+    source: Source, first: int, basis: bases.Basis, bits: int, seed: int, threads: int
+) -> tuple[_core.Codes, NDArray[np.float32]]:
+    """Codes of a source's examples from `first` on, and what bounds their norms.
+
+    Raises:
+        NotFiniteError: If a row is not finite.
+    """
+    weights, _ = source.weights()
+    bounds = source.bounds(weights)
+    if bounds is None:
+        raise MismatchError(f"rows must have norms that bound scores, got {source!r}")
+    numbers = source.numbers if first == 0 else source.numbers_of(np.arange(first, len(bounds)))
+    codes = _core.Codes(
+        source.core,
+        numbers,
+        weights.tolist(),
+        bounds[first:],
+        basis.prefix,
+        basis.directions,
+        seed,
+        bits,
+        threads,
+    )
+    return codes, bounds[first:]
 
 
 def opened(rows: Source | str | os.PathLike[str] | NDArray[Any]) -> Source:

@@ -6,6 +6,7 @@ A folder of `.npy` files and a manifest with the length and checksum of each:
     order.npy reaches.npy directions.npy
     segment-0-upper.npy ...  planes of codes, their scales, and the bounds of 16 bits beside them
     graph-links.npy ...      of an index with a graph
+    gone.npy                 which examples were deleted, if any
 
 It is written under another name and then renamed: a folder of this name is whole.
 """
@@ -13,10 +14,12 @@ It is written under another name and then renamed: a folder of this name is whol
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from whence import _core
 from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
@@ -37,21 +40,37 @@ FORMAT = "whence index"
 VERSION = 0
 MANIFEST = "manifest.json"
 
+GONE = "gone"
 PLANES = ("upper", "lower")
-GRAPH = ("graph-norms", "graph-links", "graph-entries", "graph-deleted")
+GRAPH = ("graph-norms", "graph-links", "graph-entries")
 NUMBERS = ("upper-errors", "errors", "tails")
 
 
-def save(
-    path: Path,
-    source: Source,
-    codes: _core.Codes,
-    graph: _core.Graph | None,
-    basis: Basis,
-    seed: int,
-    built: str,
-) -> Path:
-    """Writes codes, and a graph over them, into a new folder.
+@dataclass(frozen=True, eq=False)
+class Built:
+    """What an index is made of beside its rows.
+
+    Attributes:
+        codes: Of its examples.
+        graph: Over them, if there is one.
+        basis: What codes begin with.
+        bits: 4 or 8, of a code.
+        seed: Of the rotation of codes.
+    """
+
+    codes: _core.Codes
+    graph: _core.Graph | None
+    basis: Basis
+    bits: int
+    seed: int
+
+    def __str__(self) -> str:
+        codes = f"codes of {'4' if self.bits == 4 else '4 + 4'} bits, {self.basis.why}"
+        return codes if self.graph is None else f"a graph of 32 links an example, {codes}"
+
+
+def save(path: Path, source: Source, built: Built, gone: NDArray[np.bool_] | None) -> Path:
+    """Writes codes, a graph over them, and which examples are gone, into a new folder.
 
     Raises:
         ArgumentError: If something is at the path.
@@ -60,19 +79,21 @@ def save(
     if path.exists():
         raise ArgumentError(f"path must be a new folder, got {path}, which exists")
     part = path.with_name(path.name + ".part")
-    order, segments, reaches = codes.parts()
+    order, segments, reaches = built.codes.parts()
     arrays: dict[str, Any] = {
         "order": order,
         "reaches": reaches,
-        "directions": basis.directions,
+        "directions": built.basis.directions,
     }
     for index, (_, planes, scales, numbers) in enumerate(segments):
         arrays[f"segment-{index}-scales"] = scales
         for names, parts in ((PLANES, planes), (NUMBERS, numbers)):
             for name, array in zip(names, parts, strict=True):
                 arrays[f"segment-{index}-{name}"] = array
-    if graph is not None:
-        arrays |= zip(GRAPH, graph.parts(), strict=True)
+    if built.graph is not None:
+        arrays |= zip(GRAPH, built.graph.parts(), strict=True)
+    if gone is not None:
+        arrays[GONE] = gone
     with store_errors(path):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -84,13 +105,13 @@ def save(
         body = {
             "format": FORMAT,
             "version": VERSION,
-            "rows": _rows(source),
+            "rows": fingerprint(source, len(source.ids)),
             "weights": weights.tolist(),
-            "seed": seed,
-            "built": built,
-            "prefix": basis.prefix,
-            "share": basis.share,
-            "why": basis.why,
+            "seed": built.seed,
+            "bits": built.bits,
+            "prefix": built.basis.prefix,
+            "share": built.basis.share,
+            "why": built.basis.why,
             "widths": [width for width, *_ in segments],
             "files": files,
         }
@@ -100,8 +121,8 @@ def save(
     return path
 
 
-def load(path: Path, source: Source) -> tuple[_core.Codes, _core.Graph | None, Basis, int, str]:
-    """Codes, graph if there is one, basis, seed and description of the index in a folder.
+def load(path: Path, source: Source) -> tuple[Built, NDArray[np.bool_] | None, int]:
+    """What is in a folder, which examples are gone, and of how many of the source's it is.
 
     Raises:
         StoreError: If there is none, or it is damaged.
@@ -114,7 +135,8 @@ def load(path: Path, source: Source) -> tuple[_core.Codes, _core.Graph | None, B
     try:
         if body["format"] != FORMAT or body["version"] != VERSION:
             raise ValueError(f"format must be {FORMAT} {VERSION}")
-        if body["rows"] != _rows(source):
+        count = int(body["rows"]["examples"])
+        if count > len(source.ids) or body["rows"] != fingerprint(source, count):
             raise MismatchError(f"rows must be those that {path} was built of, got {source!r}")
         files = {
             name: read_array(path / f"{name}.npy", Written(length, checksum), kind, tuple(shape))
@@ -141,31 +163,35 @@ def load(path: Path, source: Source) -> tuple[_core.Codes, _core.Graph | None, B
             segments,
             files["reaches"],
         )
-        if len(files["order"]) != len(source.ids):
-            raise ValueError(f"order must be of {len(source.ids)} examples")
+        gone = files[GONE].astype(bool) if GONE in files else None
+        if len(files["order"]) != count or (gone is not None and gone.shape != (count,)):
+            raise ValueError(f"order and {GONE} must be of {count} examples")
         basis = Basis(body["prefix"], files["directions"], float(body["share"]), str(body["why"]))
         graph = None
         if GRAPH[0] in files:
             graph = _core.Graph.from_parts(codes, *(files[name] for name in GRAPH))
             codes = graph.codes
-        return codes, graph, basis, int(body["seed"]), str(body["built"])
+        return Built(codes, graph, basis, int(body["bits"]), int(body["seed"])), gone, count
     except (MismatchError, StoreError):
         raise
     except (WhenceError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise StoreError(f"{manifest} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _rows(source: Source) -> dict[str, Any]:
-    """What tells rows from others: how many, how long, and checksums of their norms and ids."""
+def fingerprint(source: Source, count: int) -> dict[str, Any]:
+    """What tells a source's first examples from others: checksums of their norms and ids."""
     weights, _ = source.weights()
-    bounds = source.bounds(weights)
-    ids = source.ids if source.ids.dtype.kind == "i" else "\0".join(source.ids.tolist())
-    content = np.ascontiguousarray(ids).data if not isinstance(ids, str) else ids.encode()
+    bounds, ids = source.bounds(weights), source.ids[:count]
+    content = (
+        ids.tobytes()
+        if ids.dtype.kind == "i"
+        else "\0".join(ids.tolist()).encode(errors="surrogatepass")
+    )
     return {
-        "examples": len(source.ids),
+        "examples": count,
         "dim": source.dim,
         "checkpoints": source.checkpoints,
         "weights": checksum_of(weights.data),
-        "norms": 0 if bounds is None else checksum_of(np.ascontiguousarray(bounds).data),
+        "norms": 0 if bounds is None else checksum_of(np.ascontiguousarray(bounds[:count]).data),
         "ids": checksum_of(content),
     }

@@ -114,8 +114,11 @@ class Matrix(Source):
         Raises:
             NotFiniteError: If a row holds a NaN or an infinity, or its norm overflows.
         """
-        norms = self.core.norms(_arrays.threads(None))
-        return norms if weights[0] == 1 else norms * weights[0]
+        return self._norms if weights[0] == 1 else self._norms * weights[0]
+
+    @cached_property
+    def _norms(self) -> NDArray[np.float32]:
+        return self.core.norms(_arrays.threads(None))
 
     def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
         """[1, examples] the numbers of the rows: those of the examples."""

@@ -19,6 +19,9 @@ from whence.search.hits import Hits, Side
 SIDES = {"both": (True, True), "helpful": (True, False), "harmful": (False, True)}
 """What a caller may ask for, and whether it takes the largest and the smallest scores."""
 
+Held = tuple[_core.Rows, NDArray[np.uint64] | None]
+"""Rows, and `[checkpoints, examples]` their numbers; None where they are those of the examples."""
+
 _Found = tuple[NDArray[np.uint64], NDArray[np.float32]]
 
 
@@ -158,8 +161,11 @@ class Source(ABC):
         missing: str = "error",
         side: str = "both",
         threads: int | None = None,
+        gone: NDArray[np.bool_] | None = None,
     ) -> Question:
         """The question that a caller's arguments put; as in `Store.search`.
+
+        Of an index also [examples] which are gone from it, if any.
 
         Raises:
             WhenceError: As `Store.search`.
@@ -176,6 +182,8 @@ class Source(ABC):
             if missing == "error":
                 self.row_numbers()  # raises, and says which
             keep = ~self.incomplete if keep is None else keep & ~self.incomplete
+        if gone is not None:
+            keep = ~gone if keep is None else keep & ~gone
         excluded, eligible = self._excluded(exclude, keep, rows.shape[1])
         width = min(k, int(eligible.min()))
         if width == 0:
@@ -207,30 +215,28 @@ class Source(ABC):
             lists.append((found if keep is None else found[keep[found]]).tolist())
         return lists, np.array([left - len(listed) for listed in lists], np.int64)
 
-    def scan(self, question: Question, core: _core.Rows | None = None) -> Hits:
+    def scan(self, question: Question, held: Held | None = None) -> Hits:
         """The answer that every other way of searching has to give: all examples scored.
 
         But those whose norm says that they cannot matter.
 
         Args:
             question: What is asked.
-            core: The rows of all examples in order, checkpoint after checkpoint, in memory; None
-                for the source's own.
+            held: The rows of all examples, if they are held in memory; None for those in files.
 
         Raises:
             NotFiniteError: If a score that matters overflows.
             StoreError: If the rows cannot be read.
         """
-        numbers = self.numbers if core is None else self._gathered
+        core, numbers = (self.core, self.numbers) if held is None else held
         reaches, excluded, examples = self.reaches, question.excluded, None
         if question.keep is not None:
             examples = np.flatnonzero(question.keep)
-            if numbers is None:
-                numbers = np.arange(len(self.ids), dtype=np.uint64)[None]
-            numbers = np.ascontiguousarray(numbers[:, examples])
+            picked = examples[None] if numbers is None else numbers[:, examples]
+            numbers = np.ascontiguousarray(picked, np.uint64)
             reaches = None if reaches is None else reaches[examples]
             excluded = [np.searchsorted(examples, listed).tolist() for listed in excluded]
-        sides = (core or self.core).ends(
+        sides = core.ends(
             numbers,
             question.rows,
             question.k,
@@ -281,16 +287,47 @@ class Source(ABC):
 
     @cached_property
     def numbers(self) -> NDArray[np.uint64] | None:
-        """[checkpoints, examples] numbers of rows, or None where they are those of the examples."""
-        numbers = self.row_numbers(missing="keep")
+        """[checkpoints, examples] numbers of rows, or None where they are those of the examples.
+
+        Any number for a row that is missing: what lacks a checkpoint is never eligible.
+        """
+        numbers = self.row_numbers(missing="keep").clip(min=0)
         if len(numbers) == 1 and bool((numbers[0] == np.arange(len(numbers[0]))).all()):
             return None
         return np.ascontiguousarray(numbers, np.uint64)
 
-    @property
-    def _gathered(self) -> NDArray[np.uint64] | None:
-        """The numbers of rows that were gathered checkpoint after checkpoint."""
-        checkpoints, count = len(self.checkpoints), len(self.ids)
-        if checkpoints == 1:
-            return None
-        return np.arange(checkpoints * count, dtype=np.uint64).reshape(checkpoints, count)
+    def numbers_of(self, examples: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """[checkpoints, examples] the numbers of the rows of some examples, as in `numbers`."""
+        if self.numbers is None:
+            return examples.astype(np.uint64)[None]
+        return np.ascontiguousarray(self.numbers[:, examples])
+
+    def rows_at(self, examples: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[checkpoints, examples, dim] the rows of some examples.
+
+        Raises:
+            StoreError: If they cannot be read.
+        """
+        return np.stack([self.core.read(numbers) for numbers in self.numbers_of(examples)])
+
+    def side_by_side(
+        self, examples: NDArray[np.int64], dtype: type[np.floating[Any]] = np.float32
+    ) -> NDArray[Any]:
+        """[examples, checkpoints · dim] the same, of all checkpoints, each times its weight."""
+        weights, _ = self.weights()
+        rows = self.rows_at(examples).astype(dtype, copy=False) * weights[:, None, None]
+        return rows.swapaxes(0, 1).reshape(len(examples), -1)
+
+    def held(self) -> Held:
+        """All rows in memory, as they are stored.
+
+        Raises:
+            StoreError: If they cannot be read.
+        """
+        if self.numbers is None and self.core.resident:
+            return self.core, None
+        numbers = self.numbers_of(np.arange(len(self.ids)))
+        core = self.core.gathered(numbers.reshape(-1))
+        if len(numbers) == 1:
+            return core, None
+        return core, np.arange(numbers.size, dtype=np.uint64).reshape(numbers.shape)

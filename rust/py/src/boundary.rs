@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use numpy::ndarray::Dimension;
+use numpy::{Element, PyReadonlyArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyModule;
 use whence_core::error::Error;
@@ -51,6 +53,26 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         Ok(value) => PyErr::from_value(value),
         Err(error) => error,
     }
+}
+
+/// The values of an array that lies row by row.
+pub(crate) fn values_of<'a, T: Element, D: Dimension>(
+    py: Python<'_>,
+    argument: &'static str,
+    array: &'a PyReadonlyArray<'_, T, D>,
+) -> PyResult<&'a [T]> {
+    // One that lies column by column would be a slice too.
+    let values = array.is_c_contiguous().then(|| array.as_slice().ok()).flatten();
+    values.ok_or_else(|| not_contiguous(py, argument))
+}
+
+/// The same; no values of no array.
+pub(crate) fn values_if_any<'a, T: Element, D: Dimension>(
+    py: Python<'_>,
+    argument: &'static str,
+    array: Option<&'a PyReadonlyArray<'_, T, D>>,
+) -> PyResult<&'a [T]> {
+    array.map_or(Ok(&[]), |array| values_of(py, argument, array))
 }
 
 /// A [`Error::Shape`] about an array that is not laid out row by row.

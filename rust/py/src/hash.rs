@@ -11,18 +11,7 @@ use whence_core::hash::graph::{self, Batches, Graph, Views};
 use whence_core::hash::index::{self, Request};
 use whence_core::hash::{duplicates, shuffle};
 
-use crate::boundary::{compute, exception, not_contiguous};
-
-/// The values of an array that lies row by row.
-fn values_of<'a, T: Element>(
-    py: Python<'_>,
-    argument: &'static str,
-    array: &'a PyReadonlyArray2<'_, T>,
-) -> PyResult<&'a [T]> {
-    // One that lies column by column would be a slice too.
-    let values = array.is_c_contiguous().then(|| array.as_slice().ok()).flatten();
-    values.ok_or_else(|| not_contiguous(py, argument))
-}
+use crate::boundary::{compute, exception, values_of};
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Hash {
@@ -268,7 +257,7 @@ pub(crate) fn shuffled<'py>(
     seed: u64,
     name: &str,
 ) -> PyResult<Bound<'py, PyArray1<i64>>> {
-    let mut numbers = numbers.as_slice().map_err(|_| not_contiguous(py, "numbers"))?.to_vec();
+    let mut numbers = values_of(py, "numbers", &numbers)?.to_vec();
     compute(py, |_| {
         shuffle::shuffle(&mut numbers, seed, name);
         Ok(())

@@ -4,7 +4,7 @@ use numpy::{IntoPyArray, PyArray2, PyArrayMethods, PyReadonlyArray3, PyUntypedAr
 use pyo3::prelude::*;
 use whence_core::norms;
 
-use crate::boundary::{compute, not_contiguous};
+use crate::boundary::{compute, values_of};
 
 type Pair<'py> = (Bound<'py, PyArray2<f32>>, Bound<'py, PyArray2<f32>>);
 
@@ -19,8 +19,8 @@ pub(crate) fn norm_gradients<'py>(
     threads: usize,
 ) -> PyResult<Pair<'py>> {
     let (batch, width) = (values.shape()[0], values.shape()[2]);
-    let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
-    let delta = delta.as_slice().map_err(|_| not_contiguous(py, "delta"))?;
+    let values = values_of(py, "values", &values)?;
+    let delta = values_of(py, "delta", &delta)?;
     let [weight, bias] = compute(py, |asker| {
         norms::gradients(values, delta, batch, width, epsilon, centred, threads, asker)
     })?;

@@ -1,7 +1,7 @@
 //! `whence._core.Rows`.
 
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use numpy::{
@@ -17,7 +17,7 @@ use whence_core::search::rotation::Rotation;
 use whence_core::search::{self, Ends, Hit, Request, Sides, graph};
 use whence_core::store::{Kind, Shard};
 
-use crate::boundary::{compute, exception, not_contiguous};
+use crate::boundary::{compute, exception, values_if_any, values_of};
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Rows {
@@ -46,7 +46,7 @@ impl Rows {
         dtype: &str,
         scales: PyReadonlyArray1<'_, f32>,
     ) -> PyResult<Self> {
-        let scales = scales.as_slice().map_err(|_| not_contiguous(py, "scales"))?.to_vec();
+        let scales = values_of(py, "scales", &scales)?.to_vec();
         let rows = compute(py, |_| {
             let kind = kind_of(dtype)?;
             let files: Result<Vec<_>, _> = files
@@ -76,14 +76,14 @@ impl Rows {
         py: Python<'py>,
         numbers: PyReadonlyArray1<'_, u64>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let numbers = numbers.as_slice().map_err(|_| not_contiguous(py, "numbers"))?;
+        let numbers = values_of(py, "numbers", &numbers)?;
         let values = compute(py, |_| self.rows.scaled(numbers))?;
         values.into_pyarray(py).reshape([numbers.len(), self.dim])
     }
 
     /// The rows of some numbers, in memory.
     fn gathered(&self, py: Python<'_>, numbers: PyReadonlyArray1<'_, u64>) -> PyResult<Self> {
-        let numbers = numbers.as_slice().map_err(|_| not_contiguous(py, "numbers"))?;
+        let numbers = values_of(py, "numbers", &numbers)?;
         let rows = compute(py, |_| self.rows.gathered(numbers))?;
         Ok(Self { rows, dim: self.dim })
     }
@@ -125,13 +125,10 @@ impl Rows {
             let got = format!("{:?}", queries.shape());
             return Err(exception(py, &Error::shape("queries", must, got)));
         }
-        let rows = numbers_of(py, rows.as_ref())?;
-        let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
+        let rows = values_if_any(py, "rows", rows.as_ref())?;
+        let queries = values_of(py, "queries", &queries)?;
         let (excluded, segments, sides) = (&excluded, &segments, wanted(sides));
-        let norms = match &norms {
-            Some(norms) => norms.as_slice().map_err(|_| not_contiguous(py, "norms"))?,
-            None => &[],
-        };
+        let norms = values_if_any(py, "norms", norms.as_ref())?;
         let request =
             Request { rows, examples, queries, count, k, sides, excluded, norms, segments };
         let found = compute(py, |asker| search::ends(&self.rows, &request, threads, asker))?;
@@ -146,21 +143,10 @@ impl Rows {
         shard: impl FnOnce(Vec<T>, usize) -> Shard,
     ) -> PyResult<Self> {
         let (count, dim) = (values.shape()[0], values.shape()[1]);
-        let values = values.as_slice().map_err(|_| not_contiguous(py, "matrix"))?.to_vec();
+        let values = values_of(py, "matrix", values)?.to_vec();
         let shards = vec![shard(values, dim)];
         let rows = search::Rows::new(shards, vec![1.0; count], dim);
         Ok(Self { rows: rows.map_err(|error| exception(py, &error))?, dim })
-    }
-}
-
-/// Numbers of rows; none for examples that are the rows.
-fn numbers_of<'a>(
-    py: Python<'_>,
-    numbers: Option<&'a PyReadonlyArray2<'_, u64>>,
-) -> PyResult<&'a [u64]> {
-    match numbers {
-        Some(numbers) => numbers.as_slice().map_err(|_| not_contiguous(py, "numbers")),
-        None => Ok(&[]),
     }
 }
 
@@ -188,9 +174,9 @@ impl Codes {
         bits: usize,
         threads: usize,
     ) -> PyResult<Self> {
-        let numbers = numbers_of(py, numbers.as_ref())?;
-        let norms = norms.as_slice().map_err(|_| not_contiguous(py, "norms"))?;
-        let directions = directions.as_slice().map_err(|_| not_contiguous(py, "directions"))?;
+        let numbers = values_if_any(py, "numbers", numbers.as_ref())?;
+        let norms = values_of(py, "norms", &norms)?;
+        let directions = values_of(py, "directions", &directions)?;
         let codes = compute(py, |asker| {
             let bits = match bits {
                 4 => Bits::Four,
@@ -218,7 +204,7 @@ impl Codes {
         segments: Vec<SegmentParts<'_>>,
         reaches: PyReadonlyArray1<'_, f32>,
     ) -> PyResult<Self> {
-        let directions = directions.as_slice().map_err(|_| not_contiguous(py, "directions"))?;
+        let directions = values_of(py, "directions", &directions)?;
         let segments = segments
             .iter()
             .map(|(width, planes, scales, numbers)| {
@@ -265,6 +251,12 @@ impl Codes {
         (order.to_pyarray(py), segments.collect(), reaches.to_pyarray(py))
     }
 
+    /// These and the codes of more examples.
+    fn appended(&self, py: Python<'_>, more: &Codes) -> PyResult<Self> {
+        let codes = compute(py, |_| self.codes.appended(&more.codes))?;
+        Ok(Self { codes: Arc::new(codes) })
+    }
+
     #[getter]
     fn bytes(&self) -> usize {
         self.codes.bytes()
@@ -284,21 +276,14 @@ impl Codes {
         candidates: Option<usize>,
         threads: usize,
     ) -> PyResult<Answers<'py>> {
-        let count = queries.shape()[1];
-        let numbers = numbers_of(py, numbers.as_ref())?;
-        let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
-        let eligible = match &eligible {
-            Some(eligible) => eligible.as_slice().map_err(|_| not_contiguous(py, "eligible"))?,
-            None => &[],
-        };
         let request = certified::Request {
             rows: &rows.rows,
-            numbers,
-            queries,
-            count,
+            numbers: values_if_any(py, "numbers", numbers.as_ref())?,
+            queries: values_of(py, "queries", &queries)?,
+            count: queries.shape()[1],
             k,
             sides: wanted(sides),
-            eligible,
+            eligible: values_if_any(py, "eligible", eligible.as_ref())?,
             excluded: &excluded,
             candidates,
         };
@@ -336,7 +321,7 @@ type SegmentArrays<'py> = (
 type Parts<'py> = (Bound<'py, PyArray1<u32>>, Vec<SegmentArrays<'py>>, Bound<'py, PyArray1<f32>>);
 
 fn copied<T: Element + Copy>(py: Python<'_>, array: &PyReadonlyArray1<'_, T>) -> PyResult<Vec<T>> {
-    Ok(array.as_slice().map_err(|_| not_contiguous(py, "parts"))?.to_vec())
+    Ok(values_of(py, "parts", array)?.to_vec())
 }
 
 type Answers<'py> = (Side<'py>, Side<'py>, Bound<'py, PyArray1<u64>>, Bound<'py, PyArray2<f32>>);
@@ -355,18 +340,13 @@ fn side<'py>(
     Ok((examples.into_pyarray(py).reshape(shape)?, scores.into_pyarray(py).reshape(shape)?))
 }
 
-/// Examples may be added and deleted while others search: they wait for each other.
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Graph {
-    graph: RwLock<graph::Graph>,
+    graph: graph::Graph,
 }
 
-type GraphParts<'py> = (
-    Bound<'py, PyArray1<f32>>,
-    Bound<'py, PyArray1<u32>>,
-    Bound<'py, PyArray1<u32>>,
-    Bound<'py, PyArray1<bool>>,
-);
+type GraphParts<'py> =
+    (Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<u32>>);
 
 #[pymethods]
 impl Graph {
@@ -381,7 +361,7 @@ impl Graph {
         let norms = copied(py, &norms)?;
         let codes = Arc::clone(&codes.codes);
         let graph = compute(py, |asker| graph::Graph::new(codes, norms, seed, threads, asker))?;
-        Ok(Self { graph: RwLock::new(graph) })
+        Ok(Self { graph })
     }
 
     /// What `parts` gave.
@@ -392,28 +372,21 @@ impl Graph {
         norms: PyReadonlyArray1<'_, f32>,
         links: PyReadonlyArray1<'_, u32>,
         entries: PyReadonlyArray1<'_, u32>,
-        deleted: PyReadonlyArray1<'_, bool>,
     ) -> PyResult<Self> {
         let parts = graph::Parts {
             norms: copied(py, &norms)?,
             links: copied(py, &links)?,
             entries: copied(py, &entries)?,
-            deleted: copied(py, &deleted)?,
         };
         let codes = Arc::clone(&codes.codes);
         let graph = compute(py, |_| graph::Graph::from_parts(codes, parts))?;
-        Ok(Self { graph: RwLock::new(graph) })
+        Ok(Self { graph })
     }
 
-    /// The arrays it is made of beside its codes: norms, links, entries, deleted.
-    fn parts<'py>(&self, py: Python<'py>) -> PyResult<GraphParts<'py>> {
-        let parts = self.read(py, graph::Graph::parts)?;
-        Ok((
-            parts.norms.into_pyarray(py),
-            parts.links.into_pyarray(py),
-            parts.entries.into_pyarray(py),
-            parts.deleted.into_pyarray(py),
-        ))
+    /// The arrays it is made of beside its codes: norms, links, entries.
+    fn parts<'py>(&self, py: Python<'py>) -> GraphParts<'py> {
+        let graph::Parts { norms, links, entries } = self.graph.parts();
+        (norms.into_pyarray(py), links.into_pyarray(py), entries.into_pyarray(py))
     }
 
     #[pyo3(signature = (rows, numbers, queries, k, width, eligible, excluded, candidates, threads))]
@@ -430,81 +403,52 @@ impl Graph {
         candidates: Option<usize>,
         threads: usize,
     ) -> PyResult<Answers<'py>> {
-        let count = queries.shape()[1];
-        let numbers = numbers_of(py, numbers.as_ref())?;
-        let queries = queries.as_slice().map_err(|_| not_contiguous(py, "queries"))?;
-        let eligible = match &eligible {
-            Some(eligible) => eligible.as_slice().map_err(|_| not_contiguous(py, "eligible"))?,
-            None => &[],
-        };
         let request = certified::Request {
             rows: &rows.rows,
-            numbers,
-            queries,
-            count,
+            numbers: values_if_any(py, "numbers", numbers.as_ref())?,
+            queries: values_of(py, "queries", &queries)?,
+            count: queries.shape()[1],
             k,
             sides: wanted((true, false)),
-            eligible,
+            eligible: values_if_any(py, "eligible", eligible.as_ref())?,
             excluded: &excluded,
             candidates,
         };
-        let found = compute(py, |asker| {
-            let graph = self.graph.read().unwrap_or_else(PoisonError::into_inner);
-            graph.search(&request, width, threads, asker)
-        })?;
+        let found = compute(py, |asker| self.graph.search(&request, width, threads, asker))?;
         answers(py, found)
     }
 
-    fn add(
+    /// A graph with more examples.
+    fn grown(
         &self,
         py: Python<'_>,
         codes: &Codes,
         norms: PyReadonlyArray1<'_, f32>,
         seed: u64,
         threads: usize,
-    ) -> PyResult<()> {
-        let norms = copied(py, &norms)?;
-        compute(py, |asker| {
-            let mut graph = self.graph.write().unwrap_or_else(PoisonError::into_inner);
-            graph.add(&codes.codes, &norms, seed, threads, asker)
-        })
-    }
-
-    fn delete(&self, py: Python<'_>, examples: PyReadonlyArray1<'_, u64>) -> PyResult<()> {
-        let examples = copied(py, &examples)?;
-        compute(py, |_| {
-            self.graph.write().unwrap_or_else(PoisonError::into_inner).delete(&examples)
-        })
+    ) -> PyResult<Self> {
+        let norms = values_of(py, "norms", &norms)?;
+        let graph =
+            compute(py, |asker| self.graph.grown(&codes.codes, norms, seed, threads, asker))?;
+        Ok(Self { graph })
     }
 
     #[getter]
-    fn codes(&self, py: Python<'_>) -> PyResult<Codes> {
-        Ok(Codes { codes: self.read(py, |graph| Arc::clone(graph.codes()))? })
+    fn codes(&self) -> Codes {
+        Codes { codes: Arc::clone(self.graph.codes()) }
     }
 
     #[getter]
-    fn bytes(&self, py: Python<'_>) -> PyResult<usize> {
-        self.read(py, graph::Graph::bytes)
+    fn bytes(&self) -> usize {
+        self.graph.bytes()
     }
 
     #[getter]
-    fn norm_spread(&self, py: Python<'_>) -> PyResult<f32> {
-        self.read(py, graph::Graph::norm_spread)
+    fn norm_spread(&self) -> f32 {
+        self.graph.norm_spread()
     }
 
-    fn digest(&self, py: Python<'_>) -> PyResult<u64> {
-        self.read(py, graph::Graph::digest)
-    }
-}
-
-impl Graph {
-    /// Without the GIL: whoever writes may hold the lock for long.
-    fn read<T: Send>(
-        &self,
-        py: Python<'_>,
-        of: impl FnOnce(&graph::Graph) -> T + Send,
-    ) -> PyResult<T> {
-        // A change that failed has changed nothing, so a poisoned lock guards a whole graph.
-        compute(py, |_| Ok(of(&self.graph.read().unwrap_or_else(PoisonError::into_inner))))
+    fn digest(&self) -> u64 {
+        self.graph.digest()
     }
 }

@@ -11,7 +11,7 @@ use whence_core::error::Error;
 use whence_core::kernels::InstructionSet;
 use whence_core::sketch::{self, Kind, Matrix, Sequences, Totals, Value};
 
-use crate::boundary::{compute, exception, not_contiguous};
+use crate::boundary::{compute, exception, not_contiguous, values_of};
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Sketch(sketch::Sketch);
@@ -125,8 +125,8 @@ impl Sketch {
             return Err(exception(py, &Error::shape("values", must, got)));
         }
         let totals = columns(py, &mut totals, first)?;
-        let indices = indices.as_slice().map_err(|_| not_contiguous(py, "indices"))?;
-        let values = values.as_slice().map_err(|_| not_contiguous(py, "values"))?;
+        let indices = values_of(py, "indices", &indices)?;
+        let values = values_of(py, "values", &values)?;
         compute(py, |asker| {
             self.0.add_lookup(
                 parameter, indices, values, width, ignored, batch, totals, threads, asker,

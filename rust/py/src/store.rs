@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::store::{self, Part, Stored};
 
-use crate::boundary::{compute, exception, not_contiguous};
+use crate::boundary::{compute, exception, values_of};
 use crate::sketch::rows_of;
 
 #[pyfunction]
@@ -19,7 +19,7 @@ pub(crate) fn encode<'py>(
     half: bool,
 ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<f32>>)> {
     let [count, dim] = [rows.shape()[0], rows.shape()[1]];
-    let rows = rows.as_slice().map_err(|_| not_contiguous(py, "rows"))?;
+    let rows = values_of(py, "rows", &rows)?;
     if half {
         let (stored, scales) = compute(py, |_| store::encode::<f16>(rows, dim))?;
         let stored: Bound<'py, PyArray2<f16>> = stored.into_pyarray(py).reshape([count, dim])?;
@@ -65,6 +65,6 @@ fn factors<'py, T: Stored + Element>(
 /// The CRC-32 of bytes that follow others.
 #[pyfunction]
 pub(crate) fn crc32(py: Python<'_>, bytes: PyReadonlyArray1<'_, u8>, before: u32) -> PyResult<u32> {
-    let bytes = bytes.as_slice().map_err(|_| not_contiguous(py, "bytes"))?;
+    let bytes = values_of(py, "bytes", &bytes)?;
     compute(py, |_| Ok(store::crc32(before, bytes)))
 }

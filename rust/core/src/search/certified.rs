@@ -284,11 +284,11 @@ impl<'a> Scan<'a> {
         pools: &mut [[Pool; 2]],
         watch: &Watch<'_>,
     ) -> Result<(), Error> {
-        let mut active: Vec<usize> = (0..queries.len()).collect();
+        let mut active: Vec<usize> = Vec::with_capacity(queries.len());
         for block in blocks {
-            watch.check()?;
             let reach = self.codes.reaches()[block];
-            active.retain(|&query| {
+            active.clear();
+            active.extend((0..queries.len()).filter(|&query| {
                 let coded = &queries[query];
                 let most = (coded.norm + coded.error) * reach * (1.0 + self.slack) + SMALLEST;
                 let mut any = false;
@@ -297,10 +297,11 @@ impl<'a> Scan<'a> {
                     any |= most.is_nan() || most >= pool.threshold;
                 }
                 any
-            });
+            }));
             if active.is_empty() {
-                break;
+                continue;
             }
+            watch.check()?;
             let places = block * BLOCK..self.codes.len().min((block + 1) * BLOCK);
             self.block(places.start, places.len(), reach, queries, &active, first, pools);
         }
@@ -686,6 +687,7 @@ mod tests {
             kind in 0u8..6, examples in 1usize..700, checkpoints in 1usize..3, dim in 1usize..150,
             count in 1usize..40, k in 1usize..60, eight in any::<bool>(), prefix in any::<bool>(),
             filter in 0usize..4, largest in any::<bool>(), threads in 1usize..4, seed in any::<u64>(),
+            added in 0usize..700,
         ) {
             let Data { rows, numbers, norms } = data(kind, examples, checkpoints, dim, seed);
             let length = checkpoints * dim;
@@ -696,8 +698,15 @@ mod tests {
             let bits = if eight { Bits::Eight } else { Bits::Four };
             let weights = &[0.5, 2.0][..checkpoints];
             let asker = Asker::new(&never);
-            let codes =
-                Codes::new(&rows, &numbers, weights, &norms, rotation, bits, threads, &asker).unwrap();
+            // Those of the first examples, and those of the others after them.
+            let made = |from: usize, to: usize| {
+                let numbers: Vec<u64> =
+                    numbers.chunks(examples).flat_map(|numbers| &numbers[from..to]).copied().collect();
+                let (norms, rotation) = (&norms[from..to], rotation.clone());
+                Codes::new(&rows, &numbers, weights, norms, rotation, bits, threads, &asker).unwrap()
+            };
+            let first = examples - added.min(examples);
+            let codes = made(0, first).appended(&made(first, examples)).unwrap();
             prop_assert_eq!(codes.bits(), bits);
             let back = Codes::from_parts(
                 codes.rotation().clone(), codes.weights().to_vec(), codes.order().to_vec(),
@@ -843,7 +852,7 @@ mod tests {
         assert!(with(&|parts| parts.segments[0].tails.clear()).is_err());
         assert!(with(&|parts| parts.segments[0].scales[7] = f32::NAN).is_err());
         assert!(with(&|parts| parts.segments[0].errors[7] = bf16::from_f32(-1.0)).is_err());
-        assert!(with(&|parts| parts.reaches[2] = parts.reaches[0] * 2.0).is_err());
+        assert!(with(&|parts| parts.reaches[2] = -1.0).is_err());
         assert!(with(&|parts| parts.reaches[0] = f32::NAN).is_err());
         assert!(with(&|parts| parts.reaches.truncate(1)).is_err());
     }

@@ -70,7 +70,7 @@ pub struct Codes {
     /// The example at each place.
     order: Vec<u32>,
     segments: Vec<Segment>,
-    /// For each block: the largest norm of a row, or of its codes, in it and all after it.
+    /// For each block: the largest norm of a row in it, or of its codes.
     reaches: Vec<f32>,
 }
 
@@ -290,12 +290,7 @@ impl Codes {
                 Ok(())
             },
         )?;
-        let (segments, mut reaches) = target.into_inner().map_err(Error::panicked)?;
-        let mut largest = 0f32;
-        for reach in reaches.iter_mut().rev() {
-            largest = largest.max(*reach);
-            *reach = largest;
-        }
+        let (segments, reaches) = target.into_inner().map_err(Error::panicked)?;
         Ok(Self { rotation, weights: weights.to_vec(), order, segments, reaches })
     }
 
@@ -304,7 +299,7 @@ impl Codes {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Argument`] if they are not such as a search can rely on: sizes
-    /// that fit, every example at one place, numbers that bound something, falling reaches. Whether
+    /// that fit, every example at one place, numbers that bound something. Whether
     /// they are of the right rows only a checksum can tell.
     pub fn from_parts(
         rotation: Rotation,
@@ -357,21 +352,23 @@ impl Codes {
                 ));
             }
         }
-        let falling = reaches.iter().all(|reach| reach.is_finite() && *reach >= 0.0)
-            && reaches.is_sorted_by(|a, b| a >= b);
-        if reaches.len() != rows.div_ceil(BLOCK) || !falling {
-            let must = format!("{} falling norms", rows.div_ceil(BLOCK));
+        let norms = reaches.iter().all(|reach| reach.is_finite() && *reach >= 0.0);
+        if reaches.len() != rows.div_ceil(BLOCK) || !norms {
+            let must = format!("{} norms", rows.div_ceil(BLOCK));
             return Err(Error::shape("reaches", must, reaches.len()));
         }
         Ok(Self { rotation, weights, order, segments, reaches })
     }
 
-    /// Appends the codes of more examples, which are numbered on from the last.
+    /// These codes and those of more examples, which are numbered on from the last; in falling order
+    /// of norms the ones, and then the others.
+    ///
+    /// O(all) time and memory.
     ///
     /// # Errors
     /// [`Error::Argument`] if they were made by another rotation, or with other weights or bits;
     /// [`Error::Shape`] if all are more than [`MAX_ROWS`].
-    pub fn append(&mut self, more: &Self) -> Result<(), Error> {
+    pub fn appended(&self, more: &Self) -> Result<Self, Error> {
         let (before, rows) = (self.len(), self.len().saturating_add(more.len()));
         if rows > MAX_ROWS {
             return Err(Error::shape("codes", format!("at most {MAX_ROWS}"), rows));
@@ -382,8 +379,9 @@ impl Codes {
             let must = "made as those that they follow";
             return Err(Error::argument("codes", must, "another rotation, weights or bits"));
         }
-        self.order.extend(more.order.iter().map(|&example| example + before as u32));
-        for (segment, more) in self.segments.iter_mut().zip(&more.segments) {
+        let mut all = self.clone();
+        all.order.extend(more.order.iter().map(|&example| example + before as u32));
+        for (segment, more) in all.segments.iter_mut().zip(&more.segments) {
             segment.upper.extend_from_slice(&more.upper);
             segment.lower.extend_from_slice(&more.lower);
             segment.scales.extend_from_slice(&more.scales);
@@ -391,14 +389,13 @@ impl Codes {
             segment.errors.extend_from_slice(&more.errors);
             segment.tails.extend_from_slice(&more.tails);
         }
-        // The largest norm of all that come is at least that of what lies from any of them on.
-        let all = more.reaches.first().copied().unwrap_or(0.0);
-        for reach in &mut self.reaches {
-            *reach = reach.max(all);
+        // A block of all begins in one of the codes that come, whose norms fall.
+        all.reaches.resize(rows.div_ceil(BLOCK), 0.0);
+        for (block, reach) in all.reaches.iter_mut().enumerate().skip(before / BLOCK) {
+            let first = (block * BLOCK).saturating_sub(before) / BLOCK;
+            *reach = reach.max(more.reaches.get(first).copied().unwrap_or(0.0));
         }
-        let blocks = self.reaches.len()..rows.div_ceil(BLOCK);
-        self.reaches.extend(blocks.map(|block| more.reaches[(block * BLOCK - before) / BLOCK]));
-        Ok(())
+        Ok(all)
     }
 
     /// How many examples have codes.
@@ -437,7 +434,7 @@ impl Codes {
         &self.segments
     }
 
-    /// For each block of [`BLOCK`] places the largest norm in it and after it.
+    /// For each block of [`BLOCK`] places the largest norm in it.
     #[must_use]
     pub fn reaches(&self) -> &[f32] {
         &self.reaches

@@ -50,12 +50,11 @@ pub struct Graph {
     factors: Vec<f32>,
     /// `[examples]`
     norms: Vec<f32>,
+    /// The largest of them over that in the middle.
+    spread: f32,
     /// `[nodes, DEGREE]`: the nearest first, [`NONE`] after the last.
     links: Vec<u32>,
     entries: Gathered,
-    /// `[examples]`, and how many of them.
-    deleted: Vec<bool>,
-    deletions: usize,
 }
 
 /// What a [`Graph`] is made of beside its codes, in flat arrays.
@@ -67,8 +66,6 @@ pub struct Parts {
     pub links: Vec<u32>,
     /// The nodes at which walks begin.
     pub entries: Vec<u32>,
-    /// `[examples]`: whether each has been deleted.
-    pub deleted: Vec<bool>,
 }
 
 /// So many nodes more at which walks begin as are missing, of those from `first` on.
@@ -80,6 +77,18 @@ fn more_entries(entries: &mut Vec<u32>, first: usize, nodes: usize, seed: u64) {
     entries.extend((0..count as u64).map(draw));
     entries.sort_unstable();
     entries.dedup();
+}
+
+/// The largest norm over that in the middle.
+fn spread_of(norms: &[f32]) -> f32 {
+    let mut norms = norms.to_vec();
+    if norms.is_empty() {
+        return 1.0;
+    }
+    let middle = norms.len() / 2;
+    let (_, &mut middle, above) = norms.select_nth_unstable_by(middle, f32::total_cmp);
+    let largest = above.iter().fold(middle, |largest, &norm| largest.max(norm));
+    if largest == middle { 1.0 } else { largest / middle }
 }
 
 fn check_norms(norms: &[f32], examples: usize) -> Result<(), Error> {
@@ -115,69 +124,44 @@ impl Graph {
         more_entries(&mut entries, 0, codes.len(), seed);
         let entries = Gathered::new(&directions, entries);
         let links = build::build(&directions, &entries, seed, threads, asker)?;
-        let deleted = vec![false; codes.len()];
-        Ok(Self { codes, factors, norms, links, entries, deleted, deletions: 0 })
+        Ok(Self { codes, factors, spread: spread_of(&norms), norms, links, entries })
     }
 
-    /// Adds examples, numbered on from the last: their codes, made as those of the others, and
-    /// their norms.
+    /// A graph with more examples, numbered on from the last: their codes, made as those of the
+    /// others, and their norms.
     ///
     /// The same for any number of threads; not the same as a graph of all from the start, but as good.
     /// Fewer than there are, are linked one by one to what a walk finds; else all is built anew.
     /// O(added · walk) time, and that of a copy of the whole.
     ///
     /// # Errors
-    /// As [`Graph::new`] and [`Codes::append`]; the graph is as it was then.
-    pub fn add(
-        &mut self,
+    /// As [`Graph::new`] and [`Codes::appended`].
+    pub fn grown(
+        &self,
         more: &Codes,
         norms: &[f32],
         seed: u64,
         threads: usize,
         asker: &Asker<'_>,
-    ) -> Result<(), Error> {
+    ) -> Result<Self, Error> {
         check_norms(norms, more.len())?;
         let before = self.codes.len();
-        let mut codes = Codes::clone(&self.codes);
-        codes.append(more)?;
-        let codes = Arc::new(codes);
+        let codes = Arc::new(self.codes.appended(more)?);
         let all: Vec<f32> = self.norms.iter().chain(norms).copied().collect();
-        let mut added = if more.len() >= before {
-            Self::new(codes, all, seed, threads, asker)?
-        } else {
-            let factors = walk::factors(&codes);
-            let directions = directions(&codes, &factors);
-            let mut links = self.links.clone();
-            build::extend(&directions, &mut links, &self.entries, threads, asker)?;
-            let mut entries = self.entries.nodes.clone();
-            if !more.is_empty() {
-                more_entries(&mut entries, before, codes.len(), seed);
-            }
-            let entries = Gathered::new(&directions, entries);
-            build::repair(&directions, &mut links, &entries, asker)?;
-            Self { codes, factors, norms: all, links, entries, deleted: Vec::new(), deletions: 0 }
-        };
-        added.deleted.clone_from(&self.deleted);
-        added.deleted.resize(added.codes.len(), false);
-        added.deletions = self.deletions;
-        *self = added;
-        Ok(())
-    }
-
-    /// Takes examples out of all answers to come. Walks still pass through them.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if there is no such example; none is deleted then.
-    pub fn delete(&mut self, examples: &[u64]) -> Result<(), Error> {
-        let count = self.deleted.len() as u64;
-        if let Some(example) = examples.iter().find(|&&example| example >= count) {
-            return Err(Error::argument("examples", format!("below {count}"), example));
+        if more.len() >= before {
+            return Self::new(codes, all, seed, threads, asker);
         }
-        for &example in examples {
-            let before = std::mem::replace(&mut self.deleted[example as usize], true);
-            self.deletions += usize::from(!before);
+        let factors = walk::factors(&codes);
+        let directions = directions(&codes, &factors);
+        let mut links = self.links.clone();
+        build::extend(&directions, &mut links, &self.entries, threads, asker)?;
+        let mut entries = self.entries.nodes.clone();
+        if !more.is_empty() {
+            more_entries(&mut entries, before, codes.len(), seed);
         }
-        Ok(())
+        let entries = Gathered::new(&directions, entries);
+        build::repair(&directions, &mut links, &entries, asker)?;
+        Ok(Self { codes, factors, spread: spread_of(&all), norms: all, links, entries })
     }
 
     /// Up to `k` of the examples with the largest scores of each query, best first.
@@ -211,12 +195,9 @@ impl Graph {
         // Queries that meet the entries together.
         let tile = count.div_ceil(threads.max(1)).min(TILE);
         // Where all may be returned, nothing has to be looked up for each node that a walk meets.
-        let any = self.deletions == 0 && request.eligible.is_empty() && request.excluded.is_empty();
+        let any = request.eligible.is_empty() && request.excluded.is_empty();
         let passes = |query: usize, node: u32| {
-            any || {
-                let example = self.codes.order()[node as usize];
-                !self.deleted[example as usize] && request.allows(query, example)
-            }
+            any || request.allows(query, self.codes.order()[node as usize])
         };
         let answers = collect(
             count.div_ceil(tile),
@@ -277,7 +258,7 @@ impl Graph {
         &self.codes
     }
 
-    /// How many examples there are, deleted ones among them.
+    /// How many examples there are.
     #[must_use]
     pub fn len(&self) -> usize {
         self.codes.len()
@@ -293,21 +274,14 @@ impl Graph {
     /// products are largest with. 1 without examples, infinite if most are zero and not all.
     #[must_use]
     pub fn norm_spread(&self) -> f32 {
-        let mut norms = self.norms.clone();
-        if norms.is_empty() {
-            return 1.0;
-        }
-        let middle = norms.len() / 2;
-        let (_, &mut middle, above) = norms.select_nth_unstable_by(middle, f32::total_cmp);
-        let largest = above.iter().fold(middle, |largest, &norm| largest.max(norm));
-        if largest == middle { 1.0 } else { largest / middle }
+        self.spread
     }
 
     /// Bytes it takes in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let numbers = self.factors.len() + self.norms.len() + self.links.len();
-        self.codes.bytes() + 4 * numbers + self.entries.bytes() + self.deleted.len()
+        self.codes.bytes() + 4 * numbers + self.entries.bytes()
     }
 
     /// A number that two graphs have in common only if their nodes and links are the same, but for
@@ -326,7 +300,6 @@ impl Graph {
             norms: self.norms.clone(),
             links: self.links.clone(),
             entries: self.entries.nodes.clone(),
-            deleted: self.deleted.clone(),
         }
     }
 
@@ -336,12 +309,9 @@ impl Graph {
     /// [`Error::Shape`] or [`Error::Argument`] if the parts are not such as a walk can rely on: sizes
     /// that fit, links of a node to others, each once, and from the entries a way to every node.
     pub fn from_parts(codes: Arc<Codes>, parts: Parts) -> Result<Self, Error> {
-        let Parts { norms, links, entries, deleted } = parts;
+        let Parts { norms, links, entries } = parts;
         let nodes = codes.len();
         check_norms(&norms, nodes)?;
-        if deleted.len() != nodes {
-            return Err(Error::shape("deleted", format!("{nodes} values"), deleted.len()));
-        }
         if nodes.checked_mul(DEGREE) != Some(links.len()) {
             return Err(Error::shape("links", format!("[{nodes}, {DEGREE}]"), links.len()));
         }
@@ -369,8 +339,7 @@ impl Graph {
         }
         let factors = walk::factors(&codes);
         let entries = Gathered::new(&directions(&codes, &factors), entries);
-        let deletions = deleted.iter().filter(|&&deleted| deleted).count();
-        Ok(Self { codes, factors, norms, links, entries, deleted, deletions })
+        Ok(Self { codes, factors, spread: spread_of(&norms), norms, links, entries })
     }
 }
 
