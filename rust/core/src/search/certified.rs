@@ -325,7 +325,7 @@ impl<'a> Scan<'a> {
             self.codes.segments().iter().zip(&mut self.numbers).enumerate()
         {
             // Prefixes are taken with all the bits there are; the rest with its upper four first.
-            let whole = both && (index < last || self.request.candidates.is_some());
+            let whole = both && index < last;
             let errors = if whole { &segment.errors } else { &segment.upper_errors };
             numbers[0].clear();
             numbers[0].extend_from_slice(&segment.scales[start..start + rows]);
@@ -341,7 +341,7 @@ impl<'a> Scan<'a> {
         self.estimates[..active.len() * rows].fill(0.0);
         for stage in 0..=last {
             let segment = &self.codes.segments()[stage];
-            let several = dense.len() >= SEVERAL || self.request.candidates.is_some();
+            let several = dense.len() >= SEVERAL && self.request.candidates.is_none();
             let exact = both && (stage < last || several);
             let mut views: [&[i8]; GROUP] = [&[]; GROUP];
             for (view, &query) in views.iter_mut().zip(&dense) {
@@ -474,7 +474,7 @@ impl<'a> Scan<'a> {
             estimate + bound < pools[0].threshold && bound - estimate < pools[1].threshold
         };
         for next in stage + 1..=last {
-            let exact = both && (next < last || self.request.candidates.is_some());
+            let exact = both && next < last;
             let (segment, coded) = (&self.codes.segments()[next], &query.segments[next]);
             let mut product = [0];
             let places = place..place + 1;
