@@ -1,7 +1,7 @@
 """Times whence beside its peers, in one run, after checking that they give the same answer.
 
     python benches/compare.py record
-    python benches/compare.py search --json search.json
+    python benches/compare.py search --json search.json --pictures docs/pictures
     python benches/compare.py sketch
 
 All on one thread, unless a row says otherwise. Ours and the peers take turns, A B A B, so that a
@@ -27,8 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from comparisons import record, search, sketch  # noqa: F401 (each registers itself)
-from comparisons.shared import BENCHES, Row
+from comparisons import (
+    pictures,
+    record,  # noqa: F401 (each registers itself)
+    search,  # noqa: F401
+    sketch,  # noqa: F401
+)
+from comparisons.shared import BENCHES, Curve, Row
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -80,19 +85,28 @@ def main() -> None:
     parser.add_argument("name", choices=[*BENCHES, "all"], help="what to compare")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--readme", type=Path, help="also write tables of them into this file")
+    parser.add_argument("--pictures", type=Path, help="also draw curves into this folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[str, list[Row]] = {}
+    curves: list[Curve] = []
     for name in BENCHES if options.name == "all" else [options.name]:
         with tempfile.TemporaryDirectory() as folder:
             for row in BENCHES[name](Path(folder)):
+                if isinstance(row, Curve):
+                    curves.append(row)
+                    continue
                 print(table([row]), flush=True)
                 rows.setdefault(name, []).append(row)
         if options.readme:
             write_table(options.readme, name, rows[name])
     if options.json:
-        found = [row.as_json() for each in rows.values() for row in each]
+        found = [
+            row.as_json() for row in [*(row for each in rows.values() for row in each), *curves]
+        ]
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.pictures:
+        pictures.draw(curves, options.pictures)
 
 
 if __name__ == "__main__":

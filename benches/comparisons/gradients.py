@@ -1,7 +1,8 @@
-"""Rows to search: sketched gradients of a network trained on Fashion-MNIST."""
+"""Rows to search: sketched gradients of networks trained on images and on text."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from whence.attribution.queries import query_rows
 
 DIM = 512
 QUERIES = 1024
+WIDTH = 32
+"""Characters of a window."""
+
+WINDOWS = 1_000_000
 DAMPING = 0.1
 """Share of the mean eigenvalue that is added to the Gram matrix."""
 
@@ -87,6 +92,64 @@ def fashion(data: Path, folder: Path, queries: int = QUERIES) -> dict[str, Rows]
     return found
 
 
+def shakespeare(
+    data: Path, folder: Path, count: int = WINDOWS, queries: int = 100
+) -> dict[str, Rows]:
+    """Loss gradients of a model that guesses the character after each window of 32.
+
+    An embedding of 16, 512-64-65 with ReLU, 38,129 parameters; Adam 2e-3, batch 512, 3,000 steps,
+    seed 0; `chunked_sjlt`, seed 0. Windows in random order, the queries others than the rows.
+
+    Args:
+        data: tinyshakespeare.txt.
+        folder: Where to put the rows.
+        count: How many rows.
+        queries: How many windows to ask about.
+    """
+    torch.manual_seed(0)
+    text = data.read_bytes()
+    alphabet = {byte: number for number, byte in enumerate(sorted(set(text)))}
+    coded = torch.tensor([alphabet[byte] for byte in text])
+    windows = coded.unfold(0, WIDTH + 1, 1)
+    windows = windows[torch.randperm(len(windows))]
+    recorded, asked = windows[:count], windows[count : count + queries]
+    size = 16
+    model = nn.Sequential(
+        nn.Embedding(len(alphabet), size),
+        nn.Flatten(),
+        nn.Linear(WIDTH * size, 64),
+        nn.ReLU(),
+        nn.Linear(64, len(alphabet)),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(3000):
+        batch = recorded[torch.randint(len(recorded), (512,))]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch[:, :-1]), batch[:, -1]).backward()
+        optimizer.step()
+    path = folder / "shakespeare-store"
+    with whence.record(model, path, dim=DIM, dtype="float32", reduction="sum") as recorder:
+        for batch in torch.arange(count).split(512):
+            with recorder.batch(batch):
+                _loss(model(recorded[batch, :-1]), recorded[batch, -1]).backward()
+    model.zero_grad()
+    store = whence.open(path)
+    ask = query_rows(model, store, lambda: _loss(model(asked[:, :-1]), asked[:, -1]))[0]
+    rows = store.rows()
+    shutil.rmtree(path)
+    whitening = _whitening(rows)
+    found = {}
+    for name in ("raw", "raw, preconditioned"):
+        if name != "raw":
+            for part in np.array_split(rows, max(1, count // 50_000)):
+                part[:] = part @ whitening
+            ask = ask @ whitening
+        file = folder / f"shakespeare-{name.replace(', ', '-')}.npy"
+        np.save(file, rows)
+        found[name] = Rows(file, np.ascontiguousarray(ask))
+    return found
+
+
 def _images(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels.reshape(len(pixels), -1).astype(np.float32) / 255)
 
@@ -108,8 +171,11 @@ def _units(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _whitening(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(Gram matrix + damping)^(-1/2)."""
-    gram = rows.T.astype(np.float64) @ rows.astype(np.float64) / len(rows)
-    values, vectors = np.linalg.eigh(gram)
+    gram = np.zeros((rows.shape[1], rows.shape[1]))
+    for part in np.array_split(rows, max(1, len(rows) // 50_000)):
+        wide = part.astype(np.float64)
+        gram += wide.T @ wide
+    values, vectors = np.linalg.eigh(gram / len(rows))
     found: NDArray[np.float32] = (
         (vectors * (values + DAMPING * values.mean()) ** -0.5) @ vectors.T
     ).astype(np.float32)

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 import whence
-from comparisons import gradients, graphs, scan
-from comparisons.shared import Row, Times, bench, compared_rates, fastest, peer, take_turns
+from comparisons import gradients, graphs, growth, scan
+from comparisons.shared import Curve, Row, Times, bench, compared_rates, fastest, peer, take_turns
 from whence.hashing import HashIndex, SignHash
 
 K = 10
@@ -21,20 +21,29 @@ QUERIES = 200
 BITS = 256
 CANDIDATES = (10, 20, 50, 100, 200, 500, 1000)
 
-DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data")) / "fashion_mnist_full.npz"
+DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data"))
+IMAGES, TEXT = DATA / "fashion_mnist_full.npz", DATA / "tinyshakespeare.txt"
 
 Found = NDArray[np.int64]
 """[queries, K] numbers of rows."""
 
 
 @bench
-def search(folder: Path) -> Iterator[Row]:
+def search(folder: Path) -> Iterator[Row | Curve]:
     """Exact and approximate answers beside faiss, numpy, torch and graph indexes."""
     yield from scan.rows(folder)
-    if not DATA.exists():
-        print(f"skipped: rows of Fashion-MNIST, for there is no {DATA}")
-        return
-    sets = gradients.fashion(DATA, folder)
+    if IMAGES.exists():
+        yield from _images(gradients.fashion(IMAGES, folder))
+    else:
+        print(f"skipped: rows of Fashion-MNIST, for there is no {IMAGES}")
+    if TEXT.exists():
+        for name, data in gradients.shakespeare(TEXT, folder).items():
+            yield from growth.rows(name, data, folder)
+    else:
+        print(f"skipped: a million rows of text, for there is no {TEXT}")
+
+
+def _images(sets: dict[str, gradients.Rows]) -> Iterator[Row | Curve]:
     for name in ("raw", "raw, preconditioned", "margin, preconditioned"):
         yield from _exact(name, sets[name])
     for name, goal in (

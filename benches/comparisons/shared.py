@@ -82,8 +82,27 @@ class Row:
         }
 
 
-Bench = Callable[[Path], Iterator[Row]]
-"""An empty folder -> rows."""
+@dataclass(frozen=True)
+class Curve:
+    """A line of a picture.
+
+    Attributes:
+        picture: Which picture it belongs to.
+        name: What it shows.
+        points: x and y of each, from left to right.
+    """
+
+    picture: str
+    name: str
+    points: list[tuple[float, float]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The line as it is written."""
+        return {"picture": self.picture, "name": self.name, "points": self.points}
+
+
+Bench = Callable[[Path], Iterator[Row | Curve]]
+"""An empty folder -> rows, and lines of pictures."""
 
 BENCHES: dict[str, Bench] = {}
 """Every comparison by its name on the command line."""

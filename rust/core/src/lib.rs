@@ -3,6 +3,7 @@
 //! The map, in the order data flows and in which modules may use each other:
 //!
 //! - [`error`]: the one error type; [`stop`]: how a long call learns that it should end.
+//! - [`memory`]: large arrays.
 //! - [`random`]: the one definition of randomness; [`normal`]: normal numbers from it.
 //! - [`kernels`]: the inner loops, one file per instruction set, `scalar` defines each.
 //! - [`sketch`]: per-sample gradients to rows of a fixed width.
@@ -17,6 +18,7 @@ compile_error!("whence needs a 64-bit little-endian target: its row files are re
 pub mod error;
 pub mod hash;
 pub mod kernels;
+pub mod memory;
 pub mod normal;
 pub mod norms;
 pub mod parallel;

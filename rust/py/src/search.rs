@@ -11,6 +11,7 @@ use numpy::{
 use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::kernels::Lines;
+use whence_core::memory;
 use whence_core::search::certified;
 use whence_core::search::codes::{self, Bits, Segment};
 use whence_core::search::rotation::Rotation;
@@ -143,7 +144,7 @@ impl Rows {
         shard: impl FnOnce(Vec<T>, usize) -> Shard,
     ) -> PyResult<Self> {
         let (count, dim) = (values.shape()[0], values.shape()[1]);
-        let values = values_of(py, "matrix", values)?.to_vec();
+        let values = memory::copied(values_of(py, "matrix", values)?);
         let shards = vec![shard(values, dim)];
         let rows = search::Rows::new(shards, vec![1.0; count], dim);
         Ok(Self { rows: rows.map_err(|error| exception(py, &error))?, dim })
@@ -216,7 +217,7 @@ impl Codes {
                 };
                 Ok(Segment {
                     width: *width,
-                    upper: Lines::from(&upper?[..]),
+                    upper: Lines::joined(&[&upper?]),
                     lower: lower?,
                     scales: copied(py, scales)?,
                     upper_errors: bits(upper_errors)?,
@@ -321,7 +322,7 @@ type SegmentArrays<'py> = (
 type Parts<'py> = (Bound<'py, PyArray1<u32>>, Vec<SegmentArrays<'py>>, Bound<'py, PyArray1<f32>>);
 
 fn copied<T: Element + Copy>(py: Python<'_>, array: &PyReadonlyArray1<'_, T>) -> PyResult<Vec<T>> {
-    Ok(values_of(py, "parts", array)?.to_vec())
+    Ok(memory::copied(values_of(py, "parts", array)?))
 }
 
 type Answers<'py> = (Side<'py>, Side<'py>, Bound<'py, PyArray1<u64>>, Bound<'py, PyArray2<f32>>);

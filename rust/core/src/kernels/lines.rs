@@ -3,6 +3,8 @@
 
 use std::ops::{Deref, DerefMut};
 
+use crate::memory;
+
 /// Bytes of a cache line.
 pub(super) const LINE: usize = 64;
 
@@ -17,7 +19,7 @@ unsafe impl bytemuck::Pod for Line {}
 
 /// Bytes in memory, the first of which begins a cache line: rows of a multiple of 64 bytes take as
 /// few lines as there can be.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Lines {
     lines: Vec<Line>,
     len: usize,
@@ -27,23 +29,26 @@ impl Lines {
     /// So many zeros.
     #[must_use]
     pub fn zeros(len: usize) -> Self {
-        Self { lines: vec![Line([0; LINE]); len.div_ceil(LINE)], len }
+        Self { lines: memory::filled(len.div_ceil(LINE), Line([0; LINE])), len }
     }
 
-    /// Appends bytes.
-    pub fn extend_from_slice(&mut self, bytes: &[u8]) {
-        let before = self.len;
-        self.len += bytes.len();
-        self.lines.resize(self.len.div_ceil(LINE), Line([0; LINE]));
-        self[before..].copy_from_slice(bytes);
+    /// Bytes that lie in several places.
+    #[must_use]
+    pub fn joined(parts: &[&[u8]]) -> Self {
+        let mut all = Self::zeros(parts.iter().map(|part| part.len()).sum());
+        let mut rest = &mut all[..];
+        for part in parts {
+            let (here, after) = rest.split_at_mut(part.len());
+            here.copy_from_slice(part);
+            rest = after;
+        }
+        all
     }
 }
 
-impl From<&[u8]> for Lines {
-    fn from(bytes: &[u8]) -> Self {
-        let mut lines = Self::zeros(bytes.len());
-        lines.copy_from_slice(bytes);
-        lines
+impl Clone for Lines {
+    fn clone(&self) -> Self {
+        Self { lines: memory::copied(&self.lines), len: self.len }
     }
 }
 
@@ -71,9 +76,9 @@ mod tests {
     fn bytes_come_in_order_and_begin_a_line() {
         let bytes: Vec<u8> = (0..200).collect();
         for split in [0, 1, 63, 64, 65, 128, 200] {
-            let mut lines = Lines::from(&bytes[..split]);
-            lines.extend_from_slice(&bytes[split..]);
+            let lines = Lines::joined(&[&bytes[..split], &bytes[split..]]);
             assert_eq!(&lines[..], bytes);
+            assert_eq!(lines.clone(), lines);
             assert_eq!(lines.as_ptr() as usize % LINE, 0);
         }
         assert_eq!(&Lines::zeros(3)[..], [0; 3]);

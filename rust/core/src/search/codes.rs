@@ -23,6 +23,7 @@ use super::rotation::{Rotation, UNIT};
 use super::rows::{check_numbers, number};
 use crate::error::Error;
 use crate::kernels::Lines;
+use crate::memory;
 use crate::parallel::share;
 use crate::stop::Asker;
 use crate::store::Cursor;
@@ -229,7 +230,7 @@ impl Codes {
             Segment {
                 width,
                 upper: Lines::zeros(examples * width),
-                lower: vec![0; two * width],
+                lower: memory::filled(two * width, 0),
                 scales: vec![0.0; examples],
                 upper_errors: vec![bf16::ZERO; examples],
                 errors: vec![bf16::ZERO; two],
@@ -382,7 +383,7 @@ impl Codes {
         let mut all = self.clone();
         all.order.extend(more.order.iter().map(|&example| example + before as u32));
         for (segment, more) in all.segments.iter_mut().zip(&more.segments) {
-            segment.upper.extend_from_slice(&more.upper);
+            segment.upper = Lines::joined(&[&segment.upper, &more.upper]);
             segment.lower.extend_from_slice(&more.lower);
             segment.scales.extend_from_slice(&more.scales);
             segment.upper_errors.extend_from_slice(&more.upper_errors);

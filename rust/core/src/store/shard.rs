@@ -7,6 +7,7 @@ use half::f16;
 
 use crate::error::Error;
 use crate::kernels::InstructionSet;
+use crate::memory;
 
 /// The type of stored values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,9 +141,9 @@ impl Shard {
         }
         let size = rows.len() * dim;
         let mut found = match kind {
-            Kind::F32 => Place::F32(vec![0.0; size]),
-            Kind::F16 => Place::F16(vec![f16::ZERO; size]),
-            Kind::I8 => Place::I8(vec![0; size]),
+            Kind::F32 => Place::F32(memory::filled(size, 0.0)),
+            Kind::F16 => Place::F16(memory::filled(size, f16::ZERO)),
+            Kind::I8 => Place::I8(memory::filled(size, 0)),
         };
         for (index, &(shard, row)) in rows.iter().enumerate() {
             let here = index * dim..(index + 1) * dim;

@@ -12,6 +12,7 @@ use super::walk::{
 };
 use super::{DEGREE, NONE};
 use crate::error::Error;
+use crate::memory;
 use crate::parallel::{collect, share};
 use crate::random;
 use crate::stop::{Asker, Watch};
@@ -51,7 +52,7 @@ pub(super) fn build(
         |leaf, job, watch| leaf.search(&leaves[job], &near, 0, watch),
     )?;
     drop(leaves);
-    let mut links = vec![NONE; nodes * DEGREE];
+    let mut links = memory::filled(nodes * DEGREE, NONE);
     choose(directions, &near, &mut links, threads, asker)?;
     drop(near);
     reverse(directions, &mut links, 0..nodes, threads, asker)?;

@@ -30,6 +30,7 @@ use super::exact::Scorer;
 use super::top::{self, LARGEST};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
+use crate::memory;
 use crate::parallel::collect;
 use crate::random;
 use crate::stop::Asker;
@@ -153,7 +154,7 @@ impl Graph {
         }
         let factors = walk::factors(&codes);
         let directions = directions(&codes, &factors);
-        let mut links = self.links.clone();
+        let mut links = memory::copied(&self.links);
         build::extend(&directions, &mut links, &self.entries, threads, asker)?;
         let mut entries = self.entries.nodes.clone();
         if !more.is_empty() {

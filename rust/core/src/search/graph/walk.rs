@@ -1,8 +1,5 @@
 //! Walks along links, from near nodes to nearer ones.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-
 use super::{DEGREE, NONE};
 use crate::error::Error;
 use crate::kernels::{InstructionSet, Lines};
@@ -224,41 +221,42 @@ impl Gathered {
     }
 }
 
-/// The nodes that a walk has seen: an open table, as large as the walk and not as the graph.
+/// The nodes that a walk has seen: a bit for each there is.
 #[derive(Default)]
 struct Seen {
-    table: Vec<u32>,
-    count: usize,
+    bits: Vec<u64>,
+    /// Those whose bit is set.
+    nodes: Vec<u32>,
 }
 
 impl Seen {
-    fn clear(&mut self) {
-        self.table.fill(NONE);
-        self.count = 0;
+    fn clear(&mut self, nodes: usize) {
+        for node in self.nodes.drain(..) {
+            self.bits[node as usize / 64] = 0;
+        }
+        self.bits.resize(nodes.div_ceil(64), 0);
     }
 
-    /// Adds a node; `false` if it is there already.
-    fn add(&mut self, node: u32) -> bool {
-        if 2 * self.count >= self.table.len() {
-            let larger = vec![NONE; (2 * self.table.len()).max(1024)];
-            let old = std::mem::replace(&mut self.table, larger);
-            self.count = 0;
-            for node in old.into_iter().filter(|&node| node != NONE) {
-                self.add(node);
-            }
+    fn add(&mut self, node: u32) {
+        self.bits[node as usize / 64] |= 1 << (node % 64);
+        self.nodes.push(node);
+    }
+
+    /// Adds nodes, and returns those that were not there.
+    fn add_new(&mut self, nodes: &[u32]) -> &[u32] {
+        let before = self.nodes.len();
+        let mut count = before;
+        self.nodes.resize(before + nodes.len(), NONE);
+        for &node in nodes {
+            // Whether it is there nobody could predict: so without a branch.
+            let word = &mut self.bits[node as usize / 64];
+            let bit = 1 << (node % 64);
+            self.nodes[count] = node;
+            count += usize::from(*word & bit == 0);
+            *word |= bit;
         }
-        let mask = self.table.len() - 1;
-        // The golden ratio spreads numbers that lie together.
-        let mut at = (u64::from(node).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize & mask;
-        while self.table[at] != NONE {
-            if self.table[at] == node {
-                return false;
-            }
-            at = (at + 1) & mask;
-        }
-        self.table[at] = node;
-        self.count += 1;
-        true
+        self.nodes.truncate(count);
+        &self.nodes[before..]
     }
 }
 
@@ -268,10 +266,10 @@ struct Walk {
     /// Which of the probes it is for.
     probe: usize,
     seen: Seen,
-    /// Keys of nodes whose links have not been followed.
-    frontier: BinaryHeap<u64>,
-    /// Keys of the nearest nodes that passed, the farthest first.
-    pool: BinaryHeap<Reverse<u64>>,
+    /// Keys of nodes whose links have not been followed, the nearest last.
+    frontier: Vec<u64>,
+    /// Keys of the nearest nodes that passed, the nearest first.
+    pool: Vec<u64>,
     /// A node whose links come next.
     open: Option<u32>,
     /// Nodes that have been seen and not yet compared.
@@ -285,12 +283,12 @@ impl Walk {
         &mut self,
         probe: usize,
         (entries, near): (&[u32], &[f32]),
-        set: InstructionSet,
+        directions: &Directions<'_>,
         width: usize,
         passes: &impl Fn(usize, u32) -> bool,
     ) {
         self.probe = probe;
-        self.seen.clear();
+        self.seen.clear(directions.codes.len());
         self.frontier.clear();
         self.pool.clear();
         self.open = None;
@@ -299,11 +297,9 @@ impl Walk {
         let mut places = Vec::with_capacity(SIFTED);
         for (entries, near) in entries.chunks(SIFTED).zip(near.chunks(SIFTED)) {
             places.clear();
-            let bar = match self.pool.peek() {
-                Some(worst) if self.pool.len() >= width => near_of(worst.0),
-                _ => f32::NEG_INFINITY,
-            };
-            set.sift(near, &zeros[..near.len()], bar, f32::NEG_INFINITY, &mut places);
+            let bar = if self.pool.len() < width { f32::NEG_INFINITY } else { self.bar(width) };
+            let zeros = &zeros[..near.len()];
+            directions.set.sift(near, zeros, bar, f32::NEG_INFINITY, &mut places);
             for &place in &places {
                 let place = place as usize;
                 // The others are too far, and will be again if a link leads to them.
@@ -313,18 +309,22 @@ impl Walk {
         }
     }
 
+    /// How near a node must be to matter, once the pool is full.
+    fn bar(&self, width: usize) -> f32 {
+        near_of(self.pool[width - 1])
+    }
+
     /// Takes a node that is near enough into the frontier, and into the pool if it passes.
     fn meet(&mut self, key: u64, width: usize, passes: &impl Fn(usize, u32) -> bool) {
-        let full = self.pool.len() >= width;
-        if full && self.pool.peek().is_some_and(|worst| key < worst.0) {
+        if self.pool.len() >= width && key < self.pool[width - 1] {
             return;
         }
-        self.frontier.push(key);
+        let at = self.frontier.partition_point(|&other| other < key);
+        self.frontier.insert(at, key);
         if passes(self.probe, node_of(key)) {
-            self.pool.push(Reverse(key));
-            if full {
-                self.pool.pop();
-            }
+            let at = self.pool.partition_point(|&other| other > key);
+            self.pool.insert(at, key);
+            self.pool.truncate(width);
         }
     }
 
@@ -339,27 +339,27 @@ impl Walk {
         passes: &impl Fn(usize, u32) -> bool,
     ) -> bool {
         if let Some(node) = self.open.take() {
-            for &link in links_of(links, node) {
-                if self.seen.add(link) {
-                    for segment in directions.codes.segments() {
-                        InstructionSet::fetch(row(segment, link));
-                    }
-                    let count = directions.codes.segments().len();
-                    InstructionSet::fetch(&directions.factors[link as usize * count..][..count]);
-                    self.fresh.push(link);
+            let fresh = self.seen.add_new(links_of(links, node));
+            let count = directions.codes.segments().len();
+            for &link in fresh {
+                for segment in directions.codes.segments() {
+                    InstructionSet::fetch(row(segment, link));
                 }
+                InstructionSet::fetch(&directions.factors[link as usize * count..][..count]);
             }
+            self.fresh.clear();
+            self.fresh.extend_from_slice(fresh);
             return true;
         }
-        let mut near = std::mem::take(&mut self.near);
-        near.some(directions, &probes[self.probe], &self.fresh);
-        for index in 0..self.fresh.len() {
-            self.meet(key(near.values[index], self.fresh[index]), width, passes);
+        let (mut near, fresh) = (std::mem::take(&mut self.near), std::mem::take(&mut self.fresh));
+        near.some(directions, &probes[self.probe], &fresh);
+        for (&near, &node) in near.values.iter().zip(&fresh) {
+            self.meet(key(near, node), width, passes);
         }
-        self.near = near;
+        (self.near, self.fresh) = (near, fresh);
         self.fresh.clear();
         let Some(next) = self.frontier.pop() else { return false };
-        if self.pool.len() >= width && self.pool.peek().is_some_and(|worst| next < worst.0) {
+        if self.pool.len() >= width && next < self.pool[width - 1] {
             return false;
         }
         let node = node_of(next);
@@ -398,7 +398,7 @@ impl Walker {
         let count = entries.nodes.len();
         let begin = |walk: &mut Walk, probe: usize| {
             let near = &near.values[probe * count..][..count];
-            walk.begin(probe, (&entries.nodes, near), directions.set, width, &passes);
+            walk.begin(probe, (&entries.nodes, near), directions, width, &passes);
         };
         let mut next = WALKS.min(probes.len());
         for (probe, walk) in walks[..next].iter_mut().enumerate() {
@@ -420,8 +420,7 @@ impl Walker {
                 }
                 let found = &mut found[walk.probe];
                 found.clear();
-                found.extend(walk.pool.drain().map(|Reverse(key)| key));
-                found.sort_unstable_by(|a, b| b.cmp(a));
+                found.append(&mut walk.pool);
                 if next < probes.len() {
                     begin(walk, next);
                     next += 1;

@@ -1,0 +1,49 @@
+"""Curves as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from comparisons.shared import Curve
+
+COLOURS = {"whence": "#c0392b"}
+OTHERS = ("#1f4e79", "#2e7d32", "#8e6c00", "#6a3d9a", "#455a64")
+MARKERS = "osD^vP"
+
+
+def draw(curves: Sequence[Curve], folder: Path) -> None:
+    """Writes each picture as SVG into a folder, under its name in lower case with hyphens.
+
+    A picture of growth has rows and milliseconds, both logarithmic; any other recall and queries a
+    second.
+    """
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "whence"  # the same bytes for the same curves
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in dict.fromkeys(curve.picture for curve in curves):
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        others = iter(zip(OTHERS, MARKERS[1:], strict=True))
+        for curve in (each for each in curves if each.picture == picture):
+            ours = curve.name.startswith("whence")
+            colour, marker = (COLOURS["whence"], MARKERS[0]) if ours else next(others)
+            across, up = zip(*curve.points, strict=True)
+            axes.plot(across, up, marker=marker, color=colour, label=curve.name, linewidth=1.6)
+        axes.set_yscale("log")
+        if picture.startswith("growth"):
+            axes.set_xscale("log")
+            axes.set_xlabel("rows of 512")
+            axes.set_ylabel("milliseconds a query, one thread")
+        else:
+            axes.set_xlabel("recall@10")
+            axes.set_ylabel("queries a second, one thread")
+        axes.set_title(picture)
+        axes.grid(which="both", color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False)
+        name = picture.lower().replace(",", "").replace(" ", "-")
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)
