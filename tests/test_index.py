@@ -304,6 +304,9 @@ def test_a_manifest_that_lies_is_refused(tmp_path):
         {"files": {}},
         {"files": {**body["files"], "order": [1, 2, "<u4", [2**62]]}},
         {"share": "much"},
+        {"files": [1]},
+        {"bits": 5},
+        {"rows": {**body["rows"], "digest": "x"}},
     ):
         write_json(manifest, {**body, **change})
         with pytest.raises(errors.StoreError):
@@ -314,11 +317,12 @@ def test_what_was_left_by_a_killed_save_is_no_index_and_in_nobodys_way(tmp_path)
     rows = random_rows(2100, 20)
     index = whence.Index(rows, "certified")
     (tmp_path / "index.part").mkdir()
-    (tmp_path / "index.part" / "order.npy").write_bytes(b"half")
+    (tmp_path / "index.part" / "order.npy").write_bytes(b"somebody's")
     with pytest.raises(errors.StoreError):
         whence.Index.load(tmp_path / "index", rows)
     index.save(tmp_path / "index")
-    assert not (tmp_path / "index.part").exists()
+    assert (tmp_path / "index.part" / "order.npy").read_bytes() == b"somebody's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.part"]
 
 
 def test_factored_stores_are_scanned_and_have_no_codes(tmp_path):
@@ -720,3 +724,136 @@ def test_a_saved_index_of_a_store_that_has_grown_takes_in_the_rest_and_forgets_n
         index = whence.Index.load(tmp_path / method, tmp_path / "s")
         assert (len(index), index.explain().deleted) == (3000, 2)
         same(index.search(asked, 30), store.search(asked, 30, where=kept))
+
+
+@pytest.mark.parametrize("method", ["exact", "certified", "hnsw"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda rows: -rows,
+        lambda rows: rows[:, ::-1].copy(),
+        lambda rows: np.roll(rows, 1, axis=1),
+        lambda rows: np.roll(rows, 1, axis=0),
+        lambda rows: np.where(np.arange(len(rows))[:, None] == 1234, -rows, rows),
+    ],
+)
+def test_other_rows_of_the_same_norms_are_not_taken_for_those_of_the_index(tmp_path, method, other):
+    rows = random_rows(2500, 48)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    index = whence.Index(rows, method)
+    with pytest.raises(errors.MismatchError):
+        index.add(np.concatenate([other(rows), rows[:5]]))
+    if method != "exact":
+        index.save(tmp_path / "index")
+        with pytest.raises(errors.MismatchError):
+            whence.Index.load(tmp_path / "index", other(rows))
+
+
+@pytest.mark.parametrize("method", ["exact", "certified"])
+def test_a_file_that_was_written_since_is_an_error_and_no_answer(tmp_path, method):
+    rows = random_rows(2500, 48)
+    np.save(tmp_path / "rows.npy", rows)
+    index = whence.Index(tmp_path / "rows.npy", method)
+    index.search(rows[:2])
+    np.save(tmp_path / "rows.npy", -rows)
+    with pytest.raises(errors.StoreError, match="must stay as it was"):
+        index.search(rows[:2])
+
+
+@pytest.mark.parametrize("dim", [64, 65, 512])
+def test_a_graph_of_rows_that_are_alike_to_all_but_their_own_is_built_at_once(dim):
+    random = np.random.default_rng(0)
+    kinds = np.eye(dim, dtype=np.float32)[random.integers(0, dim, 6000)]
+    sparse = (random.random((6000, dim)) < 2 / dim).astype(np.float32)
+    for rows in (kinds, kinds * random.choice([-1.0, 2.0], (6000, 1)), sparse):
+        rows = rows.astype(np.float32)
+        index = whence.Index(rows, "hnsw")
+        same(index.search(rows[:3], 5), whence.Index(rows, "exact").search(rows[:3], 5))
+
+
+def test_a_mixture_is_not_called_the_answer_of_a_scan():
+    rows = random_rows(3000, 40)
+    hits = whence.Index(rows).search(rows[:2], 5, diverse=10)
+    assert not hits.exact.any()
+    assert hits.clusters == 10
+    assert hits.certainty.startswith("a mixture over 10 clusters")
+
+
+def test_deletions_at_the_same_time_are_all_kept():
+    from concurrent.futures import ThreadPoolExecutor
+
+    index = whence.Index(random_rows(3000, 8))
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda example: index.delete([example]), range(1500)))
+    assert index.explain().deleted == 1500
+
+
+def test_what_was_deleted_is_not_handed_to_others():
+    rows = random_rows(100, 8)
+    index = whence.Index(rows)
+    index.delete([0, 50])
+    assert index.vectors().tobytes() == np.delete(rows, [0, 50], axis=0).tobytes()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda index, rows: index.search(rows, exclude=5),
+        lambda index, rows: index.search(rows, exclude=[1, 2]),
+        lambda index, rows: index.search(rows, exclude=[None, []]),
+        lambda index, rows: index.search(rows, exclude=iter([[1], [2]])),
+        lambda index, rows: index.search(rows, side=np.array(["both", "harmful"])),
+        lambda index, rows: index.search(rows, approximate="False"),
+        lambda index, rows: index.search(rows, approximate=np.array([True, False])),
+        lambda index, rows: index.search(rows, where=[[1], [1, 2]]),
+        lambda index, rows: index.search(rows, where={"a": [[1], [1, 2]]}),
+        lambda index, rows: whence.Index(rows, np.array([1])),
+        lambda index, rows: whence.Index([[1.0], [1.0, 2.0]]),
+        lambda index, rows: whence.Matrix(rows.astype(">f4")),
+        lambda index, rows: whence.Matrix(rows, columns=5),
+        lambda index, rows: whence.Matrix(rows, columns=0),
+        lambda index, rows: whence.Matrix("a\0b.npy"),
+        lambda index, rows: whence.Matrix("a\udc00b\ud800.npy"),
+        lambda index, rows: index.save("a\0b"),
+    ],
+)
+def test_whatever_is_wrong_has_an_error_of_its_own(ask):
+    rows = random_rows(2, 8)
+    index = whence.Index(whence.Matrix(random_rows(50, 8), columns={"a": np.arange(50)}))
+    with pytest.raises(errors.WhenceError, match=r"must|needs"):
+        ask(index, rows)
+
+
+def test_a_header_that_promises_more_than_the_file_has_is_damage(tmp_path):
+    np.save(tmp_path / "rows.npy", random_rows(8, 8))
+    content = (tmp_path / "rows.npy").read_bytes()
+    for shape in (
+        b"(-8, 8)",
+        b"(10000000000000, 8)",
+        b"(4611686018427387904, 4611686018427387904)",
+    ):
+        text = content[10:128].replace(b"(8, 8)", shape)
+        text = text.rstrip(b"\n ").ljust(117) + b"\n"
+        (tmp_path / "rows.npy").write_bytes(content[:10] + text + content[128:])
+        with pytest.raises(errors.StoreError):
+            whence.Matrix(tmp_path / "rows.npy")
+
+
+def test_numbers_that_a_columns_type_cannot_hold_equal_none_in_it():
+    large = 2**53
+    matrix = whence.Matrix(
+        random_rows(3, 4),
+        columns={"whole": [large, large + 1, 7], "real": [float(large), 0.5, 7.0]},
+    )
+    assert matrix.eligible({"whole": float(large)}).tolist() == [True, False, False]
+    assert matrix.eligible({"real": large + 1}).tolist() == [False, False, False]
+    assert matrix.eligible({"real": [large, 7]}).tolist() == [True, False, True]
+    assert matrix.eligible({"whole": [7.0, 0.5, np.nan, np.inf, 1e300]}).tolist() == [0, 0, 1]
+
+
+def test_unaligned_rows_are_rows():
+    rows = random_rows(40, 8)
+    bytes_of = np.frombuffer(b"x" + rows.tobytes(), np.uint8)[1:]
+    unaligned = bytes_of.view(np.float32).reshape(rows.shape)
+    assert not unaligned.flags.aligned
+    same(whence.Index(unaligned).search(rows[:2]), whence.Index(rows).search(rows[:2]))

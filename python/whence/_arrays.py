@@ -60,9 +60,27 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
         ArgumentError: If it is not.
     """
     allowed = list(allowed)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return str(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """`value` as True or False.
+
+    Raises:
+        DtypeError: If it is neither.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise DtypeError(f"{name} must be True or False, got {describe(value)}")
+    return bool(value)
+
+
+def is_list(value: Any) -> bool:
+    """Whether it has items in order, and is no text."""
+    if isinstance(value, (str, bytes)):
+        return False
+    return isinstance(value, Sequence) or len(getattr(value, "shape", ())) > 0
 
 
 def threads(value: int | None) -> int:
@@ -81,11 +99,27 @@ def threads(value: int | None) -> int:
 def to_numpy(value: Any) -> Any:
     """A tensor as an array, without importing torch; anything else as it is."""
     if hasattr(value, "detach") and hasattr(value, "cpu"):
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":
-            value = value.float()
-        return value.numpy()
+        try:
+            value = value.detach().cpu()
+            if str(value.dtype) == "torch.bfloat16":
+                value = value.float()
+            return value.numpy()
+        except (TypeError, NotImplementedError, RuntimeError) as error:
+            # Sparse, without values, or of a type that arrays have not.
+            raise DtypeError(f"a tensor must be one that becomes an array, got {error}") from None
     return value
+
+
+def array(name: str, value: Any) -> NDArray[Any]:
+    """`value`, a tensor, an array or nested lists, as an array.
+
+    Raises:
+        ShapeError: If lists are of several lengths.
+    """
+    try:
+        return np.asarray(to_numpy(value))
+    except ValueError as error:
+        raise ShapeError(f"{name} must be an array, got {error}") from None
 
 
 def float_rows(name: str, value: Any, dim: int) -> NDArray[np.float32]:
@@ -163,7 +197,7 @@ def values(name: str, value: Any) -> NDArray[Any]:
     Raises:
         DtypeError: If values are of another type, or of several.
     """
-    scalar = isinstance(value, (str, int, float, np.generic)) or np.ndim(to_numpy(value)) == 0
+    scalar = isinstance(value, (str, int, float, np.generic)) or array(name, value).ndim == 0
     return _items(name, [value] if scalar else value, DtypeError)
 
 
@@ -241,6 +275,12 @@ def path(name: str, value: Any) -> Path:
     """
     if not isinstance(value, (str, os.PathLike)):
         raise DtypeError(f"{name} must be a path, got {describe(value)}")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"{name} must be a path, got {value!r}: {error}") from None
+    if "\0" in os.fsdecode(value):
+        raise ArgumentError(f"{name} must not contain a NUL character, got {value!r}")
     return Path(value).absolute()
 
 

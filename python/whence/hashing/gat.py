@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import ShapeError
 from whence.hashing.families import rows_of
-from whence.hashing.graph import Graph
+from whence.hashing.graph import Graph, check_graph
 from whence.hashing.selection import classes_of
 
 MAX_HEADS = MAX_WIDTH = 64
@@ -98,10 +98,11 @@ def gat_importance(
 
     Raises:
         ArgumentError: If an argument is out of range.
-        DtypeError: If one is no number, rows are not float32, or labels are floats.
+        DtypeError: If one is no number, graph is none, rows are not float32, or labels are floats.
         ShapeError: If rows or labels are not as many as the graph has.
         NotFiniteError: If rows hold a NaN or an infinity, or training diverges.
     """
+    check_graph(graph)
     heads = _arrays.integer("heads", heads, 1, MAX_HEADS)
     width = _arrays.integer("width", width, 1, MAX_WIDTH)
     epochs = _arrays.integer("epochs", epochs, 0)

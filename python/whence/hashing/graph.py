@@ -68,6 +68,16 @@ class Graph:
         return np.stack([self.targets, self.neighbours], axis=1)
 
 
+def check_graph(graph: Any) -> None:
+    """Nothing, if it is a graph.
+
+    Raises:
+        DtypeError: If it is not.
+    """
+    if not isinstance(graph, Graph):
+        raise DtypeError(f"graph must be a whence.hashing.Graph, got {_arrays.describe(graph)}")
+
+
 def hash_graph(
     rows: Any,
     *,
@@ -180,6 +190,8 @@ def distance_graph(
         if threshold > 1:
             raise ArgumentError(f"threshold must be at most 1, got {threshold}")
         radius = math.sqrt(-2 * math.log(threshold))
+    if not _arrays.is_list(batches):
+        raise ShapeError(f"batches must be lists of rows, got {_arrays.describe(batches)}")
     lists = [_batch(f"batches[{number}]", batch, len(rows)) for number, batch in enumerate(batches)]
     (ends, neighbours, squares), medians = _core.graph_within_batches(
         rows, [batch.tolist() for batch in lists], k, radius, _arrays.threads(threads)
@@ -251,8 +263,9 @@ def _batch(name: str, value: Any, rows: int) -> NDArray[np.int64]:
     Raises:
         DtypeError: If they are not integers.
         ArgumentError: If a row is not there, or there are none, or too many.
+        ShapeError: If they are lists of several lengths.
     """
-    array = np.asarray(_arrays.to_numpy(value))
+    array = _arrays.array(name, value)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DtypeError(f"{name} must be a list of integers, got {_arrays.describe(array)}")
     if not 1 <= len(array) <= _core.MAX_BATCH:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from whence import _arrays, _core
 from whence.errors import ArgumentError, DtypeError, ShapeError
 from whence.hashing.families import MAX_SEED, rows_of
-from whence.hashing.graph import Graph
+from whence.hashing.graph import Graph, check_graph
 
 Scorer: TypeAlias = Callable[[Graph, NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]]
 """(graph, [rows, dim] rows, [rows] numbers of classes) -> [rows] importance."""
@@ -87,8 +87,9 @@ def softmax_importance(
 
     Raises:
         ArgumentError: If beta is not finite.
-        DtypeError: If it is no number.
+        DtypeError: If it is no number, or graph is none.
     """
+    check_graph(graph)
     beta = _arrays.number("beta", beta)
     targets, weights = graph.targets, graph.weights.astype(np.float64)
     # Over a row's largest exponent, which is that of the most or the least similar.
@@ -125,10 +126,14 @@ def select_instances(
 
     Raises:
         ArgumentError: If reduction is out of range, or a scorer's importance is not [rows].
-        DtypeError: If rows are not float32, or labels are floats, or of several types.
+        DtypeError: If rows are not float32, labels are floats, or of several types, or graph or
+            scorer is none.
         ShapeError: If there are not as many rows and labels as the graph has.
         NotFiniteError: If rows or importance hold a NaN or an infinity.
     """
+    check_graph(graph)
+    if not callable(scorer):
+        raise DtypeError(f"scorer must be a function, got {_arrays.describe(scorer)}")
     rows = rows_of("rows", rows)
     classes = classes_of(labels)
     for name, found in (("rows", len(rows)), ("labels", len(classes))):
@@ -157,7 +162,7 @@ def classes_of(labels: Any) -> NDArray[np.int64]:
         ShapeError: If there are none, or they are not one-dimensional.
     """
     array = _arrays.to_numpy(labels)
-    if not hasattr(array, "__len__") or len(array) == 0:
+    if not _arrays.is_list(array) or len(array) == 0:
         raise ShapeError(f"labels must be a non-empty list, got {_arrays.describe(labels)}")
     array = _arrays.column("labels", array, len(array))
     if array.dtype.kind == "f":

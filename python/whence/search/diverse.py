@@ -71,7 +71,9 @@ def search(
         _mixed(side, clusters, asked.k) if wanted else side
         for side, wanted in zip((wide.helpful, wide.harmful), asked.sides, strict=True)
     ]
-    return replace(wide, helpful=sides[0], harmful=sides[1])
+    exact = np.zeros_like(wide.exact)
+    count = int(clusters.max()) + 1
+    return replace(wide, helpful=sides[0], harmful=sides[1], exact=exact, clusters=count)
 
 
 def _mixed(side: Side, clusters: NDArray[np.int64], k: int) -> Side:

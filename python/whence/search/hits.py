@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
@@ -84,6 +84,8 @@ class Hits:
         margins: [queries, 2] of an approximate answer, for either side: by how much its last
             score is better than the best estimate among the examples that were not scored;
             negative where one of those promised more. None for exact answers.
+        clusters: Into how many the examples were cut, for an answer that is a mixture over them,
+            and so not that of a scan; None for a plain answer.
     """
 
     helpful: Side
@@ -94,6 +96,7 @@ class Hits:
     columns: Mapping[str, NDArray[Any]] = field(repr=False)
     exact: NDArray[np.bool_] = field(repr=False)
     margins: NDArray[np.float32] | None = field(default=None, repr=False)
+    clusters: int | None = None
 
     sign: ClassVar[str] = SIGN
     renderer: ClassVar[Renderer | None] = None
@@ -115,6 +118,9 @@ class Hits:
     @property
     def certainty(self) -> str:
         """Whether the hits are those of a scan of all examples, in words."""
+        if self.clusters is not None:
+            wide = replace(self, clusters=None).certainty
+            return f"a mixture over {self.clusters} clusters of more hits, which are {wide}"
         if self.margins is None:
             return "exact: the hits of a scan of all examples"
         clear = self.margins[:, [side in self.sides for side in ("helpful", "harmful")]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,6 +163,7 @@ class Index:
     _gone: NDArray[np.bool_] | None
     _clusters: dict[int, NDArray[np.int64]]
     _last: tuple[str, NDArray[np.int64]] | None
+    _lock: threading.Lock
 
     def __init__(
         self,
@@ -201,6 +203,7 @@ class Index:
         self.source, self._missing = source, missing
         self._last, self._clusters, self._gone = None, {}, None
         self._built, self._held = None, None
+        self._lock = threading.Lock()
 
     def _suited(self, count: int) -> tuple[str, str]:
         """A method for so many examples, and why."""
@@ -253,11 +256,20 @@ class Index:
         """
         threads = _arrays.threads(threads)
         source, before = opened(rows), len(self)
-        if len(source.ids) < before or (
-            kept.fingerprint(source, before) != kept.fingerprint(self.source, before)
-        ):
+        same = len(source.ids) >= before and source.dim == self.source.dim
+        if same:
+            digest = kept.fingerprint(source, before, source.digest(before, threads))
+            same = digest == kept.fingerprint(self.source, before, self._digest(threads))
+        if not same:
             raise MismatchError(f"rows must begin with those of {self.source!r}, got {source!r}")
         self._grow(source, before, threads)
+
+    def _digest(self, threads: int) -> int:
+        """That of the rows that the index was built of."""
+        if self._built is not None:
+            return self._built.codes.digest
+        core, numbers = self._held or (self.source.core, self.source.numbers)
+        return core.digest(numbers, len(self), threads)
 
     def _grow(self, source: Source, before: int, threads: int) -> None:
         """Takes in what follows the index's examples, the first `before` of the source's."""
@@ -283,11 +295,13 @@ class Index:
 
         Raises:
             IdError: If an id is not there; none is deleted then.
+            ShapeError: If there are no ids.
         """
         places = self.source.positions("ids", _arrays.ids("ids", ids))
-        gone = np.zeros(len(self), np.bool_) if self._gone is None else self._gone.copy()
-        gone[places] = True
-        self._gone = gone if gone.any() else None
+        with self._lock:  # of two that delete at once, neither forgets what the other did
+            gone = np.zeros(len(self), np.bool_) if self._gone is None else self._gone.copy()
+            gone[places] = True
+            self._gone = gone
 
     def __len__(self) -> int:
         return len(self.source.ids)
@@ -325,6 +339,7 @@ class Index:
                 search of an index with a graph only.
             diverse: Into how many clusters the rows are cut for an answer that has examples of all
                 that the query has to do with, instead of many of a kind; None for the plain answer.
+                The first question for so many cuts them: O(examples · length · diverse).
             threads: As in `Store.search`.
 
         Returns:
@@ -362,6 +377,8 @@ class Index:
     ) -> Hits:
         """As `search`, for [checkpoints, queries, width] rows that `whence.query` made.
 
+        `missing` as in `Store.search`; an index with missing="drop" drops whatever it says.
+
         Raises:
             WhenceError: As `search`.
         """
@@ -375,8 +392,9 @@ class Index:
             threads=threads,
             gone=self._gone,
         )
+        approximate = _arrays.boolean("approximate", approximate)
         if ef is not None:
-            _arrays.integer("ef", ef, 1)
+            ef = min(_arrays.integer("ef", ef, 1), len(self))
             if self.method != "hnsw" or not approximate:
                 raise ArgumentError(
                     "ef must be None but for approximate answers of an index with "
@@ -489,7 +507,8 @@ class Index:
         """[examples, checkpoints · dim] rows whose inner products with query rows are the scores.
 
         The rows of all checkpoints side by side, each times its weight; a query is its own rows
-        side by side. All in memory: for other libraries, and for checking.
+        side by side. Those of deleted examples are left out. All in memory: for other libraries,
+        and for checking.
 
         Raises:
             IdError: If an id lacks a checkpoint.
@@ -498,7 +517,11 @@ class Index:
         if self.source.places:
             raise MismatchError("rows must be vectors, got a store with layout='factored'")
         self.source.row_numbers()  # raises if a row is missing
-        return self.source.side_by_side(np.arange(len(self)))
+        return self.source.side_by_side(self._left())
+
+    def _left(self) -> NDArray[np.int64]:
+        """The examples that were not deleted."""
+        return np.arange(len(self)) if self._gone is None else np.flatnonzero(~self._gone)
 
     def to_faiss(self) -> Any:
         """A `faiss.IndexFlatIP` of `vectors()`, under the ids if they are integers.
@@ -510,11 +533,12 @@ class Index:
         faiss = imported("faiss", "to_faiss", "faiss-cpu")
         vectors = self.vectors()
         index = faiss.IndexFlatIP(vectors.shape[1])
-        if self.source.ids.dtype.kind != "i":
+        ids = self.source.ids[self._left()]
+        if ids.dtype.kind != "i":
             index.add(vectors)
             return index
         named = faiss.IndexIDMap2(index)
-        named.add_with_ids(vectors, self.source.ids)
+        named.add_with_ids(vectors, ids)
         return named
 
     def to_hnswlib(self, *, M: int = 16, ef_construction: int = 200) -> Any:
@@ -534,7 +558,8 @@ class Index:
         vectors = self.vectors()
         index = hnswlib.Index(space="ip", dim=vectors.shape[1])
         index.init_index(max_elements=len(vectors), M=M, ef_construction=ef_construction)
-        labels = self.source.ids if self.source.ids.dtype.kind == "i" else np.arange(len(vectors))
+        ids = self.source.ids[self._left()]
+        labels = ids if ids.dtype.kind == "i" else np.arange(len(vectors))
         index.add_items(vectors, labels)
         return index
 
@@ -582,7 +607,7 @@ class Index:
         index._open(opened(rows), _arrays.choice("missing", missing, ("error", "drop")))
         threads = _arrays.threads(threads)
         source = index.source
-        built, index._gone, count = kept.load(_arrays.path("path", path), source)
+        built, index._gone, count = kept.load(_arrays.path("path", path), source, threads)
         index._built, index._seed = built, built.seed
         index.method = "certified" if built.graph is None else "hnsw"
         index._why = "it was saved so"
@@ -696,6 +721,8 @@ def _codes(
         NotFiniteError: If a row is not finite.
     """
     weights, _ = source.weights()
+    if (weights < np.finfo(np.float32).tiny).any():
+        raise MismatchError(f"learning rates must be at least 1.2e-38 for codes, got {weights}")
     bounds = source.bounds(weights)
     if bounds is None:
         raise MismatchError(f"rows must have norms that bound scores, got {source!r}")

@@ -8,12 +8,12 @@ A folder of `.npy` files and a manifest with the length and checksum of each:
     graph-links.npy ...      of an index with a graph
     gone.npy                 which examples were deleted, if any
 
-It is written under another name and then renamed: a folder of this name is whole.
+It is written under a name that nothing has, and then renamed: a folder of its own name is whole.
 """
 
 from __future__ import annotations
 
-import shutil
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ VERSION = 0
 MANIFEST = "manifest.json"
 
 GONE = "gone"
+WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a manifest whose parts do not fit together ends in."""
+
 PLANES = ("upper", "lower")
 GRAPH = ("graph-norms", "graph-links", "graph-entries")
 NUMBERS = ("upper-errors", "errors", "tails")
@@ -78,7 +81,6 @@ def save(path: Path, source: Source, built: Built, gone: NDArray[np.bool_] | Non
     """
     if path.exists():
         raise ArgumentError(f"path must be a new folder, got {path}, which exists")
-    part = path.with_name(path.name + ".part")
     order, segments, reaches = built.codes.parts()
     arrays: dict[str, Any] = {
         "order": order,
@@ -95,7 +97,7 @@ def save(path: Path, source: Source, built: Built, gone: NDArray[np.bool_] | Non
     if gone is not None:
         arrays[GONE] = gone
     with store_errors(path):
-        shutil.rmtree(part, ignore_errors=True)
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         part.mkdir(parents=True)
         files = {
             name: (*write_array(part / f"{name}.npy", array), array.dtype.str, array.shape)
@@ -105,7 +107,7 @@ def save(path: Path, source: Source, built: Built, gone: NDArray[np.bool_] | Non
         body = {
             "format": FORMAT,
             "version": VERSION,
-            "rows": fingerprint(source, len(source.ids)),
+            "rows": fingerprint(source, len(source.ids), built.codes.digest),
             "weights": weights.tolist(),
             "seed": built.seed,
             "bits": built.bits,
@@ -121,7 +123,7 @@ def save(path: Path, source: Source, built: Built, gone: NDArray[np.bool_] | Non
     return path
 
 
-def load(path: Path, source: Source) -> tuple[Built, NDArray[np.bool_] | None, int]:
+def load(path: Path, source: Source, threads: int) -> tuple[Built, NDArray[np.bool_] | None, int]:
     """What is in a folder, which examples are gone, and of how many of the source's it is.
 
     Raises:
@@ -136,7 +138,10 @@ def load(path: Path, source: Source) -> tuple[Built, NDArray[np.bool_] | None, i
         if body["format"] != FORMAT or body["version"] != VERSION:
             raise ValueError(f"format must be {FORMAT} {VERSION}")
         count = int(body["rows"]["examples"])
-        if count > len(source.ids) or body["rows"] != fingerprint(source, count):
+        if not (
+            0 < count <= len(source.ids)
+            and body["rows"] == fingerprint(source, count, source.digest(count, threads))
+        ):
             raise MismatchError(f"rows must be those that {path} was built of, got {source!r}")
         files = {
             name: read_array(path / f"{name}.npy", Written(length, checksum), kind, tuple(shape))
@@ -162,7 +167,11 @@ def load(path: Path, source: Source) -> tuple[Built, NDArray[np.bool_] | None, i
             files["order"],
             segments,
             files["reaches"],
+            int(body["rows"]["digest"], 16),
         )
+        bits = int(body["bits"])
+        if bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, got {bits}")
         gone = files[GONE].astype(bool) if GONE in files else None
         if len(files["order"]) != count or (gone is not None and gone.shape != (count,)):
             raise ValueError(f"order and {GONE} must be of {count} examples")
@@ -171,27 +180,25 @@ def load(path: Path, source: Source) -> tuple[Built, NDArray[np.bool_] | None, i
         if GRAPH[0] in files:
             graph = _core.Graph.from_parts(codes, *(files[name] for name in GRAPH))
             codes = graph.codes
-        return Built(codes, graph, basis, int(body["bits"]), int(body["seed"])), gone, count
+        return Built(codes, graph, basis, bits, int(body["seed"])), gone, count
     except (MismatchError, StoreError):
         raise
-    except (WhenceError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (WhenceError, *WRONG) as error:
         raise StoreError(f"{manifest} is damaged: {type(error).__name__}: {error}") from None
 
 
-def fingerprint(source: Source, count: int) -> dict[str, Any]:
-    """What tells a source's first examples from others: checksums of their norms and ids."""
+def fingerprint(source: Source, count: int, digest: int) -> dict[str, Any]:
+    """What tells a source's first examples, whose rows have this digest, from others."""
     weights, _ = source.weights()
-    bounds, ids = source.bounds(weights), source.ids[:count]
-    content = (
-        ids.tobytes()
-        if ids.dtype.kind == "i"
-        else "\0".join(ids.tolist()).encode(errors="surrogatepass")
-    )
+    ids = source.ids[:count]
+    content = ids.tobytes()
+    if ids.dtype.kind != "i":
+        content = "\0".join(ids.tolist()).encode(errors="surrogatepass")
     return {
         "examples": count,
         "dim": source.dim,
         "checkpoints": source.checkpoints,
         "weights": checksum_of(weights.data),
-        "norms": 0 if bounds is None else checksum_of(np.ascontiguousarray(bounds[:count]).data),
         "ids": checksum_of(content),
+        "digest": f"{digest:016x}",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -51,12 +52,17 @@ class Matrix(Source):
         self.path: Path | None = None
         if isinstance(rows, (str, os.PathLike)):
             self.path = _arrays.path("rows", rows)
-            shape, dtype, offset = _header(self.path)
+            shape, kind, offset = _header(self.path)
+            self._stamp = _stamp(self.path)
         else:
-            rows = np.asarray(_arrays.to_numpy(rows))
-            shape, dtype, offset = rows.shape, rows.dtype.name, 0
+            rows = _arrays.array("rows", rows)
+            shape, kind, offset = rows.shape, rows.dtype, 0
+        dtype = kind.name
         if dtype not in DTYPES:
             raise DtypeError(f"rows must be one of {', '.join(DTYPES)}, got {dtype}")
+        if kind.byteorder == ">":
+            error = DtypeError if self.path is None else StoreError
+            raise error(f"rows must be little-endian, got {kind.str}")
         if len(shape) != 2 or shape[1] == 0:
             raise ShapeError(f"rows must be [examples, dim], got {list(shape)}")
         count, self._dim = shape
@@ -65,10 +71,12 @@ class Matrix(Source):
             files: list[Any] = [(self.path, offset, count)]
             self._core = _core.Rows(files, self._dim, dtype, scales)
         else:
-            self._core = _core.Rows.of(np.ascontiguousarray(rows))
+            self._core = _core.Rows.of(np.require(rows, requirements=["C", "A"]))
         self._ids = np.arange(count, dtype=np.int64) if ids is None else _arrays.ids("ids", ids)
         if len(self._ids) != count:
             raise ShapeError(f"ids must be one for each of {count} rows, got {len(self._ids)}")
+        if not isinstance(columns, (Mapping, type(None))):
+            raise DtypeError(f"columns must be a dict, got {_arrays.describe(columns)}")
         self._columns = MappingProxyType(
             {
                 name: _arrays.column(f"columns[{name!r}]", column, count)
@@ -120,6 +128,15 @@ class Matrix(Source):
     def _norms(self) -> NDArray[np.float32]:
         return self.core.norms(_arrays.threads(None))
 
+    def check_unchanged(self) -> None:
+        """Nothing, if the file is still the one that was opened.
+
+        Raises:
+            StoreError: If it is not: of another size, or written since.
+        """
+        if self.path is not None and _stamp(self.path) != self._stamp:
+            raise StoreError(f"{self.path} must stay as it was opened, got one written since")
+
     def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
         """[1, examples] the numbers of the rows: those of the examples."""
         return np.arange(len(self), dtype=np.int64)[None]
@@ -150,7 +167,14 @@ class Matrix(Source):
         return np.ones(1, np.float32), "inner product"
 
 
-def _header(path: Path) -> tuple[tuple[int, ...], str, int]:
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    with store_errors(path):
+        found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, type and offset of the values of a `.npy` file.
 
     Raises:
@@ -170,6 +194,7 @@ def _header(path: Path) -> tuple[tuple[int, ...], str, int]:
             raise StoreError(f"{path} must be a .npy file, got another: {error}") from None
         if fortran and min(shape, default=0) > 1:
             raise StoreError(f"{path} must be in C order, got Fortran order")
-        if dtype.byteorder == ">":
-            raise StoreError(f"{path} must be little-endian, got {dtype.str}")
-        return shape, dtype.name, file.tell()
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size > path.stat().st_size - file.tell():
+            raise StoreError(f"{path} is damaged: {shape} values of {dtype} are not in it")
+        return shape, dtype, file.tell()

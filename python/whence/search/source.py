@@ -172,6 +172,7 @@ class Source(ABC):
         """
         k = _arrays.integer("k", k, 1)
         threads = _arrays.threads(threads)
+        self.check_unchanged()
         _arrays.choice("missing", missing, ("error", "drop"))
         sides = SIDES[_arrays.choice("side", side, SIDES)]
         count = len(self.ids)
@@ -201,16 +202,17 @@ class Source(ABC):
         left = len(self.ids) if keep is None else int(keep.sum())
         if exclude is None:
             return [], np.full(queries, left, np.int64)
-        if isinstance(exclude, (str, bytes)) or len(exclude) != queries:
+        if not _arrays.is_list(exclude) or len(exclude) != queries:
             raise ShapeError(
                 f"exclude must be one list of ids for each of {queries} queries, "
                 f"got {_arrays.describe(exclude)}"
             )
         lists = []
         for query, listed in enumerate(exclude):
-            found = np.empty(0, np.int64)
+            found, name = np.empty(0, np.int64), f"exclude[{query}]"
+            if not _arrays.is_list(listed):
+                raise ShapeError(f"{name} must be a list of ids, got {_arrays.describe(listed)}")
             if len(listed):
-                name = f"exclude[{query}]"
                 found = np.unique(self.positions(name, _arrays.ids(name, listed)))
             lists.append((found if keep is None else found[keep[found]]).tolist())
         return lists, np.array([left - len(listed) for listed in lists], np.int64)
@@ -317,6 +319,22 @@ class Source(ABC):
         weights, _ = self.weights()
         rows = self.rows_at(examples).astype(dtype, copy=False) * weights[:, None, None]
         return rows.swapaxes(0, 1).reshape(len(examples), -1)
+
+    def digest(self, count: int, threads: int) -> int:
+        """What tells the rows of the first `count` examples from others; reads them all.
+
+        Raises:
+            StoreError: If they cannot be read.
+        """
+        return self.core.digest(self.numbers, count, threads)
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Nothing, if rows in files are still those that were opened.
+
+        Raises:
+            StoreError: If they are not.
+        """
 
     def held(self) -> Held:
         """All rows in memory, as they are stored.

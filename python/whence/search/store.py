@@ -147,6 +147,9 @@ class Store(Reader, Source):
             found: NDArray[np.float32] = np.sqrt((norms**2).sum(axis=0)).astype(np.float32)
             return found * np.float32(ROUNDING)
 
+    def check_unchanged(self) -> None:
+        """Nothing: what was committed stays as it is."""
+
     @property
     def places(self) -> list[tuple[int, int]]:
         """The parts of factored rows, as the search engine takes them."""

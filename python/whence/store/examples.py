@@ -79,7 +79,7 @@ def eligible(
         where = list(where)
     must = f"a dict of columns, [{count}] bool or a list of ids"
     try:
-        found = _arrays.column("where", where, np.size(_arrays.to_numpy(where)))
+        found = _arrays.column("where", where, _arrays.array("where", where).size)
     except (DtypeError, ShapeError):
         raise DtypeError(f"where must be {must}, got {describe(where)}") from None
     if found.dtype == np.bool_:
@@ -98,4 +98,13 @@ def _wanted(name: str, wanted: Any, kind: str) -> NDArray[Any]:
     got = _arrays.kind_of_array(found)
     if got != kind and {got, kind} != {"int64", "float64"}:
         raise DtypeError(f"where[{name!r}] must be {kind}, got {got}")
-    return found
+    if got == kind:
+        return found
+    # A number that the column's type cannot hold equals none in it.
+    with np.errstate(invalid="ignore"):
+        cast = found.astype(kind)
+    same = [
+        int(one) == two if one == one and abs(one) < np.inf else False
+        for one, two in zip(found.tolist(), cast.tolist(), strict=True)
+    ]
+    return cast[np.array(same, np.bool_)]

@@ -98,6 +98,22 @@ impl Rows {
         self.rows.bytes()
     }
 
+    /// What tells the first `count` examples from others.
+    fn digest(
+        &self,
+        py: Python<'_>,
+        numbers: Option<PyReadonlyArray2<'_, u64>>,
+        count: usize,
+        threads: usize,
+    ) -> PyResult<u64> {
+        let shape = match &numbers {
+            Some(numbers) => (numbers.shape()[0], numbers.shape()[1]),
+            None => (1, self.rows.len() as usize),
+        };
+        let numbers = values_if_any(py, "numbers", numbers.as_ref())?;
+        Ok(compute(py, |asker| self.rows.digest(numbers, shape, count, threads, asker))?.0)
+    }
+
     #[getter]
     fn resident(&self) -> bool {
         self.rows.in_memory()
@@ -204,6 +220,7 @@ impl Codes {
         order: PyReadonlyArray1<'_, u32>,
         segments: Vec<SegmentParts<'_>>,
         reaches: PyReadonlyArray1<'_, f32>,
+        digest: u64,
     ) -> PyResult<Self> {
         let directions = values_of(py, "directions", &directions)?;
         let segments = segments
@@ -229,7 +246,14 @@ impl Codes {
         let (order, reaches) = (copied(py, &order)?, copied(py, &reaches)?);
         let codes = compute(py, |_| {
             let rotation = Rotation::new(length, &prefix, directions, seed)?;
-            codes::Codes::from_parts(rotation, weights, order, segments, reaches)
+            codes::Codes::from_parts(
+                rotation,
+                weights,
+                order,
+                segments,
+                reaches,
+                search::Digest(digest),
+            )
         })?;
         Ok(Self { codes: Arc::new(codes) })
     }
@@ -250,6 +274,12 @@ impl Codes {
         });
         let (order, reaches) = (self.codes.order(), self.codes.reaches());
         (order.to_pyarray(py), segments.collect(), reaches.to_pyarray(py))
+    }
+
+    /// What tells the rows that they are of from others.
+    #[getter]
+    fn digest(&self) -> u64 {
+        self.codes.digest().0
     }
 
     /// These and the codes of more examples.

@@ -708,9 +708,14 @@ mod tests {
             let first = examples - added.min(examples);
             let codes = made(0, first).appended(&made(first, examples)).unwrap();
             prop_assert_eq!(codes.bits(), bits);
+            let size = (checkpoints, examples);
+            let digest = rows.digest(&numbers, size, examples, threads, &asker).unwrap();
+            prop_assert_eq!(codes.digest(), digest);
+            let some = rows.digest(&numbers, size, first, 1, &asker).unwrap();
+            prop_assert_eq!(made(0, first).digest(), some);
             let back = Codes::from_parts(
                 codes.rotation().clone(), codes.weights().to_vec(), codes.order().to_vec(),
-                codes.segments().to_vec(), codes.reaches().to_vec(),
+                codes.segments().to_vec(), codes.reaches().to_vec(), codes.digest(),
             );
             prop_assert_eq!(&back.unwrap(), &codes);
             let queries: Vec<f32> = (0..count * length)
@@ -837,7 +842,8 @@ mod tests {
             };
             change(&mut parts);
             let Parts { weights, order, segments, reaches } = parts;
-            Codes::from_parts(codes.rotation().clone(), weights, order, segments, reaches)
+            let rotation = codes.rotation().clone();
+            Codes::from_parts(rotation, weights, order, segments, reaches, codes.digest())
         };
         assert!(with(&|_| ()).is_ok());
         assert!(with(&|parts| parts.weights[0] = 0.0).is_err());

@@ -20,7 +20,7 @@ use half::bf16;
 
 use super::Rows;
 use super::rotation::{Rotation, UNIT};
-use super::rows::{check_numbers, number};
+use super::rows::{Digest, check_numbers, hashed, number};
 use crate::error::Error;
 use crate::kernels::Lines;
 use crate::memory;
@@ -73,6 +73,8 @@ pub struct Codes {
     segments: Vec<Segment>,
     /// For each block: the largest norm of a row in it, or of its codes.
     reaches: Vec<f32>,
+    /// Of the rows that they are of.
+    digest: Digest,
 }
 
 /// The next number of 16 bits that is not below a number that is not negative.
@@ -179,6 +181,13 @@ impl Coder {
     }
 }
 
+/// The nearest whole number to one that is small, of two the even one. Without a call, unlike
+/// `f64::round`: what is added leaves no room for less than a whole.
+fn rounded(value: f64) -> f64 {
+    const ROOM: f64 = 1.5 / f64::EPSILON;
+    (value + ROOM) - ROOM
+}
+
 /// A sum of squares of f64, and what rounding may have taken from it.
 pub(super) fn rounded_up(sum: f64) -> f64 {
     sum * (1.0 + 1e-9)
@@ -238,7 +247,7 @@ impl Codes {
             }
         });
         let reaches = vec![0f32; examples.div_ceil(BLOCK)];
-        let target = Mutex::new((segments.collect::<Vec<_>>(), reaches));
+        let target = Mutex::new((segments.collect::<Vec<_>>(), reaches, Digest::default()));
         let size: usize = rotation.segments().iter().sum();
         share(
             examples.div_ceil(BLOCK),
@@ -253,15 +262,20 @@ impl Codes {
                 let first = job * BLOCK;
                 let here = BLOCK.min(examples - first);
                 vectors.fill(0.0);
+                let mut hashes = vec![0; here];
                 for (checkpoint, &weight) in weights.iter().enumerate() {
                     watch.check()?;
                     let row = |example| number(numbers, examples, checkpoint, example);
                     let numbers: Vec<u64> = (first..first + here).map(row).collect();
                     let values = &mut values[..here * dim];
                     rows.read(&numbers, values, scales, cursor)?;
-                    for ((vector, row), &scale) in
-                        vectors.chunks_exact_mut(size).zip(values.chunks_exact(dim)).zip(&*scales)
+                    for (((vector, hash), row), &scale) in vectors
+                        .chunks_exact_mut(size)
+                        .zip(&mut hashes)
+                        .zip(values.chunks_exact(dim))
+                        .zip(&*scales)
                     {
+                        *hash = hashed(*hash, row, scale);
                         let factor = f64::from(scale) * f64::from(weight);
                         for (out, &value) in vector[checkpoint * dim..].iter_mut().zip(row) {
                             *out = f64::from(value) * factor;
@@ -282,7 +296,8 @@ impl Codes {
                     }
                 }
                 let mut target = target.lock().map_err(Error::panicked)?;
-                let (segments, reaches) = &mut *target;
+                let (segments, reaches, digest) = &mut *target;
+                digest.add(first as u32, &hashes);
                 for (coder, &place) in coders.iter().zip(&places[first..first + here]) {
                     put(segments, coder, place as usize);
                     let reach = &mut reaches[place as usize / BLOCK];
@@ -291,12 +306,12 @@ impl Codes {
                 Ok(())
             },
         )?;
-        let (segments, reaches) = target.into_inner().map_err(Error::panicked)?;
-        Ok(Self { rotation, weights: weights.to_vec(), order, segments, reaches })
+        let (segments, reaches, digest) = target.into_inner().map_err(Error::panicked)?;
+        Ok(Self { rotation, weights: weights.to_vec(), order, segments, reaches, digest })
     }
 
     /// Codes that were taken apart and kept: by [`Codes::segments`], [`Codes::order`],
-    /// [`Codes::reaches`], [`Codes::weights`] and [`Codes::rotation`].
+    /// [`Codes::reaches`], [`Codes::weights`], [`Codes::rotation`] and [`Codes::digest`].
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Argument`] if they are not such as a search can rely on: sizes
@@ -308,6 +323,7 @@ impl Codes {
         order: Vec<u32>,
         segments: Vec<Segment>,
         reaches: Vec<f32>,
+        digest: Digest,
     ) -> Result<Self, Error> {
         let rows = order.len();
         check_weights(&weights)?;
@@ -358,7 +374,7 @@ impl Codes {
             let must = format!("{} norms", rows.div_ceil(BLOCK));
             return Err(Error::shape("reaches", must, reaches.len()));
         }
-        Ok(Self { rotation, weights, order, segments, reaches })
+        Ok(Self { rotation, weights, order, segments, reaches, digest })
     }
 
     /// These codes and those of more examples, which are numbered on from the last; in falling order
@@ -396,7 +412,14 @@ impl Codes {
             let first = (block * BLOCK).saturating_sub(before) / BLOCK;
             *reach = reach.max(more.reaches.get(first).copied().unwrap_or(0.0));
         }
+        all.digest = self.digest.followed(before as u32, more.digest);
         Ok(all)
+    }
+
+    /// What tells the rows that they are of from others: that of [`Rows::digest`].
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.digest
     }
 
     /// How many examples have codes.
@@ -542,7 +565,7 @@ impl CodedQuery {
                 let side = if index % 2 == 0 { &mut *low } else { &mut *high };
                 let out = &mut side[index / 2 * (UNIT / 2)..][..UNIT / 2];
                 for (out, &value) in out.iter_mut().zip(values) {
-                    let factor = (value * inverse).round().clamp(-127.0, 127.0);
+                    let factor = rounded(value * inverse).clamp(-127.0, 127.0);
                     *out = factor as i8;
                     sum += i32::from(*out);
                     lost += (value - factor * f64::from(scale)).powi(2);

@@ -19,7 +19,7 @@ pub mod rows;
 pub(crate) mod top;
 
 pub use exact::{Request, ends};
-pub use rows::Rows;
+pub use rows::{Digest, Rows};
 
 /// An example and its score.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use crate::error::Error;
 use crate::kernels::InstructionSet;
-use crate::parallel::collect;
+use crate::parallel::{collect, share};
+use crate::random::absorb;
 use crate::sketch::MAX_DIM;
 use crate::stop::Asker;
 use crate::store::{Cursor, Shard};
@@ -29,6 +30,37 @@ pub(super) fn check_numbers(
         return Ok(());
     }
     Err(Error::shape(argument, format!("[{checkpoints}, {examples}]"), numbers.len()))
+}
+
+/// What tells some examples from others: the sum over examples of a hash of each one's rows, times
+/// a power of its number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Digest(pub u64);
+
+impl Digest {
+    /// Odd, so that no power of it is nothing.
+    const BASE: u64 = 0x9E37_79B9_7F4A_7C15;
+
+    /// Examples from number `first` on, by their hashes.
+    pub(super) fn add(&mut self, first: u32, hashes: &[u64]) {
+        let mut power = Self::BASE.wrapping_pow(first);
+        for &hash in hashes {
+            self.0 = self.0.wrapping_add(hash.wrapping_mul(power));
+            power = power.wrapping_mul(Self::BASE);
+        }
+    }
+
+    /// That of `count` examples, and then others.
+    pub(super) fn followed(self, count: u32, more: Self) -> Self {
+        let after = more.0.wrapping_mul(Self::BASE.wrapping_pow(count));
+        Self(self.0.wrapping_add(after))
+    }
+}
+
+/// A hash of rows so far, and one more of the same example.
+pub(super) fn hashed(hash: u64, values: &[f32], scale: f32) -> u64 {
+    let checksum = crc32fast::hash(bytemuck::cast_slice(values));
+    absorb(hash, u64::from(checksum) << 32 | u64::from(scale.to_bits()))
 }
 
 /// Rows in shards, numbered through: those of the first shard, then of the second, and so on.
@@ -209,6 +241,49 @@ impl Rows {
             },
         )?;
         Ok(parts.concat())
+    }
+
+    /// What tells the first `count` examples from others: with `[checkpoints, examples]` numbers of
+    /// their rows, or none for one checkpoint whose rows have the numbers of their examples.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the numbers do not fit; as [`Rows::read`]; [`Error::Stopped`].
+    pub fn digest(
+        &self,
+        numbers: &[u64],
+        (checkpoints, examples): (usize, usize),
+        count: usize,
+        threads: usize,
+        asker: &Asker<'_>,
+    ) -> Result<Digest, Error> {
+        const STEP: usize = 256;
+        check_numbers("numbers", numbers, checkpoints, examples)?;
+        if count > examples || u32::try_from(count).is_err() {
+            return Err(Error::argument("count", format!("at most {examples}"), count));
+        }
+        let parts = share(
+            count.div_ceil(STEP),
+            threads,
+            asker,
+            || (Digest::default(), Vec::new(), Vec::new(), Cursor::default()),
+            |(digest, values, scales, cursor), job, _| {
+                let here = job * STEP..count.min((job + 1) * STEP);
+                let mut hashes = vec![0; here.len()];
+                for checkpoint in 0..checkpoints {
+                    let row = |example| number(numbers, examples, checkpoint, example);
+                    let numbers: Vec<u64> = here.clone().map(row).collect();
+                    let values = self.lend(&numbers, values, scales, cursor)?;
+                    for ((hash, row), &scale) in
+                        hashes.iter_mut().zip(values.chunks_exact(self.dim)).zip(&*scales)
+                    {
+                        *hash = hashed(*hash, row, scale);
+                    }
+                }
+                digest.add(here.start as u32, &hashes);
+                Ok(())
+            },
+        )?;
+        Ok(Digest(parts.iter().fold(0, |sum, (part, ..)| sum.wrapping_add(part.0))))
     }
 
     /// Whether no row is in a file.

@@ -25,6 +25,8 @@ pub(super) const LEAF: usize = 1024;
 const LEAVES: [usize; 2] = [6, 2];
 /// How many times smaller than a leaf the parts of a split are, on average.
 const SMALLER: usize = 2;
+/// How many times smaller than what is split its parts must be, for them to be split again.
+const SHRINKING: usize = 4;
 /// The most pivots of a split.
 const PIVOTS: usize = 1024;
 /// Candidates of a node, of which links are chosen.
@@ -133,13 +135,14 @@ fn leaves(
             (0..count.min(PIVOTS) as u64).map(|at| members[draw(at)]).collect();
         pivots.sort_unstable();
         pivots.dedup();
-        let parts = split(directions, &members, pivots, fanout, threads, asker)?;
-        if parts.iter().any(|part| part.len() == members.len()) {
-            // To the pivots all are alike: any parts will do.
-            leaves.extend(members.chunks(LEAF).map(<[u32]>::to_vec));
-            continue;
+        for part in split(directions, &members, pivots, fanout, threads, asker)? {
+            if part.len() > LEAF && SHRINKING * part.len() > members.len() {
+                // To the pivots all of these are alike: any parts will do.
+                leaves.extend(part.chunks(LEAF).map(<[u32]>::to_vec));
+            } else if part.len() > 1 {
+                open.push((part, LEAVES[1]));
+            }
         }
-        open.extend(parts.into_iter().filter(|part| part.len() > 1).map(|part| (part, LEAVES[1])));
     }
     Ok(leaves)
 }
