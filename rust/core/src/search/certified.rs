@@ -235,7 +235,8 @@ pub(super) fn coded_query(codes: &Codes, request: &Request<'_>, query: usize) ->
     // The weights are in the codes already.
     let rows = codes.weights().iter().enumerate().flat_map(|(checkpoint, &weight)| {
         let row = &request.queries[(checkpoint * request.count + query) * dim..][..dim];
-        row.iter().map(move |&value| f64::from(value) / f64::from(weight))
+        let inverse = f64::from(weight).recip();
+        row.iter().map(move |&value| f64::from(value) * inverse)
     });
     CodedQuery::new(codes.rotation(), rows)
 }

@@ -114,13 +114,12 @@ impl Coder {
 
     /// Codes a rotated row, in segments.
     fn encode(&mut self, values: &[f64]) {
-        let mut norms = [values.iter().map(|value| value * value).sum::<f64>(), 0.0, 0.0];
+        let mut norms = [squares(values), 0.0, 0.0];
         let mut rest = values;
         for (index, (upper, lower)) in self.upper.iter_mut().zip(&mut self.lower).enumerate() {
             let (here, after) = rest.split_at(2 * upper.len());
             rest = after;
-            let largest = here.iter().fold(0f64, |largest, value| largest.max(value.abs()));
-            let mut step = f64::from(up_f32(largest / 127.5));
+            let mut step = f64::from(up_f32(largest(here) / 127.5));
             let inverse = if step > 0.0 { step.recip() } else { 0.0 };
             let (mut along, mut square) = (0.0, 0.0);
             for (values, (upper, lower)) in here
@@ -170,7 +169,7 @@ impl Coder {
                     }
                 }
             }
-            let tail: f64 = after.iter().map(|value| value * value).sum();
+            let tail = squares(after);
             let [upper_error, error] = errors.map(|square| up(rounded_up(square).sqrt()));
             let bounds = [upper_error, error, up(rounded_up(tail).sqrt())];
             self.numbers[index] = (step as f32, bounds);
@@ -186,6 +185,33 @@ impl Coder {
 fn rounded(value: f64) -> f64 {
     const ROOM: f64 = 1.5 / f64::EPSILON;
     (value + ROOM) - ROOM
+}
+
+/// Sums that are added up side by side, so that none waits for the other.
+const SUMS: usize = 8;
+
+/// The sum of the squares.
+fn squares(values: &[f64]) -> f64 {
+    let (whole, rest) = values.as_chunks::<SUMS>();
+    let mut sums = [0.0; SUMS];
+    for values in whole {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += value * value;
+        }
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|value| value * value).sum::<f64>()
+}
+
+/// The largest size of a value.
+fn largest(values: &[f64]) -> f64 {
+    let (whole, rest) = values.as_chunks::<SUMS>();
+    let mut sizes = [0f64; SUMS];
+    for values in whole {
+        for (size, value) in sizes.iter_mut().zip(values) {
+            *size = size.max(value.abs());
+        }
+    }
+    sizes.iter().chain(rest).fold(0.0, |largest, value| largest.max(value.abs()))
 }
 
 /// A sum of squares of f64, and what rounding may have taken from it.
@@ -546,31 +572,32 @@ impl CodedQuery {
         let mut values: Vec<f64> = query.collect();
         values.resize(rotation.segments().iter().sum(), 0.0);
         rotation.apply(&mut values);
-        let norm = |values: &[f64]| {
-            let square: f64 = values.iter().map(|value| value * value).sum();
-            up_f32(rounded_up(square).sqrt())
-        };
+        let norm = |values: &[f64]| up_f32(rounded_up(squares(values)).sqrt());
         let mut lost = 0.0;
         let mut rest = &values[..];
+        let mut errors = vec![0.0; rotation.segments().iter().copied().max().unwrap_or(0)];
         let segments = rotation.segments().iter().map(|&segment| {
             let (here, after) = rest.split_at(segment);
             rest = after;
-            let largest = here.iter().fold(0f64, |largest, value| largest.max(value.abs()));
-            let scale = up_f32(largest / 127.0);
+            let scale = up_f32(largest(here) / 127.0);
             let inverse = if scale > 0.0 { f64::from(scale).recip() } else { 0.0 };
             let mut factors = vec![0i8; segment];
             let (low, high) = factors.split_at_mut(segment / 2);
             let mut sum = 0;
-            for (index, values) in here.chunks_exact(UNIT / 2).enumerate() {
+            let errors = &mut errors[..segment];
+            for (index, (values, errors)) in
+                here.chunks_exact(UNIT / 2).zip(errors.chunks_exact_mut(UNIT / 2)).enumerate()
+            {
                 let side = if index % 2 == 0 { &mut *low } else { &mut *high };
                 let out = &mut side[index / 2 * (UNIT / 2)..][..UNIT / 2];
-                for (out, &value) in out.iter_mut().zip(values) {
+                for ((out, error), &value) in out.iter_mut().zip(errors).zip(values) {
                     let factor = rounded(value * inverse).clamp(-127.0, 127.0);
                     *out = factor as i8;
                     sum += i32::from(*out);
-                    lost += (value - factor * f64::from(scale)).powi(2);
+                    *error = value - factor * f64::from(scale);
                 }
             }
+            lost += squares(errors);
             CodedSegment { factors, sum, scale, norm: norm(here), rest: norm(after) }
         });
         let segments = segments.collect();

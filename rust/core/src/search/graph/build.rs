@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use super::walk::{
-    Directions, Gathered, Near, Probe, TILE, Walker, key, links_of, near_of, node_of,
+    Directions, Gathered, Near, Probe, TILE, Walker, keep, key, links_of, near_of, node_of,
 };
 use super::{DEGREE, NONE};
 use crate::error::Error;
@@ -187,14 +187,6 @@ fn split(
         parts[pivot as usize].push(member);
     }
     Ok(parts)
-}
-
-/// Keeps the largest `count` keys, the smallest of them last.
-fn keep(keys: &mut Vec<u64>, count: usize) {
-    if count < keys.len() {
-        keys.select_nth_unstable_by(count - 1, |a, b| b.cmp(a));
-        keys.truncate(count);
-    }
 }
 
 /// What a worker searches leaves with.

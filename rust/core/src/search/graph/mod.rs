@@ -218,18 +218,15 @@ impl Graph {
                 for (slot, norm) in norms.into_iter().enumerate() {
                     watch.check()?;
                     let found = &mut walker.found[slot];
-                    let promise = |key: u64| {
-                        let example = self.codes.order()[node_of(key) as usize];
-                        near_of(key) * self.norms[example as usize]
-                    };
-                    found.sort_unstable_by(|&a, &b| {
-                        promise(b).total_cmp(&promise(a)).then(b.cmp(&a))
-                    });
-                    let next = found.get(candidates).map(|&key| promise(key) * norm);
-                    found.truncate(candidates);
+                    // What the codes promise, and of equal promises the lower example.
+                    for key in &mut *found {
+                        let example = self.codes.order()[node_of(*key) as usize];
+                        *key = walk::key(near_of(*key) * self.norms[example as usize], example);
+                    }
+                    found.sort_unstable_by(|a, b| b.cmp(a));
+                    let next = found.get(candidates).map(|&key| near_of(key) * norm);
                     examples.clear();
-                    let example = |&key: &u64| self.codes.order()[node_of(key) as usize];
-                    examples.extend(found.iter().map(example));
+                    examples.extend(found.iter().take(candidates).map(|&key| node_of(key)));
                     examples.sort_unstable(); // rows that lie together are read together
                     let mut hits = Vec::with_capacity(examples.len());
                     scorer.score(

@@ -33,6 +33,14 @@ pub(super) fn near_of(key: u64) -> f32 {
     top::of_rank((key >> 32) as u32)
 }
 
+/// Keeps the largest `count` keys, the smallest of them last.
+pub(super) fn keep(keys: &mut Vec<u64>, count: usize) {
+    if count < keys.len() {
+        keys.select_nth_unstable_by(count - 1, |a, b| b.cmp(a));
+        keys.truncate(count);
+    }
+}
+
 /// The links of a node.
 pub(super) fn links_of(links: &[u32], node: u32) -> &[u32] {
     let links = &links[node as usize * DEGREE..][..DEGREE];
@@ -295,23 +303,31 @@ impl Walk {
         self.fresh.clear();
         let zeros = [0.0; SIFTED];
         let mut places = Vec::with_capacity(SIFTED);
+        let mut bar = f32::NEG_INFINITY;
         for (entries, near) in entries.chunks(SIFTED).zip(near.chunks(SIFTED)) {
             places.clear();
-            let bar = if self.pool.len() < width { f32::NEG_INFINITY } else { self.bar(width) };
             let zeros = &zeros[..near.len()];
             directions.set.sift(near, zeros, bar, f32::NEG_INFINITY, &mut places);
             for &place in &places {
-                let place = place as usize;
-                // The others are too far, and will be again if a link leads to them.
-                self.seen.add(entries[place]);
-                self.meet(key(near[place], entries[place]), width, passes);
+                let key = key(near[place as usize], entries[place as usize]);
+                let passed = passes(probe, node_of(key));
+                if passed { &mut self.pool } else { &mut self.frontier }.push(key);
+            }
+            if self.pool.len() >= width + SIFTED {
+                keep(&mut self.pool, width);
+                bar = near_of(self.pool[width - 1]);
             }
         }
-    }
-
-    /// How near a node must be to matter, once the pool is full.
-    fn bar(&self, width: usize) -> f32 {
-        near_of(self.pool[width - 1])
+        keep(&mut self.pool, width);
+        self.pool.sort_unstable_by(|a, b| b.cmp(a));
+        let least = if self.pool.len() < width { 0 } else { self.pool[width - 1] };
+        self.frontier.retain(|&key| key > least);
+        self.frontier.extend(&self.pool);
+        self.frontier.sort_unstable();
+        // The others are too far, and will be again if a link leads to them.
+        for &key in &self.frontier {
+            self.seen.add(node_of(key));
+        }
     }
 
     /// Takes a node that is near enough into the frontier, and into the pool if it passes.
