@@ -32,60 +32,67 @@ with open("/proc/self/status") as status:
 
 
 def rows(name: str, data: gradients.Rows, folder: Path) -> Iterator[Row | Curve]:
-    """Proven answers of both ends from codes of 4 bits, one query at a time, beside faiss Flat.
+    """Proven answers of both ends, one query at a time, beside faiss Flat.
 
     Each size is the first so many rows of the same file, which are in no order.
     """
     faiss = peer("faiss")
     matrix, queries = np.load(data.path, mmap_mode="r"), data.queries
     few = queries[:10]
-    costs: dict[str, list[tuple[float, float]]] = {"whence, proven": [], "faiss Flat, twice": []}
+    lines = {"4 bits": "whence, proven from 4 bits", "8 bits": "whence, proven from 8 bits"}
+    lines["faiss"] = "faiss Flat, asked twice"
+    costs: dict[str, list[tuple[float, float]]] = {each: [] for each in lines}
     for size in SIZES:
         path = data.path if size == len(matrix) else folder / f"first-{size}.npy"
         if size < len(matrix):
             np.save(path, matrix[:size])
-        index = whence.Index(path, "certified", bits=4, threads=1)
+        indexes = {bits: whence.Index(path, "certified", bits=bits, threads=2) for bits in (4, 8)}
         actions: dict[str, Callable[[], Any]] = {
-            "ours": lambda index=index: [index.search(q[None], K, threads=1) for q in queries]
+            f"{bits} bits": lambda index=index: [
+                index.search(q[None], K, threads=1) for q in queries
+            ]
+            for bits, index in indexes.items()
         }
-        hits = index.search(queries, K, threads=1)
+        hits = [index.search(queries, K, threads=1) for index in indexes.values()]
+        assert (hits[0].helpful.scores == hits[1].helpful.scores).all()
         if faiss is not None:
             faiss.omp_set_num_threads(1)
             flat = faiss.IndexFlatIP(matrix.shape[1])
             for part in np.array_split(matrix[:size], max(1, size // 50_000)):
                 flat.add(np.ascontiguousarray(part))
-            actions["theirs"] = lambda flat=flat: [
+            actions["faiss"] = lambda flat=flat: [
                 (flat.search(q[None], K), flat.search(-q[None], K)) for q in few
             ]
-            _agree(hits.helpful.scores[:10], flat.search(few, K)[0], size)
-            _agree(-hits.harmful.scores[:10], flat.search(-few, K)[0], size)
+            _agree(hits[0].helpful.scores[:10], flat.search(few, K)[0], size)
+            _agree(-hits[0].harmful.scores[:10], flat.search(-few, K)[0], size)
         times = take_turns(actions, 6.0, rounds=(3, 20))
-        costs["whence, proven"].append((size, times["ours"].median / len(queries)))
-        if faiss is not None:
-            costs["faiss Flat, twice"].append((size, times["theirs"].median / len(few)))
+        for each, measured in times.items():
+            asked = len(few) if each == "faiss" else len(queries)
+            costs[each].append((size, measured.median / asked))
         if size == SIZES[-1]:
             if faiss is not None:
                 yield compared_rates(
                     f"certified, {name}, {size:,} rows, both ends, batch 1 ÷ faiss Flat twice",
-                    times["ours"],
-                    times["theirs"],
+                    times["8 bits"],
+                    times["faiss"],
                     unit="queries/s",
                     amounts=(len(queries), len(few)),
                 )
-            yield _resident(name, index, path, queries, folder)
-    for line, points in costs.items():
+            yield _resident(name, indexes[4], path, queries, folder)
+    for each, points in costs.items():
         if points:
-            yield Curve(f"growth, {name}", line, points)
-    points = costs["whence, proven"]
-    yield Row(
-        f"certified, {name}: a query of {SIZES[-1]:,} rows ÷ one of {SIZES[0]:,}, "
-        f"beside {SIZES[-1] // SIZES[0]} times the rows",
-        points[-1][1] / points[0][1],
-        SIZES[-1] / SIZES[0],
-        "times",
-        1.0,
-        spread=", ".join(f"{size:,.0f}: {cost:.3g} ms" for size, cost in points),
-    )
+            yield Curve(f"growth, {name}", lines[each], points)
+    for each in ("4 bits", "8 bits"):
+        points = costs[each]
+        yield Row(
+            f"certified, {each}, {name}: a query of {SIZES[-1]:,} rows ÷ one of {SIZES[0]:,}, "
+            f"beside {SIZES[-1] // SIZES[0]} times the rows",
+            points[-1][1] / points[0][1],
+            SIZES[-1] / SIZES[0],
+            "times",
+            1.0,
+            spread=", ".join(f"{size:,.0f}: {cost:.3g} ms" for size, cost in points),
+        )
 
 
 def _agree(found: NDArray[np.float32], wanted: NDArray[np.float32], size: int) -> None:
@@ -104,7 +111,7 @@ def _resident(
     command = [sys.executable, "-c", ASK, str(saved), str(path), str(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return Row(
-        f"certified, {name}: memory of a process that searches {len(index):,} rows on disk",
+        f"certified, 4 bits, {name}: memory of a process that searches {len(index):,} rows on disk",
         int(done.stdout) / 1024,
         RESIDENT,
         "MiB",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comparisons.shared import Curve
 
-COLOURS = {"whence": "#c0392b"}
+OURS = (("#c0392b", "-"), ("#e08e79", "--"))
 OTHERS = ("#1f4e79", "#2e7d32", "#8e6c00", "#6a3d9a", "#455a64")
 MARKERS = "osD^vP"
 
@@ -27,12 +27,17 @@ def draw(curves: Sequence[Curve], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in dict.fromkeys(curve.picture for curve in curves):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        ours = iter(OURS)
         others = iter(zip(OTHERS, MARKERS[1:], strict=True))
         for curve in (each for each in curves if each.picture == picture):
-            ours = curve.name.startswith("whence")
-            colour, marker = (COLOURS["whence"], MARKERS[0]) if ours else next(others)
             across, up = zip(*curve.points, strict=True)
-            axes.plot(across, up, marker=marker, color=colour, label=curve.name, linewidth=1.6)
+            axis = axes.plot(across, up, label=curve.name, linewidth=1.6)[0]
+            if curve.name.startswith("whence"):
+                colour, dashes = next(ours)
+                axis.set(color=colour, linestyle=dashes, marker=MARKERS[0])
+            else:
+                colour, marker = next(others)
+                axis.set(color=colour, marker=marker)
         axes.set_yscale("log")
         if picture.startswith("growth"):
             axes.set_xscale("log")
