@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import pickle
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -857,3 +859,85 @@ def test_unaligned_rows_are_rows():
     unaligned = bytes_of.view(np.float32).reshape(rows.shape)
     assert not unaligned.flags.aligned
     same(whence.Index(unaligned).search(rows[:2]), whence.Index(rows).search(rows[:2]))
+
+
+def test_hits_are_pickled_with_their_columns(tmp_path):
+    store = fill(tmp_path / "s", random_rows(50), label=np.arange(50) % 3)
+    for source in (store, whence.Matrix(store.rows(), columns={"label": np.arange(50) % 3})):
+        hits = whence.Index(source).search(random_rows(2, seed=1), 5)
+        found = pickle.loads(pickle.dumps(hits))
+        same(found, hits)
+        assert found.columns["label"].tolist() == (np.arange(50) % 3).tolist()
+        assert str(found) == str(hits)
+
+
+def mix(state):
+    """As docs/randomness.md has it."""
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+    return state ^ state >> 31
+
+
+def test_the_digest_of_rows_is_the_one_that_is_described(tmp_path):
+    golden = 0x9E3779B97F4A7C15
+    fill(tmp_path / "s", random_rows(70, 9), checkpoint="a", rate=0.5, dtype="float32")
+    fill(tmp_path / "s", random_rows(70, 9, seed=1), checkpoint="b", rate=0.1, dtype="float32")
+    store, matrix = whence.open(tmp_path / "s"), whence.Matrix(random_rows(70, 9))
+    for name, source in (("store", store), ("matrix", matrix)):
+        whence.Index(source, "certified").save(tmp_path / name)
+        manifest = (tmp_path / name / "manifest.json").read_bytes()
+        ones = np.ones(70, np.float32)
+        scales = ones if name == "matrix" else source.scales
+        numbers = source.row_numbers()
+        digest = 0
+        for example in range(70):
+            state = 0
+            for number in numbers[:, example]:
+                row = source.core.read(np.array([number], np.uint64))[0]
+                if name == "store":  # as it is stored, in units of its norm
+                    file = np.concatenate(
+                        [np.load(path) for path in sorted((tmp_path / "s").glob("*/rows.npy"))]
+                    )
+                    row = file[number]
+                crc = zlib.crc32(row.astype(np.float32).tobytes())
+                scale = int(scales[number].view(np.uint32))
+                state = mix(((state ^ (crc << 32 | scale)) + golden) % 2**64)
+            digest += state * pow(golden, example, 2**64)
+        found = json.loads(manifest.splitlines()[0])["rows"]["digest"]
+        assert found == f"{digest % 2**64:016x}"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_codes_mean_what_is_described(tmp_path, bits):
+    rows = steep_rows(2100, 200)
+    whence.Index(rows, "certified", bits=bits, basis="eigen").save(tmp_path / "index")
+    body = json.loads((tmp_path / "index" / "manifest.json").read_bytes().splitlines()[0])
+
+    def array(name):
+        return np.load(tmp_path / "index" / f"{name}.npy")
+
+    squares, errors_of = np.zeros(2100), np.zeros(2100)
+    widths = body["widths"]
+    assert len(widths) == 2
+    norms = np.linalg.norm(rows[array("order")].astype(np.float64), axis=1)
+    assert (norms[:-1] >= norms[1:] * (1 - 1e-6)).all()
+    for number, width in enumerate(widths):
+        upper = array(f"segment-{number}-upper").reshape(2100, width)
+        scales = array(f"segment-{number}-scales").astype(np.float64)[:, None]
+        values = 16 * (np.concatenate([upper & 15, upper >> 4], axis=1) - 7.5)
+        errors_name = f"segment-{number}-upper-errors"
+        if bits == 8:
+            lower = array(f"segment-{number}-lower").reshape(2100, width)
+            values = values + np.concatenate([lower & 15, lower >> 4], axis=1) - 7.5
+            errors_name = f"segment-{number}-errors"
+        lost = (array(errors_name).astype(np.uint32) << 16).view(np.float32)
+        squares += ((values * scales) ** 2).sum(axis=1)
+        errors_of += lost.astype(np.float64) ** 2
+        if number == 0:
+            tails = (array("segment-0-tails").astype(np.uint32) << 16).view(np.float32)
+            first = np.sqrt(np.maximum(norms**2 - tails.astype(np.float64) ** 2, 0))
+            assert (first <= np.sqrt(squares) + lost + 1e-6 * norms).all()
+    # The rotation keeps norms, so a row's is within the errors of its code's.
+    assert (np.abs(np.sqrt(squares) - norms) <= np.sqrt(errors_of) * (1 + 1e-6)).all()
+    reaches = array("reaches")
+    assert (reaches >= np.maximum.reduceat(norms, np.arange(0, 2100, 128)) * (1 - 1e-6)).all()

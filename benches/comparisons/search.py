@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 import whence
 from comparisons import gradients, graphs, growth, scan
-from comparisons.shared import Curve, Row, Times, bench, compared_rates, fastest, peer, take_turns
+from comparisons.shared import Curve, Row, bench, compared_rates, fastest, peer, take_turns
 from whence.hashing import HashIndex, SignHash
 
 K = 10
 QUERIES = 200
 BITS = 256
+LIBRARIES = ("numpy", "torch")
 CANDIDATES = (10, 20, 50, 100, 200, 500, 1000)
 
 DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data"))
@@ -44,8 +45,12 @@ def search(folder: Path) -> Iterator[Row | Curve]:
 
 
 def _images(sets: dict[str, gradients.Rows]) -> Iterator[Row | Curve]:
-    for name in ("raw", "raw, preconditioned", "margin, preconditioned"):
-        yield from _exact(name, sets[name])
+    for name, promised in (
+        ("raw", True),
+        ("raw, preconditioned", True),
+        ("margin, preconditioned", False),
+    ):
+        yield from _exact(name, sets[name], promised=promised)
     for name, goal in (
         ("raw", 30),
         ("raw, preconditioned", 3.4),
@@ -61,8 +66,11 @@ def _images(sets: dict[str, gradients.Rows]) -> Iterator[Row | Curve]:
     yield from _memory(sets["raw, preconditioned"])
 
 
-def _exact(name: str, data: gradients.Rows) -> Iterator[Row]:
-    """Batches, one sign, against scans of all rows in memory."""
+def _exact(name: str, data: gradients.Rows, *, promised: bool) -> Iterator[Row]:
+    """Batches, one sign, against scans of all rows in memory.
+
+    Nothing is promised of unit rows: no norm says there that a row cannot matter.
+    """
     faiss = peer("faiss")
     rows = data.rows
     tensor = torch.from_numpy(rows)
@@ -94,24 +102,21 @@ def _exact(name: str, data: gradients.Rows) -> Iterator[Row]:
         times = take_turns(actions)
         for method in ours:
             mine = times[f"ours {method}"]
-            others = fastest(times[each] for each in ("numpy", "torch"))
-            if batch == 32:
-                if faiss is not None:
-                    yield _speed(
-                        f"{method}, {name}, batch 32 ÷ faiss Flat",
+            beside = {
+                32: {"faiss Flat": (("faiss Flat",), 8), "numpy or torch": (LIBRARIES, 1.8)},
+                1024: {"faiss, numpy or torch": (("faiss Flat", *LIBRARIES), 1.3)},
+            }
+            for other, (names, goal) in beside[batch].items():
+                there = [times[each] for each in names if each in times]
+                if there:
+                    yield compared_rates(
+                        f"{method}, {name}, batch {batch} ÷ {other}",
                         mine,
-                        times["faiss Flat"],
-                        batch,
-                        8,
+                        fastest(there),
+                        goal if promised else None,
+                        unit="queries/s",
+                        amounts=(batch, batch),
                     )
-                yield _speed(
-                    f"{method}, {name}, batch 32 ÷ numpy or torch", mine, others, batch, 1.8
-                )
-            else:
-                best = fastest(times[each] for each in theirs)
-                yield _speed(
-                    f"{method}, {name}, batch 1024 ÷ faiss, numpy or torch", mine, best, batch, 1.3
-                )
 
 
 def _one(name: str, data: gradients.Rows, goal: float | None) -> Iterator[Row]:
@@ -266,10 +271,6 @@ def _memory(data: gradients.Rows) -> Iterator[Row]:
             "bytes",
             goal / (4.0 * index.source.dim),
         )
-
-
-def _speed(name: str, ours: Times, theirs: Times, batch: int, goal: float) -> Row:
-    return compared_rates(name, ours, theirs, goal, unit="queries/s", amounts=(batch, batch))
 
 
 def _numpy(queries: NDArray[np.float32], rows: NDArray[np.float32]) -> Found:

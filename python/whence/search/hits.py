@@ -104,6 +104,10 @@ class Hits:
     def __len__(self) -> int:
         return len(self.eligible)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The columns of a store are read from it, and it is not there for who unpickles.
+        return {**self.__dict__, "columns": dict(self.columns)}
+
     @property
     def sides(self) -> dict[str, Side]:
         """The sides that were asked for, by name, helpful first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -113,6 +114,33 @@ class Recall:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Answered:
+    """How a question was answered.
+
+    Attributes:
+        queries: How many queries there were.
+        k: How many hits at each end.
+        how: In words.
+        scored: [queries] how many examples were scored exactly for each; None for all.
+        why: Why not in another way, in words, if that needs saying.
+    """
+
+    queries: int
+    k: int
+    how: str
+    scored: NDArray[np.int64] | None
+    why: str = ""
+
+    def text(self, count: int) -> str:
+        """All of it, of an index of so many examples."""
+        what = f"{self.queries} queries, top {self.k}: {self.how}"
+        if self.scored is not None:
+            mean = self.scored.mean()
+            what += f", {mean:,.1f} of {count:,} examples scored a query ({mean / count:.2%})"
+        return f"{what}{self.why}"
+
+
 class Index:
     """Rows made ready to be asked often: of a store, a `.npy` file or a matrix.
 
@@ -162,7 +190,7 @@ class Index:
     _held: Held | None
     _gone: NDArray[np.bool_] | None
     _clusters: dict[int, NDArray[np.int64]]
-    _last: tuple[str, NDArray[np.int64]] | None
+    _last: _Answered | None
     _lock: threading.Lock
 
     def __init__(
@@ -431,12 +459,14 @@ class Index:
 
     def explain(self) -> Explanation:
         """What was built and why, and how the last question was answered."""
-        last, scored = self._last or (None, None)
+        last, scored, count = None, None, len(self)
+        if self._last is not None:
+            last, scored = self._last.text(count), self._last.scored
+            if scored is None:
+                scored = np.full(self._last.queries, count)
         built = "rows as they are stored, in memory" if self._built is None else str(self._built)
         deleted = 0 if self._gone is None else int(self._gone.sum())
-        return Explanation(
-            self.method, built, self._why, self.bytes, len(self), deleted, last, scored
-        )
+        return Explanation(self.method, built, self._why, self.bytes, count, deleted, last, scored)
 
     @property
     def bytes(self) -> int:
@@ -617,28 +647,24 @@ class Index:
 
     def _answer(self, asked: Question, approximate: bool, ef: int | None = None) -> Hits:
         """The answer to a question, and how it came about."""
-        count = len(self)
-        where = f"{len(asked.eligible)} queries, top {asked.k}"
-        deep = asked.k * DEEP > count
-        if self._built is None or deep:
+        if self._built is None or asked.k * DEEP > len(self):
             hits = self.source.scan(asked, self._held)
             why = "no codes were built" if self._built is None else f"k is above 1 / {DEEP} of all"
-            self._last = (f"{where}: a scan, for {why}", np.full(len(hits), count, np.int64))
+            self._last = _Answered(len(asked.eligible), asked.k, f"a scan, for {why}", None)
             return hits
         codes, graph = self._built.codes, self._built.graph
         if graph is None:
-            return self._answer_by_codes(codes, asked, approximate, where + ": ", "")
+            return self._answer_by_codes(codes, asked, approximate, "")
         against = self._against_graph(graph, asked, approximate)
         if not against:
-            return self._walk(graph, asked, ef, where)
-        return self._answer_by_codes(codes, asked, approximate, where + ": ", against)
+            return self._walk(graph, asked, ef)
+        return self._answer_by_codes(codes, asked, approximate, against)
 
     def _answer_by_codes(
-        self, codes: _core.Codes, asked: Question, approximate: bool, where: str, more: str
+        self, codes: _core.Codes, asked: Question, approximate: bool, why: str
     ) -> Hits:
-        """The answer of a scan of the codes."""
-        count = len(self)
-        candidates = int(np.ceil(CANDIDATES * asked.k)) if approximate else None
+        """The answer of a scan of the codes, and why it was asked of them."""
+        candidates = math.ceil(CANDIDATES * asked.k) if approximate else None
         largest, smallest, counts, margins = codes.search(
             self.source.core,
             self.source.numbers,
@@ -650,14 +676,8 @@ class Index:
             candidates,
             asked.threads,
         )
-        scored = counts.astype(np.int64)
-        kind = "proven by the bounds of codes" if candidates is None else "approximate"
-        share = scored.mean() / count
-        self._last = (
-            f"{where}{kind}, {scored.mean():,.1f} of {count:,} examples scored a query "
-            f"({share:.2%}){more}",
-            scored,
-        )
+        how = "proven by the bounds of codes" if candidates is None else "approximate"
+        self._last = _Answered(len(asked.eligible), asked.k, how, counts.astype(np.int64), why)
         given = None if candidates is None else margins
         return self.source.hits(asked, (largest, smallest), margins=given)
 
@@ -679,10 +699,10 @@ class Index:
             return "; there are few examples, and the graph was not walked"
         return ""
 
-    def _walk(self, graph: _core.Graph, asked: Question, ef: int | None, where: str) -> Hits:
+    def _walk(self, graph: _core.Graph, asked: Question, ef: int | None) -> Hits:
         """The answer of a walk over the graph."""
         width = max(10 * WALK, WALK * asked.k) if ef is None else max(ef, asked.k)
-        candidates = min(width, int(np.ceil(WALKED * asked.k)))
+        candidates = min(width, math.ceil(WALKED * asked.k))
         largest, smallest, counts, margins = graph.search(
             self.source.core,
             self.source.numbers,
@@ -695,14 +715,10 @@ class Index:
             asked.threads,
         )
         if largest[0].shape[1] < asked.k:  # a walk that came to too few: a scan of the codes
-            more = "; a walk over the graph came to too few"
-            return self._answer_by_codes(graph.codes, asked, True, where + ": ", more)
-        scored = counts.astype(np.int64)
-        self._last = (
-            f"{where}: approximate, a walk over the graph, {scored.mean():,.1f} of "
-            f"{len(self):,} examples scored a query",
-            scored,
-        )
+            why = "; a walk over the graph came to too few"
+            return self._answer_by_codes(graph.codes, asked, True, why)
+        how = "approximate, a walk over the graph"
+        self._last = _Answered(len(asked.eligible), asked.k, how, counts.astype(np.int64))
         return self.source.hits(asked, (largest, smallest), margins=margins)
 
     def _clustered(self, count: int) -> NDArray[np.int64]:

@@ -109,7 +109,9 @@ class Source(ABC):
 
     def weighted(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """[checkpoints, queries, width] query rows, each times the weight of its checkpoint."""
-        rates, _ = self.weights()
+        rates, _, plain = self._rates
+        if plain:
+            return rows
         with np.errstate(over="ignore"):
             weighted = rows * rates[:, None, None]
         if not np.isfinite(weighted).all():
@@ -185,8 +187,9 @@ class Source(ABC):
             keep = ~self.incomplete if keep is None else keep & ~self.incomplete
         if gone is not None:
             keep = ~gone if keep is None else keep & ~gone
-        excluded, eligible = self._excluded(exclude, keep, rows.shape[1])
-        width = min(k, int(eligible.min()))
+        left = count if keep is None else int(np.count_nonzero(keep))
+        excluded, eligible, fewest = self._excluded(exclude, keep, left, rows.shape[1])
+        width = min(k, fewest)
         if width == 0:
             raise ArgumentError(
                 "where and exclude must leave an example for every query, got "
@@ -196,12 +199,18 @@ class Source(ABC):
         return Question(rows, width, sides, keep, excluded, eligible, threads)
 
     def _excluded(
-        self, exclude: Sequence[Sequence[Any]] | None, keep: NDArray[np.bool_] | None, queries: int
-    ) -> tuple[list[list[int]], NDArray[np.int64]]:
-        """For each query the examples it must not return, and how many are left."""
-        left = len(self.ids) if keep is None else int(keep.sum())
+        self,
+        exclude: Sequence[Sequence[Any]] | None,
+        keep: NDArray[np.bool_] | None,
+        left: int,
+        queries: int,
+    ) -> tuple[list[list[int]], NDArray[np.int64], int]:
+        """For each query the examples it must not return, and how many of those left it may.
+
+        And the fewest of these.
+        """
         if exclude is None:
-            return [], np.full(queries, left, np.int64)
+            return [], np.full(queries, left, np.int64), left
         if not _arrays.is_list(exclude) or len(exclude) != queries:
             raise ShapeError(
                 f"exclude must be one list of ids for each of {queries} queries, "
@@ -215,7 +224,8 @@ class Source(ABC):
             if len(listed):
                 found = np.unique(self.positions(name, _arrays.ids(name, listed)))
             lists.append((found if keep is None else found[keep[found]]).tolist())
-        return lists, np.array([left - len(listed) for listed in lists], np.int64)
+        eligible = [left - len(listed) for listed in lists]
+        return lists, np.array(eligible, np.int64), min(eligible)
 
     def scan(self, question: Question, held: Held | None = None) -> Hits:
         """The answer that every other way of searching has to give: all examples scored.
@@ -264,7 +274,7 @@ class Source(ABC):
             return Side(self.ids[positions], scores, positions)
 
         exact = np.full(len(question.eligible), margins is None)
-        _, unit = self.weights()
+        _, unit, _ = self._rates
         return Hits(
             side(*sides[0]),
             side(*sides[1]),
@@ -275,6 +285,12 @@ class Source(ABC):
             exact,
             margins,
         )
+
+    @cached_property
+    def _rates(self) -> tuple[NDArray[np.float32], str, bool]:
+        """What `weights` gives, and whether all weights are 1."""
+        rates, unit = self.weights()
+        return rates, unit, bool((rates == 1).all())
 
     @cached_property
     def reaches(self) -> NDArray[np.float32] | None:
