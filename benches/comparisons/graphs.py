@@ -104,7 +104,7 @@ def _tried(
     points = []
     for width in WIDTHS:
         times = []
-        for _ in range(2):
+        for _ in range(3):
             start = time.perf_counter()
             found = built.search(queries, width)
             times.append(time.perf_counter() - start)

@@ -42,6 +42,9 @@ WALK = 4
 WALKED = 1.75
 """How many of those it comes to are scored exactly for each hit."""
 
+DEEPER = 3
+"""And at least one in so many of those in sight: who asks for more of them wants to miss less."""
+
 SPREAD = 2.0
 """How much longer than the median the longest row may be for a graph of directions to be used."""
 
@@ -702,7 +705,7 @@ class Index:
     def _walk(self, graph: _core.Graph, asked: Question, ef: int | None) -> Hits:
         """The answer of a walk over the graph."""
         width = max(10 * WALK, WALK * asked.k) if ef is None else max(ef, asked.k)
-        candidates = min(width, math.ceil(WALKED * asked.k))
+        candidates = min(width, max(math.ceil(WALKED * asked.k), width // DEEPER))
         largest, smallest, counts, margins = graph.search(
             self.source.core,
             self.source.numbers,
