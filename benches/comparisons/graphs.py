@@ -30,10 +30,12 @@ class Built:
     Attributes:
         seconds: How long that took.
         search: Queries and ef -> [queries, K] numbers of rows.
+        bytes: What it keeps in memory, if that is known.
     """
 
     seconds: float
     search: Callable[[NDArray[np.float32], int], NDArray[Any]]
+    bytes: int = 0
 
 
 def rows(name: str, data: Rows) -> Iterator[Row | Curve]:
@@ -86,6 +88,14 @@ def rows(name: str, data: Rows) -> Iterator[Row | Curve]:
             amounts=(len(queries), len(queries)),
             note=said,
         )
+    whole = 4.0 * vectors.shape[1]
+    yield Row(
+        f"graph, {name}: memory for each row of 512, rows on disk ÷ float32 rows",
+        ours.bytes / len(vectors),
+        whole,
+        "bytes",
+        420 / whole,
+    )
     if "hnswlib" in theirs:
         yield compared_rates(
             f"graph, {name}: building ÷ hnswlib",
@@ -130,6 +140,7 @@ def _ours(data: Rows) -> Built:
                 queries, K, side="helpful", approximate=True, ef=width, threads=1
             ).helpful.positions
         ),
+        index.bytes,
     )
 
 

@@ -360,12 +360,15 @@ pub(super) fn dots(rows: &[f32], queries: &[f32], dim: usize, out: &mut [f32]) {
 fn square(rows: &[f32], queries: &[f32], dim: usize, width: usize, out: &mut [f32]) {
     let steps = dim / LANES;
     let mut sums = [_mm512_setzero_ps(); LANES];
-    let rows: [&[f32]; DOT_ROWS] = std::array::from_fn(|r| &rows[r * dim..][..dim]);
-    let queries: [&[f32]; SQUARE] = std::array::from_fn(|q| &queries[q * dim..][..dim]);
-    let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..steps]);
-    let query_chunks = queries.map(|query| &query.as_chunks::<LANES>().0[..steps]);
+    let (rows, queries) = (four(rows, dim), four(queries, dim));
+    let [row_chunks, query_chunks] = [chunks(rows, steps), chunks(queries, steps)];
     for step in 0..steps {
-        let right = query_chunks.map(|query| load(&query[step]));
+        let right = [
+            load(&query_chunks[0][step]),
+            load(&query_chunks[1][step]),
+            load(&query_chunks[2][step]),
+            load(&query_chunks[3][step]),
+        ];
         for (sums, row) in sums.as_chunks_mut::<SQUARE>().0.iter_mut().zip(row_chunks) {
             let left = load(&row[step]);
             for (sum, right) in sums.iter_mut().zip(right) {
@@ -373,43 +376,71 @@ fn square(rows: &[f32], queries: &[f32], dim: usize, width: usize, out: &mut [f3
             }
         }
     }
-    let found = if dim.is_multiple_of(LANES) {
-        sums_of_lanes(&sums)
+    let mut found = [0.0; LANES];
+    if dim.is_multiple_of(LANES) {
+        sums_of_lanes(&sums, &mut found);
     } else {
-        std::array::from_fn(|at| {
+        for (at, (found, sum)) in found.iter_mut().zip(sums).enumerate() {
             let (row, query) = (rows[at / SQUARE], queries[at % SQUARE]);
-            finish(sums[at], &row[steps * LANES..], &query[steps * LANES..])
-        })
-    };
+            *found = finish(sum, &row[steps * LANES..], &query[steps * LANES..]);
+        }
+    }
     for (r, found) in found.as_chunks::<SQUARE>().0.iter().enumerate() {
         out[r * width..][..SQUARE].copy_from_slice(found);
     }
 }
 
+/// Four rows.
+#[inline(always)]
+fn four(values: &[f32], dim: usize) -> [&[f32]; 4] {
+    let (a, rest) = values.split_at(dim);
+    let (b, rest) = rest.split_at(dim);
+    let (c, rest) = rest.split_at(dim);
+    [a, b, c, &rest[..dim]]
+}
+
+/// Their first `steps` steps.
+#[inline(always)]
+fn chunks([a, b, c, d]: [&[f32]; 4], steps: usize) -> [&[[f32; LANES]]; 4] {
+    [
+        &a.as_chunks().0[..steps],
+        &b.as_chunks().0[..steps],
+        &c.as_chunks().0[..steps],
+        &d.as_chunks().0[..steps],
+    ]
+}
+
 /// [`sum_lanes`] of 16 registers: what is added is the same, for several of them at once.
+///
+/// Without closures: they would be calls, for what takes them may use fewer instructions.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn sums_of_lanes(sums: &[__m512; LANES]) -> [f32; LANES] {
+fn sums_of_lanes(sums: &[__m512; LANES], out: &mut [f32; LANES]) {
     // Lanes i and i + 8, of two registers: a register holds 8 of each.
-    let eights: [__m512; 8] = std::array::from_fn(|at| {
-        let (a, b) = (sums[2 * at], sums[2 * at + 1]);
-        _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b))
-    });
-    let fours: [__m512; 4] = std::array::from_fn(|at| {
-        let (a, b) = (eights[2 * at], eights[2 * at + 1]);
-        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b))
-    });
-    let twos: [__m512; 2] = std::array::from_fn(|at| {
-        let (a, b) = (_mm512_castps_pd(fours[2 * at]), _mm512_castps_pd(fours[2 * at + 1]));
+    let mut eights = [_mm512_setzero_ps(); 8];
+    for (eight, [a, b]) in eights.iter_mut().zip(sums.as_chunks::<2>().0) {
+        let low = _mm512_shuffle_f32x4::<0x44>(*a, *b);
+        *eight = _mm512_add_ps(low, _mm512_shuffle_f32x4::<0xEE>(*a, *b));
+    }
+    let mut fours = [_mm512_setzero_ps(); 4];
+    for (four, [a, b]) in fours.iter_mut().zip(eights.as_chunks::<2>().0) {
+        let low = _mm512_shuffle_f32x4::<0x88>(*a, *b);
+        *four = _mm512_add_ps(low, _mm512_shuffle_f32x4::<0xDD>(*a, *b));
+    }
+    let mut twos = [_mm512_setzero_ps(); 2];
+    for (two, [a, b]) in twos.iter_mut().zip(fours.as_chunks::<2>().0) {
+        let (a, b) = (_mm512_castps_pd(*a), _mm512_castps_pd(*b));
         let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-        _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
-    });
+        *two = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    }
     let (even, odd) =
         (_mm512_shuffle_ps::<0x88>(twos[0], twos[1]), _mm512_shuffle_ps::<0xDD>(twos[0], twos[1]));
     let mut lanes = [0.0; LANES];
     store(&mut lanes, _mm512_add_ps(even, odd));
     // Quarter `q` has register `q` of each four, in the order 0, 8 / 4, 12 of fours.
-    std::array::from_fn(|at| lanes[at % 4 * 4 + at / 4])
+    for (at, out) in out.iter_mut().enumerate() {
+        *out = lanes[at % 4 * 4 + at / 4];
+    }
 }
 
 #[inline]
