@@ -941,3 +941,18 @@ def test_saved_codes_mean_what_is_described(tmp_path, bits):
     assert (np.abs(np.sqrt(squares) - norms) <= np.sqrt(errors_of) * (1 + 1e-6)).all()
     reaches = array("reaches")
     assert (reaches >= np.maximum.reduceat(norms, np.arange(0, 2100, 128)) * (1 - 1e-6)).all()
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    index = whence.Index(random_rows(2100, 20), "certified")
+
+    def full(path, body):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("whence.search.kept.write_json", full)
+        with pytest.raises(errors.StoreError, match="No space left"):
+            index.save(tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+    index.save(tmp_path / "index")
+    assert len(whence.Index.load(tmp_path / "index", random_rows(2100, 20))) == 2100

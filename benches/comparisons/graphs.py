@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import whence
 from comparisons.gradients import Rows
-from comparisons.shared import Curve, Row, Times, compared_rates, peer, take_turns
+from comparisons.shared import Curve, Row, Times, compared_rates, peer, recall_of, take_turns
 
 K = 10
 TARGETS = (0.985, 0.995)
@@ -118,15 +118,10 @@ def _tried(
             start = time.perf_counter()
             found = built.search(queries, width)
             times.append(time.perf_counter() - start)
-        points.append((width, _recall(found, wanted), len(queries) / min(times)))
+        points.append((width, recall_of(found, wanted), len(queries) / min(times)))
         if points[-1][1] >= ENOUGH:
             break
     return points
-
-
-def _recall(found: Sequence[Any] | NDArray[Any], wanted: NDArray[np.int64]) -> float:
-    shares = [np.isin(want, each).mean() for want, each in zip(wanted, found, strict=True)]
-    return float(np.mean(shares))
 
 
 def _ours(data: Rows) -> Built:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import whence
 from comparisons import gradients
-from comparisons.shared import Curve, Row, compared_rates, peer, take_turns
+from comparisons.shared import Curve, Row, compared_rates, flat_index, peer, take_turns
 
 K = 10
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -57,9 +57,7 @@ def rows(name: str, data: gradients.Rows, folder: Path) -> Iterator[Row | Curve]
         assert (hits[0].helpful.scores == hits[1].helpful.scores).all()
         if faiss is not None:
             faiss.omp_set_num_threads(1)
-            flat = faiss.IndexFlatIP(matrix.shape[1])
-            for part in np.array_split(matrix[:size], max(1, size // 50_000)):
-                flat.add(np.ascontiguousarray(part))
+            flat = flat_index(faiss, matrix[:size])
             actions["faiss"] = lambda flat=flat: [
                 (flat.search(q[None], K), flat.search(-q[None], K)) for q in few
             ]

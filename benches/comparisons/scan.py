@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import whence
-from comparisons.shared import Row, compared, peer, take_turns
+from comparisons.shared import Row, compared, flat_index, peer, take_turns
 from whence.store import Checkpoint, Manifest, Writer
 
 K = 10
@@ -30,8 +30,7 @@ def rows(folder: Path) -> Iterator[Row]:
         tensor = torch.from_numpy(matrix)
         if faiss is not None:
             faiss.omp_set_num_threads(1)
-            index = faiss.IndexFlatIP(dim)
-            index.add(matrix)
+            index = flat_index(faiss, matrix)
         for batch in batches:
             queries = _heavy_tailed(random, basis, batch)
             theirs: dict[str, Callable[[], Ends]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 import whence
 from comparisons import gradients, graphs, growth, scan
-from comparisons.shared import Curve, Row, bench, compared_rates, fastest, peer, take_turns
+from comparisons.shared import (
+    Curve,
+    Row,
+    bench,
+    compared_rates,
+    fastest,
+    flat_index,
+    peer,
+    recall_of,
+    take_turns,
+)
 from whence.hashing import HashIndex, SignHash
 
 K = 10
@@ -86,8 +96,7 @@ def _exact(name: str, data: gradients.Rows, *, promised: bool) -> Iterator[Row]:
         }
         if faiss is not None:
             faiss.omp_set_num_threads(1)
-            index = faiss.IndexFlatIP(rows.shape[1])
-            index.add(rows)
+            index = flat_index(faiss, rows)
             theirs["faiss Flat"] = lambda q=queries, i=index: i.search(q, K)[1]
         actions: dict[str, Callable[[], Any]] = {
             f"ours {method}": lambda q=queries, i=index: (
@@ -125,8 +134,7 @@ def _one(name: str, data: gradients.Rows, goal: float | None) -> Iterator[Row]:
     if faiss is None:
         return
     rows, queries = data.rows, data.queries[:QUERIES]
-    flat = faiss.IndexFlatIP(rows.shape[1])
-    flat.add(rows)
+    flat = flat_index(faiss, rows)
     index = whence.Index(data.path, "certified", threads=1)
     actions: dict[str, Callable[[], Any]] = {
         "ours": lambda: [
@@ -157,8 +165,7 @@ def _ends(name: str, data: gradients.Rows) -> Iterator[Row]:
     if faiss is None:
         return
     rows, queries = data.rows, data.queries[:QUERIES]
-    flat = faiss.IndexFlatIP(rows.shape[1])
-    flat.add(rows)
+    flat = flat_index(faiss, rows)
     index = whence.Index(data.path, "certified", bits=4, threads=1)
     actions: dict[str, Callable[[], Any]] = {
         "ours": lambda: [index.search(q[None], K, approximate=True, threads=1) for q in queries],
@@ -208,7 +215,7 @@ def _hashing(name: str, data: gradients.Rows) -> Iterator[Row]:
 
     def mine(candidates: int) -> float:
         found = ours.search(queries, K, candidates=max(K, candidates)).positions
-        return _recall(found, wanted)
+        return recall_of(found, wanted)
 
     faiss = peer("faiss")
     if faiss is not None:
@@ -217,7 +224,7 @@ def _hashing(name: str, data: gradients.Rows) -> Iterator[Row]:
         index.add(rows)
         _, ranked = index.search(queries, CANDIDATES[-1])
         for candidates in CANDIDATES:
-            theirs = _recall(_rescored(ranked[:, :candidates], queries, rows), wanted)
+            theirs = recall_of(_rescored(ranked[:, :candidates], queries, rows), wanted)
             yield Row(
                 f"hashing, {BITS} bits, {name}: recall@{K} of {candidates} candidates ÷ IndexLSH",
                 mine(candidates),
@@ -240,7 +247,7 @@ def _hashing(name: str, data: gradients.Rows) -> Iterator[Row]:
         yield Row(
             f"hashing, {BITS} bits, {name}: recall@{K} of {candidates} candidates ÷ Annoy",
             mine(candidates),
-            _recall([each[:K] for each in looked], wanted),
+            recall_of([each[:K] for each in looked], wanted),
             "found",
             1.0,
             lower_is_better=False,
@@ -252,12 +259,6 @@ def _rescored(candidates: Found, queries: NDArray[np.float32], rows: NDArray[np.
     scores = np.einsum("qcd,qd->qc", rows[candidates], queries)
     order = np.argsort(-scores, axis=1)[:, :K]
     return np.take_along_axis(candidates, order, 1)
-
-
-def _recall(found: Sequence[Any] | Found, wanted: Found) -> float:
-    """The mean share of the wanted rows that were found."""
-    shares = [np.isin(want, each).mean() for want, each in zip(wanted, found, strict=True)]
-    return float(np.mean(shares))
 
 
 def _memory(data: gradients.Rows) -> Iterator[Row]:

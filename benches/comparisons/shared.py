@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 SECONDS = 12.0
 """Time given to each comparison, for all who take part together."""
@@ -121,6 +122,20 @@ def peer(module: str) -> Any:
     except Exception as error:  # one that is installed may fail in any way
         print(f"skipped: {module} cannot be imported: {error}", file=sys.stderr)
         return None
+
+
+def flat_index(faiss: Any, rows: NDArray[np.float32]) -> Any:
+    """The `IndexFlatIP` of faiss with these rows, which may lie in a file."""
+    index = faiss.IndexFlatIP(rows.shape[1])
+    for part in np.array_split(rows, max(1, len(rows) // 50_000)):
+        index.add(np.ascontiguousarray(part))
+    return index
+
+
+def recall_of(found: Sequence[Any] | NDArray[Any], wanted: NDArray[np.int64]) -> float:
+    """The mean share of the wanted rows that were found."""
+    shares = [np.isin(want, each).mean() for want, each in zip(wanted, found, strict=True)]
+    return float(np.mean(shares))
 
 
 def take_turns(

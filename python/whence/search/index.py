@@ -227,10 +227,7 @@ class Index:
 
     def _open(self, source: Source, missing: str) -> None:
         """Takes rows, and knows nothing of them yet."""
-        if not len(source.ids):
-            raise ArgumentError(f"rows must have at least one, got none in {source!r}")
-        if missing == "error" and source.incomplete is not None:
-            source.row_numbers()  # raises, and says which
+        _check(source, missing)
         self.source, self._missing = source, missing
         self._last, self._clusters, self._gone = None, {}, None
         self._built, self._held = None, None
@@ -287,6 +284,7 @@ class Index:
         """
         threads = _arrays.threads(threads)
         source, before = opened(rows), len(self)
+        _check(source, self._missing)
         same = len(source.ids) >= before and source.dim == self.source.dim
         if same:
             digest = kept.fingerprint(source, before, source.digest(before, threads))
@@ -313,8 +311,8 @@ class Index:
             else:
                 graph = built.graph.grown(codes, bounds, built.seed, threads)
                 built = replace(built, codes=graph.codes, graph=graph)
-        self._open(source, self._missing)
-        self._held, self._built = held, built
+        self.source, self._held, self._built = source, held, built
+        self._last, self._clusters = None, {}
         if gone is not None:
             self._gone = np.concatenate([gone, np.zeros(len(source.ids) - before, np.bool_)])
 
@@ -729,6 +727,19 @@ class Index:
         if count not in self._clusters:
             self._clusters[count] = mixtures.clusters(self.source, count, self._seed)
         return self._clusters[count]
+
+
+def _check(source: Source, missing: str) -> None:
+    """Nothing, if an index can be built of the rows.
+
+    Raises:
+        ArgumentError: If there are none.
+        IdError: If an id lacks a checkpoint, and `missing` is "error".
+    """
+    if not len(source.ids):
+        raise ArgumentError(f"rows must have at least one, got none in {source!r}")
+    if missing == "error" and source.incomplete is not None:
+        source.row_numbers()  # raises, and says which
 
 
 def _codes(

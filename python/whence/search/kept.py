@@ -14,6 +14,7 @@ It is written under a name that nothing has, and then renamed: a folder of its o
 from __future__ import annotations
 
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,29 +97,32 @@ def save(path: Path, source: Source, built: Built, gone: NDArray[np.bool_] | Non
         arrays |= zip(GRAPH, built.graph.parts(), strict=True)
     if gone is not None:
         arrays[GONE] = gone
+    weights, _ = source.weights()
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rows": fingerprint(source, len(source.ids), built.codes.digest),
+        "weights": weights.tolist(),
+        "seed": built.seed,
+        "bits": built.bits,
+        "prefix": built.basis.prefix,
+        "share": built.basis.share,
+        "why": built.basis.why,
+        "widths": [width for width, *_ in segments],
+    }
     with store_errors(path):
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         part.mkdir(parents=True)
-        files = {
-            name: (*write_array(part / f"{name}.npy", array), array.dtype.str, array.shape)
-            for name, array in arrays.items()
-        }
-        weights, _ = source.weights()
-        body = {
-            "format": FORMAT,
-            "version": VERSION,
-            "rows": fingerprint(source, len(source.ids), built.codes.digest),
-            "weights": weights.tolist(),
-            "seed": built.seed,
-            "bits": built.bits,
-            "prefix": built.basis.prefix,
-            "share": built.basis.share,
-            "why": built.basis.why,
-            "widths": [width for width, *_ in segments],
-            "files": files,
-        }
-        write_json(part / MANIFEST, body)
-        part.rename(path)
+        try:
+            body["files"] = {
+                name: (*write_array(part / f"{name}.npy", array), array.dtype.str, array.shape)
+                for name, array in arrays.items()
+            }
+            write_json(part / MANIFEST, body)
+            part.rename(path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # nobody else knows its name
+            raise
         sync_directory(path.parent)
     return path
 

@@ -277,6 +277,23 @@ macro_rules! in_set {
     };
 }
 
+/// The same for products of codes, of which AVX-512 has no form of its own without VNNI.
+macro_rules! in_code_set {
+    ($set:expr, $kernel:ident ($($argument:expr),*)) => {
+        match $set.0 {
+            Set::Scalar => scalar::$kernel($($argument),*),
+            // SAFETY: the set exists, so the processor has it; each wider set has AVX2.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Avx2 | Set::Avx512 => unsafe { avx2::$kernel($($argument),*) },
+            // SAFETY: the set exists, so the processor has it.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Set::Vnni => unsafe { vnni::$kernel($($argument),*) },
+        }
+    };
+}
+
 /// An instruction set that the kernels have a form for, and that this machine has.
 ///
 /// The field is private: only [`InstructionSet::available`] makes one, so a vector form never runs
@@ -685,17 +702,7 @@ impl InstructionSet {
         if rows.is_empty() {
             return;
         }
-        match self.0 {
-            Set::Scalar => scalar::nibble_dots(rows, width, queries, out),
-            // SAFETY: the set exists, so the processor has it, and AVX2 with AVX-512.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Avx2 | Set::Avx512 => unsafe { avx2::nibble_dots(rows, width, queries, out) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Vnni => unsafe { vnni::nibble_dots(rows, width, queries, out) },
-        }
+        in_code_set!(self, nibble_dots(rows, width, queries, out));
     }
 
     /// [`InstructionSet::nibble_dots`] of some rows with one query: `out[i]` is that of row `picks[i]`.
@@ -710,19 +717,7 @@ impl InstructionSet {
     ) {
         debug_assert!(width > 0 && width.is_multiple_of(32) && query.len() == 2 * width);
         debug_assert_eq!(picks.len(), out.len());
-        match self.0 {
-            Set::Scalar => scalar::picked_nibble_dots(rows, width, picks, query, out),
-            // SAFETY: as in `nibble_dots`.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Avx2 | Set::Avx512 => unsafe {
-                avx2::picked_nibble_dots(rows, width, picks, query, out);
-            },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Vnni => unsafe { vnni::picked_nibble_dots(rows, width, picks, query, out) },
-        }
+        in_code_set!(self, picked_nibble_dots(rows, width, picks, query, out));
     }
 
     /// As [`InstructionSet::nibble_dots`], of 8-bit numbers whose upper and lower four bits are in
@@ -743,19 +738,7 @@ impl InstructionSet {
         if upper.is_empty() {
             return;
         }
-        match self.0 {
-            Set::Scalar => scalar::code_dots(upper, lower, width, queries, out),
-            // SAFETY: as in `nibble_dots`.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Avx2 | Set::Avx512 => unsafe {
-                avx2::code_dots(upper, lower, width, queries, out);
-            },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Set::Vnni => unsafe { vnni::code_dots(upper, lower, width, queries, out) },
-        }
+        in_code_set!(self, code_dots(upper, lower, width, queries, out));
     }
 
     /// Adds `scale * factor * (2 product - offset)`, row by row.

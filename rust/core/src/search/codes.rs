@@ -422,24 +422,31 @@ impl Codes {
             let must = "made as those that they follow";
             return Err(Error::argument("codes", must, "another rotation, weights or bits"));
         }
-        let mut all = self.clone();
-        all.order.extend(more.order.iter().map(|&example| example + before as u32));
-        for (segment, more) in all.segments.iter_mut().zip(&more.segments) {
-            segment.upper = Lines::joined(&[&segment.upper, &more.upper]);
-            segment.lower.extend_from_slice(&more.lower);
-            segment.scales.extend_from_slice(&more.scales);
-            segment.upper_errors.extend_from_slice(&more.upper_errors);
-            segment.errors.extend_from_slice(&more.errors);
-            segment.tails.extend_from_slice(&more.tails);
-        }
+        let order = more.order.iter().map(|&example| example + before as u32);
+        let segments = self.segments.iter().zip(&more.segments).map(|(mine, more)| Segment {
+            width: mine.width,
+            upper: Lines::joined(&[&mine.upper, &more.upper]),
+            lower: [&mine.lower[..], &more.lower].concat(),
+            scales: [&mine.scales[..], &more.scales].concat(),
+            upper_errors: [&mine.upper_errors[..], &more.upper_errors].concat(),
+            errors: [&mine.errors[..], &more.errors].concat(),
+            tails: [&mine.tails[..], &more.tails].concat(),
+        });
         // A block of all begins in one of the codes that come, whose norms fall.
-        all.reaches.resize(rows.div_ceil(BLOCK), 0.0);
-        for (block, reach) in all.reaches.iter_mut().enumerate().skip(before / BLOCK) {
+        let mut reaches = self.reaches.clone();
+        reaches.resize(rows.div_ceil(BLOCK), 0.0);
+        for (block, reach) in reaches.iter_mut().enumerate().skip(before / BLOCK) {
             let first = (block * BLOCK).saturating_sub(before) / BLOCK;
             *reach = reach.max(more.reaches.get(first).copied().unwrap_or(0.0));
         }
-        all.digest = self.digest.followed(before as u32, more.digest);
-        Ok(all)
+        Ok(Self {
+            rotation: self.rotation.clone(),
+            weights: self.weights.clone(),
+            order: self.order.iter().copied().chain(order).collect(),
+            segments: segments.collect(),
+            reaches,
+            digest: self.digest.followed(before as u32, more.digest),
+        })
     }
 
     /// What tells the rows that they are of from others: that of [`Rows::digest`].
