@@ -17,6 +17,7 @@ ORDER = [
     {"store"},
     {"search"},
     {"gradients"},
+    {"curvature"},
     {"attribution"},
     {"evaluate"},
     {"report"},
@@ -27,6 +28,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MAY_IMPORT_TORCH = {
     "hashing/gat.py",
     "gradients",
+    "curvature",
     "attribution",
     "evaluate",
     "integrations",

@@ -1,6 +1,9 @@
 """whence: which training examples made the model do this?
 
     record        a store that fills while your own loop trains           (needs torch)
+    fit_factors   the loss's curvature, which makes rows worth comparing   (needs torch)
+    record_checkpoints  one row an example for all checkpoints of a run   (needs torch)
+    compress      the same of what was kept while the run trained         (needs torch)
     query         the training examples that helped and harmed a query    (needs torch)
     open          a store, searched with arrays                           (numpy only)
     Index         rows made ready to be asked often                       (numpy only)
@@ -22,17 +25,23 @@ from whence.sketch import Sketch
 
 if TYPE_CHECKING:
     from whence.attribution import query
-    from whence.gradients import Recorder, record, register_layer
+    from whence.curvature import Factors, compress, fit_factors
+    from whence.gradients import Recorder, record, record_checkpoints, register_layer
 
 _NEED_TORCH = {
+    "Factors": "whence.curvature",
+    "compress": "whence.curvature",
+    "fit_factors": "whence.curvature",
     "query": "whence.attribution",
     "record": "whence.gradients",
+    "record_checkpoints": "whence.gradients",
     "Recorder": "whence.gradients",
     "register_layer": "whence.gradients",
 }
 
 __all__ = [
     "HASH_VERSION",
+    "Factors",
     "Hits",
     "Index",
     "Matrix",
@@ -41,12 +50,15 @@ __all__ = [
     "Sketch",
     "Store",
     "WhenceError",
+    "compress",
     "errors",
     "evaluate",
+    "fit_factors",
     "hashing",
     "open",
     "query",
     "record",
+    "record_checkpoints",
     "register_layer",
     "report",
 ]

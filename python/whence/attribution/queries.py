@@ -16,18 +16,19 @@ from whence.errors import (
     ArgumentError,
     CheckpointError,
     DtypeError,
-    LayerError,
     MismatchError,
     WeightsError,
 )
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
 from whence.gradients.maps import map_of_store
+from whence.gradients.passes import backward
 from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_in_store
 from whence.gradients.weights import State, digest, load, preserved, put
 from whence.search import SIDES, Hits, Index, Source, Store
+from whence.store import COMBINED
 
 
 def query(
@@ -136,7 +137,9 @@ def query_rows(
     queries: int | None = None,
     unbatched: Sequence[str] = (),
 ) -> NDArray[np.float32]:
-    """[checkpoints, queries, dim] the sketched gradients of the queries; arguments as in `query`.
+    """[checkpoints, queries, dim] the queries' rows in the store's map; arguments as in `query`.
+
+    For a store whose rows are sums over checkpoints, [1, queries, dim].
 
     For a store with layout="factored", whose `find` takes them, rows of factors.
 
@@ -163,14 +166,14 @@ def query_rows(
     refuse_tokens(reduction, tokens)
     loaded = _states(store, states)
     structure = structure_in_store(model, store.manifest.model, store.path)
-    rows = map_of_store(store.manifest.sketch, threads=torch.get_num_threads())
+    manifest = store.manifest
     hooks = Hooks(model, structure, strict=False)
     found = []
     random_state = torch.get_rng_state()
     with preserved(model, weights=loaded is not None):
         hooks.install()
         try:
-            for checkpoint in store.manifest.checkpoints:
+            for checkpoint in manifest.checkpoints:
                 if loaded is not None:
                     put(model, checkpoint.name, load(checkpoint.name, loaded[checkpoint.name]))
                 if checkpoint.weights == "fixed" and checkpoint.first not in (None, digest(model)):
@@ -180,6 +183,7 @@ def query_rows(
                     )
                 torch.set_rng_state(random_state)
                 refuse_batch_statistics(model)
+                rows = map_of_store(store.path, manifest, checkpoint, torch.get_num_threads())
                 found.append(
                     _rows(
                         hooks,
@@ -191,7 +195,10 @@ def query_rows(
                 )
         finally:
             hooks.remove()
-    return np.stack(found)
+    stacked = np.stack(found)
+    if manifest.rows == COMBINED:  # one row a query, as the examples have
+        stacked = stacked.astype(np.float64).sum(axis=0, keepdims=True).astype(np.float32)
+    return stacked
 
 
 def _rows(
@@ -202,21 +209,7 @@ def _rows(
     tokens: Any,
 ) -> NDArray[np.float32]:
     """[queries, dim] at the model's present weights."""
-    with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
-        loss = closure()
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise DtypeError(
-                "closure must return the loss, a tensor without dimensions, got "
-                f"{_arrays.describe(loss)}"
-            )
-        if not loss.requires_grad:
-            raise LayerError(
-                "closure must return a loss of the recorded model that can be "
-                "differentiated, got one without a graph (torch.no_grad, .item or "
-                ".detach in it?)"
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-    capture.verify()
+    backward(hooks, capture, closure)
     rows, norms = capture.rows(own_loss_factor(reduction, capture.batch, tokens))
     if capture.bad:
         raise not_finite([f"query {index}" for index in range(capture.batch)], capture.bad)
@@ -225,7 +218,7 @@ def _rows(
 
 def _states(store: Store, states: Mapping[str, State] | None) -> Mapping[str, State] | None:
     """The states, if there is one for each checkpoint and no other."""
-    names = store.checkpoints
+    names = [checkpoint.name for checkpoint in store.manifest.checkpoints]
     if states is None:
         if len(names) > 1:
             raise CheckpointError(

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from whence.errors import CoverageError, LayerError, NotFiniteError
 from whence.factored import Factored, FactoredAccumulator
+from whence.gradients.blocks import BlockAccumulator, BlockMap
+from whence.gradients.coordinates import Coordinates, CoordinatesAccumulator
 from whence.gradients.device import DeviceAccumulator, supports
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
 from whence.sketch import Accumulator, Sketch, layer_of
 
 Guarded = TypeVar("Guarded")
 
-Totals: TypeAlias = Accumulator | DeviceAccumulator
+Gatherer: TypeAlias = Accumulator | FactoredAccumulator | BlockAccumulator
+"""What takes the gradients of a batch."""
+
+Totals: TypeAlias = Accumulator | DeviceAccumulator | CoordinatesAccumulator
 """Running totals, on the processor or on another device."""
 
 DEVICES = ("cuda",)
@@ -54,7 +59,7 @@ class Capture:
     def __init__(
         self,
         structure: Structure,
-        rows: Sketch | Factored,
+        rows: Sketch | Factored | BlockMap,
         batch: int | None,
         unbatched: Sequence[str] = (),
         *,
@@ -71,10 +76,11 @@ class Capture:
         self.failure: BaseException | None = None
         self.check = check
         self._map = rows
-        # What samples and batch are compared by; factors of a batch cannot be.
-        self._checking = (
-            rows if isinstance(rows, Sketch) else Sketch("tensorsketch", dim=CHECKED, threads=1)
-        )
+        # What samples and batch are compared by; factors of a batch cannot be, and coordinates of
+        # one parameter say little.
+        self._checking: Sketch | Coordinates = Sketch("tensorsketch", dim=CHECKED, threads=1)
+        if isinstance(rows, Sketch) or (isinstance(rows, Coordinates) and check == "total"):
+            self._checking = rows
         self._received: Counter[str] = Counter()
         self.added: Counter[str] = Counter()
         self._outside: set[str] = set()
@@ -83,7 +89,7 @@ class Capture:
         self._devices: dict[torch.device, DeviceAccumulator] = {}
         self._probed: dict[str, Any] = {}
         self._layers: dict[str, str] = {}
-        self._accumulator: Accumulator | FactoredAccumulator | None = None
+        self._accumulator: Gatherer | None = None
         if batch is not None:
             self.set_batch(batch)
 
@@ -93,11 +99,26 @@ class Capture:
         self._accumulator = self._map.accumulator(batch, self.structure.parameters)
 
     @property
-    def accumulator(self) -> Accumulator | FactoredAccumulator:
+    def accumulator(self) -> Gatherer:
         """The rows so far."""
         if self._accumulator is None:
             raise LayerError("the model must be called with a batch, got no layer that ran")
         return self._accumulator
+
+    @property
+    def _sketch(self) -> Sketch:
+        """What compares batches, where that is a sketch."""
+        if not isinstance(self._checking, Sketch):
+            raise TypeError("rows on a device must be sketches")
+        return self._checking
+
+    @property
+    def _linear(self) -> Accumulator | CoordinatesAccumulator:
+        """The rows so far, of a linear map."""
+        found = self.accumulator
+        if not isinstance(found, (Accumulator, CoordinatesAccumulator)):
+            raise TypeError(f"rows must be of a linear map, got {type(found).__name__}")
+        return found
 
     def add(
         self,
@@ -127,6 +148,12 @@ class Capture:
                     parameter.name, self.batch, device
                 )
             feed(self._samples[parameter.name, device])
+
+    def array(self, values: Tensor) -> NDArray[Any]:
+        """A gradient in the memory of the processor; float64 for maps that keep it."""
+        if values.dtype == torch.float64 and isinstance(self._map, BlockMap) and self._map.wide:
+            return values.detach().cpu().numpy()
+        return to_array(values)
 
     def guard(self, hook: Callable[..., Guarded]) -> Callable[..., Guarded]:
         """`hook`, whose failure is remembered: rows that it left partial are never stored."""
@@ -226,11 +253,11 @@ class Capture:
                 rows, norms = self.accumulator.rows(factor, dtype)
                 scales = norms.astype(np.float32)
             else:
-                totals = self.accumulator.totals
+                totals: NDArray[Any] = self._linear.totals
                 if factor != 1.0:
                     totals *= factor
                 norms = np.sqrt(np.einsum("ij,ij->i", totals, totals))
-                rows = self.accumulator.finish(totals)
+                rows = self._linear.finish(totals)
         beyond = np.flatnonzero(~(norms <= np.finfo(np.float32).max))
         if len(beyond):
             self._name_bad()
@@ -238,16 +265,20 @@ class Capture:
             self.bad.setdefault(int(row), "the sum of all layers")
         return rows, scales
 
+    def coordinates(self) -> NDArray[Any]:
+        """[batch, coordinates] the rows before they are rotated, not multiplied with anything."""
+        return self._linear.totals
+
     def weighted(
         self, rows: NDArray[np.float32], norms: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """Factored rows whose products are multiplied with their norms."""
         return self._map.weighted(rows, norms) if isinstance(self._map, Factored) else rows
 
-    def sketched(self, sketch: Sketch) -> NDArray[np.float64]:
+    def sketched(self, sketch: Sketch | Coordinates) -> NDArray[Any]:
         """[batch, dim] the totals, as `sketch` has them: factored rows are sketched first."""
-        if isinstance(self.accumulator, Accumulator):
-            return self.accumulator.totals
+        if not isinstance(self.accumulator, FactoredAccumulator) or isinstance(sketch, Coordinates):
+            return self._linear.totals
         rows, norms = self.accumulator.rows()
         shapes = {name: each.shape for name, each in self.structure.parameters.items()}
         return self.accumulator.map.sketched(rows, shapes, sketch) * norms[:, None]
@@ -264,11 +295,14 @@ class Capture:
     def device_of(self, values: Tensor) -> torch.device | None:
         """Where a gradient is sketched, if that is where it is; None for the processor."""
         here = values.device.type in DEVICES and isinstance(self._map, Sketch)
-        return values.device if here and supports(self._checking) else None
+        checking = self._checking
+        return (
+            values.device if here and isinstance(checking, Sketch) and supports(checking) else None
+        )
 
     def _on(self, device: torch.device) -> DeviceAccumulator:
         if device not in self._devices:
-            self._devices[device] = DeviceAccumulator(self._checking, self.batch, device)
+            self._devices[device] = DeviceAccumulator(self._sketch, self.batch, device)
         return self._devices[device]
 
     def _name_bad(self) -> None:
@@ -292,7 +326,7 @@ class Capture:
     def _checked(self, name: str | None, batch: int, device: torch.device | None) -> Totals:
         """Totals of one parameter, or of all if it is None, for a comparison."""
         if device is not None:
-            return DeviceAccumulator(self._checking, batch, device)
+            return DeviceAccumulator(self._sketch, batch, device)
         names = self.structure.parameters if name is None else [name]
         return self._checking.accumulator(batch, names)
 
@@ -303,9 +337,9 @@ class Capture:
             CoverageError: If not: a parameter is used where its layer's rule cannot see.
         """
         tolerance = ROUNDED_TOLERANCE if self.rounded else EXACT_TOLERANCE
-        samples = _by_name(self._samples)
-        if self.check == "total" and isinstance(self.accumulator, Accumulator):
-            samples = {"": self.accumulator.totals}
+        samples: dict[str, NDArray[Any]] = _by_name(self._samples)
+        if self.check == "total":
+            samples = {"": self._linear.totals}
         wholes = _by_name(self._whole)
         if self.check == "probe" and isinstance(self.accumulator, FactoredAccumulator):
             samples, wholes = self.accumulator.probes(), self._probed
@@ -338,11 +372,11 @@ class Capture:
 
 def _by_name(
     accumulators: Mapping[tuple[str, torch.device | None], Totals],
-) -> dict[str, NDArray[np.float64]]:
+) -> dict[str, NDArray[Any]]:
     """Name -> totals, summed over devices."""
-    found: dict[str, NDArray[np.float64]] = {}
+    found: dict[str, NDArray[Any]] = {}
     for (name, _), each in accumulators.items():
-        totals = each.totals() if isinstance(each, DeviceAccumulator) else each.totals
+        totals: NDArray[Any] = each.totals() if isinstance(each, DeviceAccumulator) else each.totals
         found[name] = found[name] + totals if name in found else totals
     return found
 
@@ -371,7 +405,7 @@ class LayerSink:
                 device,
             )
             return
-        array = to_array(values).reshape(self.batch, -1)
+        array = self._capture.array(values).reshape(self.batch, -1)
         self._feed(parameter, lambda into: into.add(parameter.name, parameter.shape, array, start))
 
     def outer(
@@ -395,7 +429,7 @@ class LayerSink:
                 device,
             )
             return
-        arrays = to_array(left), to_array(right)
+        arrays = self._capture.array(left), self._capture.array(right)
         self._feed(
             parameter,
             lambda into: into.add_outer(
@@ -427,7 +461,7 @@ class LayerSink:
             and self._capture.is_fused(parameters[weight].name, parameters[bias].name)
         ):
             one, other = parameters[weight], parameters[bias]
-            arrays = to_array(left), to_array(right)
+            arrays = self._capture.array(left), self._capture.array(right)
             beside = (other.name, list(other.shape), row)
             self._capture.add(
                 self._layer.name,
@@ -456,7 +490,7 @@ class LayerSink:
             )
             return
         places = indices.detach().to("cpu", torch.int64).numpy()
-        array = to_array(values)
+        array = self._capture.array(values)
         self._feed(
             parameter,
             lambda into: into.add_lookup(parameter.name, parameter.shape, places, array, ignored),

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from whence import _arrays
 from whence._core import MAX_DIM
 from whence.errors import ArgumentError, DtypeError, LayerError, MismatchError
 from whence.factored import LAYOUT, Factored, Segment
+from whence.gradients.coordinates import (
+    Coordinates,
+    Preconditioner,
+    Prepared,
+    from_arrays,
+    random_basis,
+    to_arrays,
+)
 from whence.gradients.structure import Structure
 from whence.sketch import LAYOUTS, Sketch
+from whence.store import Checkpoint, Manifest, read_map
 
 FACTORS = ("linear", "conv1d_transposed")
 """Rules of layers whose gradient is one outer product a position."""
@@ -79,15 +89,33 @@ def map_of(
     return sketch, spec
 
 
-def map_of_store(spec: Mapping[str, Any], threads: int) -> Sketch | Factored:
-    """The map that a store says its rows were made with.
+def map_of_store(
+    path: Path, manifest: Manifest, checkpoint: Checkpoint, threads: int
+) -> Sketch | Factored | Coordinates:
+    """The map that a store says the rows of a checkpoint were made with.
 
     Raises:
         MismatchError: If this version of whence does not have that map.
+        StoreError: If its files are damaged.
     """
-    if spec.get("layout") == LAYOUT:
+    spec = manifest.sketch
+    if manifest.is_factored:
         return Factored.from_spec(spec)
-    return Sketch.from_spec(spec, threads=threads)
+    if not manifest.is_preconditioned:
+        return Sketch.from_spec(spec, threads=threads)
+    if checkpoint.map is None:
+        raise MismatchError(f"checkpoint {checkpoint.name!r} of {path} must have a map, got none")
+    described, arrays = read_map(path, checkpoint.map)
+    found = from_arrays(described, arrays)
+    if spec.get("sketch") is not None:
+        random = Sketch.from_spec(spec["sketch"], threads=threads)
+        found = found.rotated(random_basis(random, checkpoint.name, found.width))
+    if found.dim != manifest.dim:
+        raise MismatchError(
+            f"the map of checkpoint {checkpoint.name!r} must have rows of {manifest.dim}, got "
+            f"{found.dim}"
+        )
+    return found
 
 
 def _segments(structure: Structure) -> list[Segment]:
@@ -133,3 +161,96 @@ def _segments(structure: Structure) -> list[Segment]:
     if len(set(biases)) < len(biases) or set(biases) & set(found):
         raise MismatchError("layout='factored' must be used without tied parameters, got biases")
     return [found[name] for name in sorted(found)]
+
+
+def prepared_maps(
+    precondition: Preconditioner,
+    model: Mapping[str, Any],
+    reduction: str,
+    *,
+    dim: int | None,
+    sketch: str | Sketch | None,
+    seed: int | None,
+    rotate: bool,
+    dtype: str,
+) -> tuple[list[Prepared], dict[str, Any]]:
+    """The maps that `record` was asked for, and what a manifest says of them.
+
+    Raises:
+        ArgumentError: If arguments do not go together.
+        DtypeError: If they are of another type.
+        MismatchError: If the factors are of another model or reduction.
+    """
+    if not hasattr(precondition, "prepared"):
+        raise DtypeError(
+            "precondition must be factors of whence.fit_factors, got "
+            f"{_arrays.describe(precondition)}"
+        )
+    if precondition.model["digest"] != model["digest"]:
+        there, here = (
+            {each["name"] for each in of["parameters"]} for of in (precondition.model, model)
+        )
+        odd = sorted(there ^ here)[:4] or "the same parameters in other layers"
+        raise MismatchError(f"precondition must be factors of the recorded layers, got {odd}")
+    if precondition.reduction != reduction:
+        raise MismatchError(
+            f"reduction must be {precondition.reduction!r} as the factors were fitted, got "
+            f"{reduction!r}"
+        )
+    if not _arrays.boolean("rotate", rotate):
+        for name, value in (("dim", dim), ("sketch", sketch), ("seed", seed)):
+            if value is not None:
+                raise ArgumentError(f"{name} must be None for rotate=False, got {value!r}")
+        dim = 0
+    elif dim is not None:
+        dim = _arrays.integer("dim", dim, 1, MAX_DIM)
+    if isinstance(sketch, Sketch):
+        for name, value in (("dim", dim), ("seed", seed)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{name} must be None where sketch is a Sketch, which has its own, "
+                    f"got {value!r}"
+                )
+        if sketch.layout != "global" or sketch.spec.get("normalize", False):
+            raise ArgumentError("sketch must be global and not normalized for precondition=")
+    if seed is not None:
+        seed = _arrays.integer("seed", seed, 0)
+    turned = dtype not in ("float16", "float32")
+    return precondition.prepared(dim, sketch, seed, turned=turned)
+
+
+def stored_arrays(
+    coordinates: Coordinates, spec: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What a store keeps of a map, without a random basis, which its seed says."""
+    if spec.get("sketch") is not None:
+        coordinates = coordinates.rotated(None)
+    return to_arrays(coordinates)
+
+
+def check_identity(checkpoint: Checkpoint, prepared: Prepared) -> None:
+    """Nothing, if a store's map was made as this one was.
+
+    Raises:
+        MismatchError: If not; says in what.
+    """
+    there = {} if checkpoint.map is None else checkpoint.map.identity
+    for name, value in prepared.identity.items():
+        if there.get(name) != value:
+            raise MismatchError(
+                f"precondition must be as checkpoint {checkpoint.name!r} was recorded, with {name} "
+                f"{there.get(name)!r}, got {value!r}"
+            )
+
+
+def check_spec(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Nothing, if factors make the rows that a store has.
+
+    Raises:
+        MismatchError: If not; says in what.
+    """
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            raise MismatchError(
+                f"{name} must be {there.get(name)!r} as in the store {path}, got {here.get(name)!r}"
+            )

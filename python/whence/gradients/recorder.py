@@ -28,9 +28,17 @@ from whence.errors import (
 )
 from whence.factored import Factored
 from whence.gradients.capture import Capture, not_finite
+from whence.gradients.coordinates import Coordinates, Preconditioner, Prepared
 from whence.gradients.hooks import Hooks, kept_gradients, refuse_batch_statistics
 from whence.gradients.layers import FUNCTIONAL
-from whence.gradients.maps import map_of
+from whence.gradients.maps import (
+    check_identity,
+    check_spec,
+    map_of,
+    map_of_store,
+    prepared_maps,
+    stored_arrays,
+)
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_of
 from whence.gradients.verify import Verified, verify
@@ -104,6 +112,8 @@ class Recorder:
         weight_gradients: bool,
         nonfinite: str,
         on_duplicate: str,
+        precondition: Preconditioner | None,
+        rotate: bool,
         threads: int | None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -135,7 +145,25 @@ class Recorder:
         self._open = False
         self._entered = False
         self._versions: int | None = None
-        self._map, spec = map_of(self._structure, sketch, dim, seed, layout, threads)
+        self._mapped: Checkpoint | None = None
+        self._prepared: Prepared | None = None
+        self._map: Sketch | Factored | Coordinates
+        self._asked: dict[str, Any] = {
+            "dim": dim,
+            "sketch": sketch,
+            "seed": seed,
+            "rotate": rotate,
+            "dtype": dtype,
+        }
+        if precondition is None:
+            if not _arrays.boolean("rotate", rotate):
+                raise ArgumentError("rotate must be True without precondition=, got False")
+            self._map, spec = map_of(self._structure, sketch, dim, seed, layout, threads)
+        else:
+            if layout is not None:
+                raise ArgumentError(f"layout must be None with precondition=, got {layout!r}")
+            self._prepared, spec = self._prepare(precondition)
+            self._map = self._prepared.map
         wanted = Manifest(spec, dtype, reduction, self._structure.describe())
         self._writer = Writer(_arrays.path("path", path), wanted)
 
@@ -202,7 +230,13 @@ class Recorder:
             if not there and id_ not in left_out
         ]
 
-    def checkpoint(self, name: str, learning_rate: float | None = None) -> None:
+    def checkpoint(
+        self,
+        name: str,
+        learning_rate: float | None = None,
+        *,
+        precondition: Preconditioner | None = None,
+    ) -> None:
         """Records into the checkpoint of this name from now on; starts it if it is new.
 
         Args:
@@ -210,9 +244,11 @@ class Recorder:
             learning_rate: The step size in use, by which scores of this checkpoint are weighted;
                 for all checkpoints of a store or for none. With momentum m a step in effect goes
                 1 / (1 - m) times as far; that changes scores, and no ranking if m is constant.
+            precondition: Factors fitted at these weights, for a store of preconditioned rows.
 
         Raises:
             ArgumentError: If the learning rate is not a positive number.
+            MismatchError: If the factors make other rows than the store's.
             CheckpointError: If the checkpoint there has another learning rate.
             WhenceError: If called inside a batch.
         """
@@ -221,6 +257,15 @@ class Recorder:
             raise ArgumentError(f"name must be a non-empty str, got {name!r}")
         if learning_rate is not None:
             learning_rate = _arrays.number("learning_rate", learning_rate, positive=True)
+        prepared = None
+        if precondition is not None:
+            if self._prepared is None:
+                raise ArgumentError(
+                    "precondition must be given to whence.record first, got it for a checkpoint of "
+                    "plain rows"
+                )
+            prepared, spec = self._prepare(precondition)
+            check_spec(self.path, self._writer.manifest.sketch, spec)
         before, weights = self._writer.checkpoint, self._versions
         self._end_checkpoint()
         try:
@@ -229,6 +274,8 @@ class Recorder:
             if before is self._writer.checkpoint:
                 self._versions = weights
             raise
+        if prepared is not None:
+            self._prepared, self._map = prepared, prepared.map
 
     def commit(self) -> None:
         """Confirms all rows so far: when it returns, a crash or power cut keeps them.
@@ -366,6 +413,42 @@ class Recorder:
         finally:
             self._busy = False
 
+    def _prepare(self, precondition: Preconditioner) -> tuple[Prepared, dict[str, Any]]:
+        """The map of one checkpoint's factors."""
+        prepared, spec = prepared_maps(
+            precondition, self._structure.describe(), self._reduction, **self._asked
+        )
+        if len(prepared) > 1:
+            raise ArgumentError(
+                "precondition must be factors of one checkpoint for whence.record, got those of "
+                f"{len(prepared)}; whence.record_checkpoints records them all"
+            )
+        return prepared[0], spec
+
+    def _note_map(self, checkpoint: Checkpoint, weights: str) -> None:
+        """Puts the map of a checkpoint's rows into the store, or takes the one that is there.
+
+        Raises:
+            WeightsError: If the factors are of other weights.
+            MismatchError: If the store's map was made in another way.
+        """
+        prepared = self._prepared
+        if prepared is None:
+            return
+        if self._weights != "moving" and prepared.digest != weights:
+            raise WeightsError(
+                "precondition must be fitted at the weights that are recorded, got factors of "
+                "others; fit at each checkpoint, and pass them to rec.checkpoint(name, "
+                "precondition=factors), or pass weights='moving'"
+            )
+        if checkpoint.map is None:
+            described, arrays = stored_arrays(prepared.map, self._writer.manifest.sketch)
+            checkpoint.map = self._writer.write_map(prepared.identity, described, arrays)
+            return
+        check_identity(checkpoint, prepared)
+        threads = torch.get_num_threads()
+        self._map = map_of_store(self.path, self._writer.manifest, checkpoint, threads)
+
     def _check(self) -> str:
         """How closely to compare this batch's rows with its own gradient.
 
@@ -376,7 +459,7 @@ class Recorder:
         functional = any(layer.rule is FUNCTIONAL for layer in self._structure.layers)
         if functional or number & (number - 1) == 0:  # batches 1, 2, 4, 8 and so on
             return "each"
-        if not self._weight_gradients:
+        if not self._weight_gradients or (isinstance(self._map, Coordinates) and self._map.is_tied):
             return "no"
         return "probe" if isinstance(self._map, Factored) else "total"
 
@@ -451,8 +534,10 @@ class Recorder:
         if self._versions is None:
             current = digest(self._model)
             if checkpoint.first is None:
+                self._note_map(checkpoint, current)
                 checkpoint.first = current
                 checkpoint.weights = self._weights or "fixed"
+                self._mapped = checkpoint
             elif checkpoint.weights == "fixed" and current != checkpoint.first:
                 # A run that was killed may have moved the weights after its last commit.
                 killed = checkpoint.last is None and self._weights is None
@@ -464,6 +549,9 @@ class Recorder:
                     f"weights must be 'moving' as checkpoint {checkpoint.name!r} "
                     "was recorded, got 'fixed'"
                 )
+            if self._mapped is not checkpoint:
+                self._note_map(checkpoint, current)
+                self._mapped = checkpoint
             checkpoint.last = None
             self._versions = now
         elif now != self._versions:
@@ -531,6 +619,8 @@ def record(
     weight_gradients: bool = True,
     nonfinite: str = "error",
     on_duplicate: str = "error",
+    precondition: Preconditioner | None = None,
+    rotate: bool = True,
     threads: int | None = None,
 ) -> Recorder:
     """Records each example's gradient while your own loop runs.
@@ -575,6 +665,12 @@ def record(
             "skip" to leave it out and note its id.
         on_duplicate: What to do with an id that is recorded in this checkpoint: "error" or
             "skip".
+        precondition: What `whence.fit_factors` found at these weights: rows are then whitened
+            coordinates of the gradient, and a score is EK-FAC influence. They are rotated onto a
+            basis learnt from the training data, of `dim` columns, or as many as hold nine tenths
+            of it for None; with `sketch` they are sketched instead, by a seed and no basis.
+        rotate: False keeps the coordinates as they are, for `whence.compress`; then without dim,
+            seed and sketch.
         threads: How many threads the sketch uses; None means as many as torch.
 
     Returns:
@@ -608,5 +704,7 @@ def record(
         weight_gradients=weight_gradients,
         nonfinite=nonfinite,
         on_duplicate=on_duplicate,
+        precondition=precondition,
+        rotate=rotate,
         threads=threads,
     )

@@ -17,6 +17,7 @@ from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.factored import Factored
 from whence.gradients.capture import CHECKED, Capture, not_finite
+from whence.gradients.coordinates import Coordinates
 from whence.gradients.hooks import Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.structure import Structure
@@ -53,7 +54,7 @@ def verify(
     model: nn.Module,
     structure: Structure,
     hooks: Hooks,
-    target: Sketch | Factored,
+    target: Sketch | Factored | Coordinates,
     reduction: str,
     closure: Callable[..., Tensor],
     batch: Sequence[Any],
@@ -67,7 +68,7 @@ def verify(
         )
     # Factored rows are compared as sketches of the gradients that they stand for.
     sketch = (
-        target if isinstance(target, Sketch) else Sketch("tensorsketch", dim=CHECKED, threads=1)
+        Sketch("tensorsketch", dim=CHECKED, threads=1) if isinstance(target, Factored) else target
     )
     counts = np.ones(2)
     if reduction == "token_mean":
@@ -126,7 +127,10 @@ def verify(
 
 
 def _exact(
-    structure: Structure, sketch: Sketch, closure: Callable[..., Tensor], batch: Sequence[Any]
+    structure: Structure,
+    sketch: Sketch | Coordinates,
+    closure: Callable[..., Tensor],
+    batch: Sequence[Any],
 ) -> tuple[NDArray[np.float64], bool]:
     """The sketch of the gradient of the loss of one example, by autograd, and if it is 16 bit."""
     parameters = list(structure.parameters.values())
@@ -143,13 +147,13 @@ def _exact(
             accumulator.add(
                 parameter.name, parameter.shape, gradient.float().cpu().numpy().reshape(1, -1)
             )
-    return accumulator.totals[0], rounded
+    return accumulator.totals[0].astype(np.float64), rounded
 
 
 def _recorded(
     structure: Structure,
     hooks: Hooks,
-    maps: tuple[Sketch | Factored, Sketch],
+    maps: tuple[Sketch | Factored | Coordinates, Sketch | Coordinates],
     closure: Callable[..., Tensor],
     batch: Sequence[Any],
     count: int,
@@ -163,7 +167,7 @@ def _recorded(
     capture.verify()
     if capture.bad:
         raise not_finite([f"example {index}" for index in range(count)], capture.bad)
-    return capture.sketched(sketch), capture.rounded
+    return capture.sketched(sketch).astype(np.float64), capture.rounded
 
 
 def _loss(closure: Callable[..., Tensor], batch: Sequence[Any]) -> Tensor:

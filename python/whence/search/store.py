@@ -13,10 +13,17 @@ from whence.errors import CheckpointError
 from whence.factored import Factored
 from whence.search.hits import COSINE, METHOD, Hits
 from whence.search.source import Source
-from whence.store import Reader
+from whence.store import COMBINED, Reader
 
 ROUNDING = 1.001
 """How much longer than 1 a stored unit row can be: a step of float16 and what is subnormal."""
+
+
+INFLUENCE = (
+    "loss × examples: divided by the number of training examples, about what the query's loss "
+    "would rise by without the example"
+)
+"""The unit of a preconditioned score."""
 
 
 class Store(Reader, Source):
@@ -29,16 +36,28 @@ class Store(Reader, Source):
         StoreError: If there is no store, or it is damaged.
     """
 
-    method = METHOD
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        """How its scores are computed."""
+        if not self.manifest.is_preconditioned:
+            return METHOD
+        kind = self.manifest.sketch.get("method", "EK-FAC")
+        names = [checkpoint.name for checkpoint in self.manifest.checkpoints]
+        over = f", over checkpoints {', '.join(names)}" if len(names) > 1 else ""
+        return f"{kind} influence: gradient products, preconditioned by the loss's curvature{over}"
 
     def __repr__(self) -> str:
         sketch = self.manifest.sketch
+        names = [checkpoint.name for checkpoint in self.manifest.checkpoints]
+        combined = self.manifest.rows == COMBINED
         what = "factored"
-        if not self.manifest.is_factored:
+        if self.manifest.is_preconditioned:
+            what = f"preconditioned dim {sketch['dim']} of {sketch['coordinates']} coordinates"
+        elif not self.manifest.is_factored:
             what = f"{sketch['kind']} dim {sketch['dim']} seed {sketch['seed']}"
         return (
             f"<whence store {str(self.path)!r}: {len(self)} examples, "
-            f"{len(self.checkpoints)} checkpoints {self.checkpoints}, {what}, "
+            f"{len(names)} checkpoints {names}{' combined' * combined}, {what}, "
             f"{self.manifest.dtype}>"
         )
 
@@ -171,7 +190,12 @@ class Store(Reader, Source):
         Raises:
             CheckpointError: If some checkpoints have a learning rate and others not.
         """
+        if self.manifest.rows == COMBINED:
+            return np.ones(1, np.float32), INFLUENCE
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.checkpoints]
+        if self.manifest.is_preconditioned:
+            # Curvature has taken the learning rate's place; several checkpoints are averaged.
+            return np.full(len(rates), 1 / len(rates), np.float32), INFLUENCE
         normalized = self.manifest.sketch.get("normalize", False)
         if all(rate is None for rate in rates):
             if normalized:

@@ -6,6 +6,7 @@ A store is a directory:
     shard-00000001/rows.npy    unit rows, float16 or float32, [rows, dim]
                    scales.npy  float32 [rows]; row = scale * unit row
                    ids.npy ... ids and columns
+    map-00000001/map.json ...  of preconditioned rows: a checkpoint's eigenvectors and basis
     lock                       held while a writer is open
 
 Shards are written and synced first; then a manifest that names them appears under its final name
@@ -14,8 +15,19 @@ which later versions need not read.
 """
 
 from whence.store.examples import Places, eligible
-from whence.store.manifest import Checkpoint, Manifest
+from whence.store.manifest import COMBINED, Checkpoint, Manifest
+from whence.store.maps import StoredMap, read_map
 from whence.store.reader import Reader
 from whence.store.writer import Writer
 
-__all__ = ["Checkpoint", "Manifest", "Places", "Reader", "Writer", "eligible"]
+__all__ = [
+    "COMBINED",
+    "Checkpoint",
+    "Manifest",
+    "Places",
+    "Reader",
+    "StoredMap",
+    "Writer",
+    "eligible",
+    "read_map",
+]

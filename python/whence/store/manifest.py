@@ -11,6 +11,7 @@ from typing import Any
 from whence import _core
 from whence.errors import StoreError
 from whence.store.files import Written, parse_json, store_errors, write_json
+from whence.store.maps import StoredMap, checked_map
 
 FORMAT = "whence store"
 VERSION = 0
@@ -26,6 +27,9 @@ DTYPES = {"float16": "<f2", "float32": "<f4"}
 COLUMN_KINDS = {"bool": "|b1", "int64": "<i8", "float64": "<f8", "str": ""}
 """Types of columns, and what `.npy` calls them; strings have a form of their own."""
 
+COMBINED = "combined"
+"""The name of rows that are sums over checkpoints."""
+
 _NAME = re.compile(r"manifest-(\d{8})\.json")
 
 
@@ -39,6 +43,8 @@ class Checkpoint:
         weights: "fixed" if no weight changed while rows were recorded, else "moving".
         first: Digest of the weights at the first row.
         last: Digest of the weights when recording last ended; None if it never ended in order.
+        weight: Its share in the score of combined rows; None for rows of its own.
+        map: The map of its rows, where checkpoints have one each.
     """
 
     name: str
@@ -46,6 +52,8 @@ class Checkpoint:
     weights: str = "fixed"
     first: str | None = None
     last: str | None = None
+    weight: float | None = None
+    map: StoredMap | None = None
 
 
 @dataclass
@@ -74,6 +82,8 @@ class Manifest:
         checkpoints: In the order they were recorded.
         shards: In the order they were committed.
         skipped: [checkpoint, id] of examples left out because their gradient was not finite.
+        rows: "per_checkpoint": an example has a row in each checkpoint it was recorded in;
+            "combined": it has one, the weighted sum over all of them.
     """
 
     sketch: dict[str, Any]
@@ -85,6 +95,19 @@ class Manifest:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     skipped: list[tuple[int, int | str]] = field(default_factory=list)
+    rows: str = "per_checkpoint"
+
+    @property
+    def row_sets(self) -> list[str]:
+        """Names of the rows that an example can have."""
+        if self.rows == "combined":
+            return [COMBINED]
+        return [checkpoint.name for checkpoint in self.checkpoints]
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether rows are whitened coordinates, whose maps the checkpoints name."""
+        return self.sketch.get("layout") == "preconditioned"
 
     @property
     def dim(self) -> int:
@@ -158,7 +181,10 @@ class Manifest:
         if (version := body.pop("version")) != VERSION:
             raise ValueError(f"version must be {VERSION}, got {version}")
         manifest = cls(**body)
-        manifest.checkpoints = [Checkpoint(**each) for each in body["checkpoints"]]
+        manifest.checkpoints = [
+            Checkpoint(**{**each, "map": each.get("map") and checked_map(each["map"])})
+            for each in body["checkpoints"]
+        ]
         manifest.shards = [
             Shard(
                 name=each["name"],
@@ -202,7 +228,16 @@ class Manifest:
                 raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
             if type(shard.rows) is not int or shard.rows < 1:
                 raise ValueError(f"{shard.name} must have rows, got {shard.rows!r}")
-        known = range(len(self.checkpoints))
+            if (checkpoint.map is None) == self.is_preconditioned and checkpoint.first:
+                raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
+            weight = checkpoint.weight
+            if (weight is None) != (self.rows == "per_checkpoint") or not (
+                weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
+            ):
+                raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
+        if self.rows not in ("per_checkpoint", COMBINED):
+            raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
+        known = range(len(self.row_sets))
         for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
             if type(index) is not int or index not in known:
                 raise ValueError(f"rows must be of a known checkpoint, got {index!r}")

@@ -52,8 +52,8 @@ class Reader:
 
     @property
     def checkpoints(self) -> list[str]:
-        """The names of the checkpoints, in the order they were recorded."""
-        return [checkpoint.name for checkpoint in self.manifest.checkpoints]
+        """The names of the checkpoints, in the order they were recorded; one of combined rows."""
+        return self.manifest.row_sets
 
     @property
     def skipped(self) -> list[tuple[str, int | str]]:

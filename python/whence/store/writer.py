@@ -23,6 +23,7 @@ from whence.errors import (
 from whence.store.files import Written, store_errors, sync_directory, write_array, write_strings
 from whence.store.lock import Lock
 from whence.store.manifest import DTYPES, Checkpoint, Manifest, Shard
+from whence.store.maps import StoredMap, next_number, write_map
 from whence.store.reader import read_ids
 
 SHARD_BYTES = 64 << 20
@@ -31,7 +32,7 @@ SHARD_BYTES = 64 << 20
 COMMIT_SECONDS = 10.0
 """... or when so much time has passed since the last commit."""
 
-_OURS = ("shard-", "manifest-", "lock")
+_OURS = ("shard-", "map-", "manifest-", "lock")
 """How the names in a store begin."""
 
 
@@ -87,7 +88,7 @@ class Writer:
                     for shard in self.manifest.shards
                     if shard.checkpoint == index
                 )
-                for index in range(len(self.manifest.checkpoints))
+                for index in range(len(self.manifest.row_sets))
             ]
         except BaseException:
             self._lock.close()
@@ -97,7 +98,7 @@ class Writer:
         self._waiting_bytes = 0
         # Where waiting rows lie, and how many bytes of it are taken.
         self._memory, self._taken = np.empty(SHARD_BYTES, np.uint8), 0
-        self._checkpoint = max(len(self.manifest.checkpoints) - 1, 0)
+        self._checkpoint = max(len(self.manifest.row_sets) - 1, 0)
         self._last_commit = time.monotonic()
         self._changed = False
 
@@ -144,6 +145,16 @@ class Writer:
             self._known.append(_KnownIds([]))
             self._checkpoint = len(names)
         return self.manifest.checkpoints[self._checkpoint]
+
+    def write_map(
+        self, identity: dict[str, Any], described: Any, arrays: dict[str, NDArray[Any]]
+    ) -> StoredMap:
+        """Writes a map of rows into the store, for a checkpoint to name.
+
+        Raises:
+            StoreError: If it cannot.
+        """
+        return write_map(self.path, next_number(self.path), identity, described, arrays)
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
         """[ids] whether each is recorded in the current checkpoint, confirmed or waiting.
@@ -388,6 +399,11 @@ def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
         raise MismatchError(
             f"reduction must be {found.reduction!r} as in the store {path}, "
             f"got {wanted.reduction!r}"
+        )
+    if found.rows != wanted.rows:
+        raise MismatchError(
+            f"rows must be {found.rows} as in the store {path}, got {wanted.rows}: stores of "
+            "whence.record and of whence.record_checkpoints do not mix"
         )
     check_model(path, found, wanted.model)
 

@@ -1,0 +1,637 @@
+"""`Factors`: the curvature of a loss at one or several checkpoints, layer by layer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from whence import _arrays
+from whence.curvature.basis import bases, spectrum
+from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
+from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
+from whence.gradients.blocks import LOOKUP, Block, Side
+from whence.gradients.coordinates import (
+    LAYOUT,
+    Choice,
+    Coordinates,
+    Prepared,
+    describe,
+    described_block,
+    to_arrays,
+)
+from whence.sketch import Sketch
+from whence.store.files import (
+    Written,
+    parse_json,
+    read_array,
+    store_errors,
+    sync_directory,
+    write_array,
+    write_json,
+)
+
+FORMAT = "whence factors"
+VERSION = 0
+ENOUGH = 0.9
+"""The share of unit rows' energy that a default basis holds."""
+
+BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2, "int1": 1}
+"""Bits of a stored value."""
+
+STAGES = ("covariance", "eigenvalues", "basis")
+"""What passes over the data have found, one after the other."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How factors are made into coordinates.
+
+    Attributes:
+        damping: What is added to the eigenvalues of a block, as a share of their mean.
+        coordinates: How many are kept at each checkpoint.
+        leading: The share of each side's eigenvectors that may be used.
+        corrected: Whether eigenvalues are EK-FAC's second moments, or K-FAC's products.
+    """
+
+    damping: float
+    coordinates: int
+    leading: float = 1.0
+    corrected: bool = True
+
+
+@dataclass(eq=False)
+class At:
+    """Factors at one checkpoint.
+
+    Attributes:
+        name: Of the checkpoint.
+        digest: Of its weights.
+        weight: Of the checkpoint in a combined score.
+        statistics: What was gathered of each block.
+        sample: [examples, coordinates] float32 coordinates of some training examples.
+    """
+
+    name: str
+    digest: str
+    weight: float
+    statistics: Statistics
+    sample: Tensor | None = None
+
+
+class Factors:
+    """What `fit_factors` found; see there.
+
+    Attributes:
+        model: Digest and parameters of the model, as a store's manifest has them.
+        settings: How coordinates are made.
+        stage: "covariance", "eigenvalues" or "basis": how far fitting went.
+        checkpoints: Factors at each checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        reduction: str,
+        labels: str,
+        settings: Settings,
+        checkpoints: Sequence[At],
+        stage: str,
+    ) -> None:
+        self.model = model
+        self.reduction = reduction
+        self.labels = labels
+        self.settings = settings
+        self.checkpoints = list(checkpoints)
+        self.stage = stage
+
+    def __repr__(self) -> str:
+        examples = max((at.statistics.examples[0] for at in self.checkpoints), default=0)
+        kind = "EK-FAC" if self.settings.corrected else "K-FAC"
+        return (
+            f"<{kind} factors of {len(self.checkpoints)} checkpoints "
+            f"{[at.name for at in self.checkpoints]} by {examples:,} examples, {self.stage}: "
+            f"{self.settings.coordinates:,} coordinates, damping {self.settings.damping:g} of the "
+            "mean eigenvalue>"
+        )
+
+    def eigenvalues(self, checkpoint: int = 0) -> dict[tuple[str, int, str], Tensor]:
+        """Block -> [left, right] float64 eigenvalues Λ, per example.
+
+        Raises:
+            ArgumentError: If fitting did not go so far.
+        """
+        self._need("eigenvalues")
+        statistics = self.checkpoints[checkpoint].statistics
+        found = {}
+        for key, known in statistics.known.items():
+            if known.squares is None:
+                raise ArgumentError(f"factors must have eigenvalues, got none of {key[0]}")
+            corrected = self.settings.corrected or known.kronecker is None
+            squares = known.squares / max(statistics.examples[1], 1)
+            found[key] = squares if corrected or known.kronecker is None else known.kronecker
+        return found
+
+    def damped(self, checkpoint: int = 0) -> dict[tuple[str, int, str], tuple[Tensor, float]]:
+        """Block -> eigenvalues, and what is added to them."""
+        return {
+            key: (values, self.settings.damping * float(values.mean()))
+            for key, values in self.eigenvalues(checkpoint).items()
+        }
+
+    @cached_property
+    def maps(self) -> list[Coordinates]:
+        """The whitened coordinates that are kept, at each checkpoint."""
+        return [self._chosen(index) for index in range(len(self.checkpoints))]
+
+    def _chosen(self, checkpoint: int) -> Coordinates:
+        """The coordinates of largest Λ / (Λ + damping)."""
+        known = self.checkpoints[checkpoint].statistics.known
+        damped = self.damped(checkpoint)
+        shares, allowed = [], []
+        for key, (values, damping) in damped.items():
+            share = values / (values + damping) if damping > 0 else torch.zeros_like(values)
+            within = torch.ones_like(share, dtype=torch.bool)
+            if self.settings.leading < 1 and known[key].right is not None:
+                for axis, covariance in enumerate((known[key].left, known[key].right)):
+                    leading = _leading(covariance, self.settings.leading)
+                    within &= leading[:, None] if axis == 0 else leading[None]
+            shares.append(torch.where(within, share, -1.0).flatten())
+            allowed.append(share.numel())
+        every = torch.cat(shares)
+        count = min(self.settings.coordinates, int((every > 0).sum()))
+        if not count:
+            raise ArgumentError("factors must have eigenvalues above zero, got none")
+        taken = torch.zeros(len(every), dtype=torch.bool)
+        taken[torch.sort(every, descending=True, stable=True).indices[:count]] = True
+        choices = []
+        for (key, (values, damping)), mask in zip(
+            damped.items(), torch.split(taken, allowed), strict=True
+        ):
+            choices.append(_choice(known[key].block, values, damping, mask.reshape(values.shape)))
+        return Coordinates(choices)
+
+    def prepared(
+        self, dim: int | None, sketch: str | Sketch | None, seed: int | None, *, turned: bool
+    ) -> tuple[list[Prepared], dict[str, Any]]:
+        """The map of each checkpoint, and what a manifest says of them all; see `Preconditioner`.
+
+        Raises:
+            ArgumentError: If `dim` is more than the sample spans, or fitting did not go so far.
+        """
+        weights = [at.weight for at in self.checkpoints]
+        spec: dict[str, Any] = {"layout": LAYOUT, "method": self.method, **asdict(self.settings)}
+        seed = 0 if seed is None else seed
+        bases: list[NDArray[np.float32] | None] = [None] * len(weights)
+        if sketch is not None:
+            if not isinstance(sketch, Sketch):
+                sketch = Sketch(sketch, dim=4096 if dim is None else dim, seed=seed)
+            spec |= {"dim": sketch.dim, "basis": "random", "sketch": sketch.spec}
+        elif dim == 0:
+            widths = {each.width for each in self.maps}
+            if len(widths) > 1:
+                raise ArgumentError(
+                    f"coordinates must be as many at each checkpoint, got {sorted(widths)}; fit "
+                    "with fewer"
+                )
+            spec |= {"dim": widths.pop(), "basis": "none"}
+        else:
+            self._need("basis")
+            dim = self.suggested_dim if dim is None else dim
+            bases = list(self.bases(dim, seed if turned else None))
+            spec |= {"dim": dim, "basis": "learnt", "seed": seed, "turned": turned}
+        prepared = []
+        for at, chosen, basis in zip(self.checkpoints, self.maps, bases, strict=True):
+            identity = {"weights": at.digest, "labels": self.labels, **spec}
+            prepared.append(
+                Prepared(at.name, at.digest, at.weight, chosen.rotated(basis), identity)
+            )
+        return prepared, spec
+
+    @property
+    def method(self) -> str:
+        """By its name in the literature."""
+        return "EK-FAC" if self.settings.corrected else "K-FAC"
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The Gram matrix of the sample, taken apart."""
+        self._need("basis")
+        return spectrum(*self._samples())
+
+    def _samples(self) -> tuple[list[Tensor], list[float]]:
+        found = [at.sample for at in self.checkpoints]
+        samples = [each for each in found if each is not None]
+        return samples, [at.weight for at in self.checkpoints]
+
+    def bases(self, dim: int, turn: int | None) -> list[NDArray[np.float32]]:
+        """[coordinates, dim] the basis at each checkpoint; see `whence.curvature.basis`.
+
+        Raises:
+            ArgumentError: If the sample does not span so many directions.
+        """
+        return bases(*self._samples(), self._spectrum, dim, turn)
+
+    def energy(self, dim: int) -> float:
+        """The share of the sample's unit rows that the leading `dim` directions hold."""
+        values = self._spectrum[0]
+        return float(values[:dim].sum() / values.sum())
+
+    @property
+    def suggested_dim(self) -> int:
+        """The least of 128, 256, 512, ... whose directions hold nine tenths of the sample."""
+        most = len(self._spectrum[0])
+        for dim in (128, 256, 512, 1024, 2048):
+            if dim <= most and self.energy(dim) >= ENOUGH:
+                return dim
+        return min(2048, most)
+
+    def cost(self, dim: int, dtype: str = "int4") -> Cost:
+        """What rows of this width take.
+
+        Raises:
+            ArgumentError: If `dtype` is not one of rows.
+        """
+        bits = BITS[_arrays.choice("dtype", dtype, BITS)]
+        shared = staging = 0.0
+        for chosen in self.maps:
+            arrays = to_arrays(chosen)[1].values()
+            shared += sum(array.nbytes for array in arrays) + 4 * chosen.width * dim
+            staging += -(-chosen.width * 4 // 8) + 4
+        return Cost(-(-dim * bits // 8) + 4, int(shared), staging)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes them to a new folder, as plain `.npy` files under a checksummed description.
+
+        Raises:
+            StoreError: If the path is there already, or cannot be written.
+        """
+        return save(self, _arrays.path("path", path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Factors:
+        """Those that `save` wrote.
+
+        Raises:
+            StoreError: If there are none, or they are damaged.
+        """
+        return load(_arrays.path("path", path))
+
+    @classmethod
+    def merge(cls, parts: Sequence[Factors]) -> Factors:
+        """Factors of all the data, from those of shards of it.
+
+        Sums of covariances, or of second moments in one eigenbasis: first merge what was fitted
+        up to "covariance", give it to each shard as `start` to fit up to "eigenvalues", and merge
+        again. Samples for the basis follow each other.
+
+        Raises:
+            ArgumentError: If there are none, or of another stage or eigenbasis.
+            MismatchError: If they are of other models, settings or weights.
+        """
+        return merge(parts)
+
+    def _need(self, stage: str) -> None:
+        if STAGES.index(self.stage) < STAGES.index(stage):
+            raise ArgumentError(
+                f"factors must be fitted up to {stage!r}, got factors up to {self.stage!r}"
+            )
+
+
+class Progress:
+    """Factors of single checkpoints in a folder, for a fit that goes on where it was killed.
+
+    Args:
+        path: The folder; made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with store_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        self._path = path
+
+    def find(self, number: int, wanted: Factors) -> At | None:
+        """The checkpoint of this number, if it is there.
+
+        Raises:
+            MismatchError: If it is of another model, setting or weights.
+        """
+        path = self._at(number, wanted)
+        if not path.exists():
+            return None
+        found = Factors.load(path)
+        for name in ("model", "reduction", "labels", "settings"):
+            if getattr(found, name) != getattr(wanted, name):
+                raise MismatchError(
+                    f"path must be new or of the same {name}, got {path} with "
+                    f"{_short(getattr(found, name))}"
+                )
+        there, here = found.checkpoints[0], wanted.checkpoints[0]
+        if (there.name, there.digest) != (here.name, here.digest):
+            raise MismatchError(f"path must be new or of the same weights, got {path} of others")
+        return replace(there, weight=here.weight)
+
+    def keep(self, number: int, factors: Factors) -> None:
+        """Saves a checkpoint's factors; they appear whole, or not at all."""
+        factors.save(self._at(number, factors))
+
+    def _at(self, number: int, factors: Factors) -> Path:
+        return self._path / f"checkpoint-{number:04}-{factors.stage}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that preconditioned rows take.
+
+    Attributes:
+        row: Of one example, with its scale.
+        shared: Of eigenvectors, choices and bases, which do not grow with examples.
+        staging: Of one example's coordinates at all checkpoints, where they are kept at 4 bits
+            until `compress`.
+    """
+
+    row: float
+    shared: int
+    staging: float
+
+    def each(self, examples: int) -> float:
+        """Bytes an example, with its share of what is shared."""
+        return self.row + self.shared / examples
+
+
+def _leading(covariance: Covariance | None, share: float) -> Tensor:
+    """[columns] whether each eigenvector is among the leading ones of its stretch."""
+    if covariance is None:
+        return torch.ones(1, dtype=torch.bool)
+    parts = []
+    for total in covariance.sums:
+        size = len(total)
+        parts.append(torch.arange(size) < max(1, round(share * size)))
+    return torch.cat(parts)
+
+
+def _choice(block: Block, values: Tensor, damping: float, mask: Tensor) -> Choice:
+    """What is kept of a block, with the eigenvectors that it uses and no others."""
+    if block.kind == LOOKUP:  # in the order of the table's rows, by which they are looked up
+        columns, rows = torch.nonzero(mask.T, as_tuple=True)
+    else:
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+    scales = (values[rows, columns] + damping).rsqrt().float()
+    left, right = block.left, block.right
+    if left is not None:
+        used, rows = torch.unique(rows, return_inverse=True)
+        left = _single(left.chosen(used.numpy()))
+    if right is not None:
+        used, columns = torch.unique(columns, return_inverse=True)
+        right = _single(right.chosen(used.numpy()))
+    chosen = replace(block, left=left, right=right)
+    return Choice(chosen, rows, columns.contiguous(), scales)
+
+
+def _single(side: Side) -> Side:
+    """The side in float32."""
+    parts = [(first, end, matrix.float()) for first, end, matrix in side.parts]
+    return Side(parts, None if side.ones is None else side.ones.float())
+
+
+def merge(parts: Sequence[Factors]) -> Factors:
+    """See `Factors.merge`."""
+    if not parts:
+        raise ArgumentError("parts must be at least one, got none")
+    first = parts[0]
+    for other in parts[1:]:
+        for name in ("model", "reduction", "labels", "settings", "stage"):
+            if getattr(first, name) != getattr(other, name):
+                raise MismatchError(
+                    f"parts must have one {name}, got {_short(getattr(first, name))} and "
+                    f"{_short(getattr(other, name))}"
+                )
+        if [(at.name, at.digest) for at in first.checkpoints] != [
+            (at.name, at.digest) for at in other.checkpoints
+        ]:
+            raise MismatchError("parts must be of the same checkpoints and weights, got others")
+    checkpoints = []
+    for ats in zip(*(part.checkpoints for part in parts), strict=True):
+        samples = [at.sample for at in ats if at.sample is not None]
+        joined = torch.cat(samples) if samples else None
+        statistics = _summed([at.statistics for at in ats])
+        checkpoints.append(replace(ats[0], statistics=statistics, sample=joined))
+    return Factors(
+        first.model, first.reduction, first.labels, first.settings, checkpoints, first.stage
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _summed(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of all the data."""
+    first = parts[0]
+    known: dict[tuple[str, int, str], BlockStatistics] = {}
+    for part in parts:
+        for key, each in part.known.items():
+            known[key] = each if key not in known else _added(known[key], each)
+    rotated = first.is_rotated
+    examples = [part.examples[0] for part in parts]
+    return Statistics(
+        first.longest,
+        dict(first.pairs),
+        known,
+        # In one eigenbasis, which came of them all, the covariances are those of all already.
+        [first.examples[0] if rotated else sum(examples), sum(p.examples[1] for p in parts)],
+        first.dtype,
+    )
+
+
+def _added(one: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
+    """Two shards' sums of a block."""
+    if one.squares is None or other.squares is None:
+        if one.squares is not other.squares:
+            raise ArgumentError("parts must be of one stage, got some with eigenvalues")
+        sides = [
+            None
+            if mine is None or theirs is None
+            else Covariance(
+                mine.ranges,
+                [a + b for a, b in zip(mine.sums, theirs.sums, strict=True)],
+                mine.one,
+            )
+            for mine, theirs in ((one.left, other.left), (one.right, other.right))
+        ]
+        return replace(one, left=sides[0], right=sides[1], terms=one.terms + other.terms)
+    for mine, theirs in ((one.block.left, other.block.left), (one.block.right, other.block.right)):
+        for part, its in zip(
+            mine.parts if mine else (), theirs.parts if theirs else (), strict=True
+        ):
+            if not torch.equal(part[2], its[2]):
+                raise ArgumentError(
+                    "parts must have one eigenbasis, got others; merge what was fitted up to "
+                    "'covariance' first, and fit each shard on with start="
+                )
+    return replace(one, squares=one.squares + other.squares)
+
+
+def save(factors: Factors, path: Path) -> Path:
+    """See `Factors.save`."""
+    if path.exists():
+        raise StoreError(f"path must be new, got {path}, which is there already")
+    temporary = path.with_name(path.name + ".part")
+    arrays: dict[str, Tensor] = {}
+    described = [
+        _describe_at(at, f"checkpoint-{number}", arrays)
+        for number, at in enumerate(factors.checkpoints)
+    ]
+    with store_errors(path):
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        files = {
+            name: [*write_array(temporary / f"{name}.npy", array.numpy())]
+            for name, array in arrays.items()
+        }
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": factors.model,
+            "reduction": factors.reduction,
+            "labels": factors.labels,
+            "settings": asdict(factors.settings),
+            "stage": factors.stage,
+            "checkpoints": described,
+            "files": files,
+            "arrays": {
+                name: [_KINDS[array.dtype], list(array.shape)] for name, array in arrays.items()
+            },
+        }
+        write_json(temporary / "factors.json", body)
+        temporary.rename(path)
+        sync_directory(path.parent)
+    return path
+
+
+_KINDS = {torch.float64: "<f8", torch.float32: "<f4"}
+
+
+def _describe_at(at: At, prefix: str, arrays: dict[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint's factors for JSON; what is long goes to `arrays`."""
+    blocks = []
+    for number, known in enumerate(at.statistics.known.values()):
+        stem = f"{prefix}-block-{number}"
+        sides: dict[str, Any] = {}
+        for name in ("left", "right"):
+            covariance: Covariance | None = getattr(known, name)
+            if covariance is None:
+                continue
+            sides[name] = {"ranges": [list(each) for each in covariance.ranges]}
+            sides[name]["one"] = covariance.one
+            for place, total in enumerate(covariance.sums):
+                arrays[f"{stem}-{name}-{place}"] = total
+            side: Side | None = getattr(known.block, name)
+            if side is not None:
+                for place, (_, _, matrix) in enumerate(side.parts):
+                    arrays[f"{stem}-{name}-vectors-{place}"] = matrix
+                if side.ones is not None:
+                    arrays[f"{stem}-{name}-ones"] = side.ones
+        for name in ("kronecker", "squares"):
+            if getattr(known, name) is not None:
+                arrays[f"{stem}-{name}"] = getattr(known, name)
+        blocks.append({**describe(known.block), "sides": sides, "terms": known.terms})
+    if at.sample is not None:
+        arrays[f"{prefix}-sample"] = at.sample
+    statistics = at.statistics
+    return {
+        "name": at.name,
+        "digest": at.digest,
+        "weight": at.weight,
+        "longest": statistics.longest,
+        "pairs": {name: list(pair) for name, pair in statistics.pairs.items()},
+        "examples": statistics.examples,
+        "wide": statistics.dtype == torch.float64,
+        "blocks": blocks,
+    }
+
+
+def load(path: Path) -> Factors:
+    """See `Factors.load`."""
+    description = path / "factors.json"
+    with store_errors(path):
+        if not description.is_file():
+            raise StoreError(f"path must be a folder of saved factors, got {path} without any")
+        body = parse_json(description, description.read_bytes())
+    try:
+        if body["format"] != FORMAT or body["version"] != VERSION:
+            raise ValueError(f"format must be {FORMAT} {VERSION}")
+        arrays = {
+            name: torch.from_numpy(
+                np.array(
+                    read_array(
+                        path / f"{name}.npy", Written(*body["files"][name]), kind, tuple(shape)
+                    )
+                )
+            )
+            for name, (kind, shape) in body["arrays"].items()
+        }
+        checkpoints = [
+            _read_at(each, f"checkpoint-{number}", arrays)
+            for number, each in enumerate(body["checkpoints"])
+        ]
+        return Factors(
+            body["model"],
+            body["reduction"],
+            body["labels"],
+            Settings(**body["settings"]),
+            checkpoints,
+            body["stage"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, WhenceError):
+            raise
+        raise StoreError(f"{description} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _read_at(each: Mapping[str, Any], prefix: str, arrays: Mapping[str, Tensor]) -> At:
+    known = {}
+    for number, described in enumerate(each["blocks"]):
+        stem = f"{prefix}-block-{number}"
+        covariances: dict[str, Covariance] = {}
+        sides: dict[str, Side] = {}
+        for name, side in described["sides"].items():
+            ranges = [(first, end) for first, end in side["ranges"]]
+            sums = [arrays[f"{stem}-{name}-{place}"] for place in range(len(ranges))]
+            covariances[name] = Covariance(ranges, sums, side["one"])
+            if f"{stem}-{name}-vectors-0" in arrays:
+                parts = [
+                    (first, end, arrays[f"{stem}-{name}-vectors-{place}"])
+                    for place, (first, end) in enumerate(ranges)
+                ]
+                sides[name] = Side(parts, arrays.get(f"{stem}-{name}-ones"))
+        block = described_block(described, sides.get("left"), sides.get("right"))
+        known[block.key] = BlockStatistics(
+            block,
+            covariances.get("left"),
+            covariances.get("right"),
+            described["terms"],
+            arrays.get(f"{stem}-kronecker"),
+            arrays.get(f"{stem}-squares"),
+        )
+    statistics = Statistics(
+        each["longest"],
+        {name: (bias, side) for name, (bias, side) in each["pairs"].items()},
+        known,
+        list(each["examples"]),
+        torch.float64 if each["wide"] else torch.float32,
+    )
+    return At(
+        each["name"], each["digest"], each["weight"], statistics, arrays.get(f"{prefix}-sample")
+    )

@@ -1,0 +1,304 @@
+"""`fit_factors`: passes over the training data that find the curvature of its loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from whence import _arrays
+from whence.curvature.factors import STAGES, At, Factors, Settings
+from whence.curvature.labels import DrawnLabels
+from whence.curvature.statistics import Statistics
+from whence.errors import ArgumentError, CheckpointError, DtypeError, MismatchError
+from whence.gradients.capture import Capture, not_finite
+from whence.gradients.hooks import Hooks, refuse_batch_statistics
+from whence.gradients.passes import Task, evaluating, pairs_of, reread
+from whence.gradients.recorder import patterns
+from whence.gradients.reduction import REDUCTIONS
+from whence.gradients.structure import Structure, structure_of
+from whence.gradients.weights import State, digest, load, put
+
+LABELS = ("sampled", "empirical")
+"""Whose gradients the curvature is made of."""
+
+
+def fit_factors(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss: Callable[..., Tensor],
+    *,
+    states: Mapping[str, State] | None = None,
+    weights: Mapping[str, float] | None = None,
+    reduction: str = "mean",
+    tokens: Callable[..., Any] | None = None,
+    labels: str = "sampled",
+    layers: str | Sequence[str] | None = None,
+    uncovered: str = "error",
+    unbatched: Sequence[str] = (),
+    damping: float = 0.1,
+    coordinates: int = 6144,
+    leading: float = 1.0,
+    corrected: bool = True,
+    longest: int = 4096,
+    examples: int | None = None,
+    sample: int = 4096,
+    seed: int = 0,
+    start: Factors | None = None,
+    until: str = "basis",
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Factors:
+    """The curvature of a loss at one or several checkpoints, by which gradients are preconditioned.
+
+    Three passes over the data at each checkpoint, with the model in evaluation mode: covariances of
+    each layer's inputs and output gradients (K-FAC; Martens and Grosse, arXiv 1503.05671); second
+    moments in their eigenbasis (EK-FAC; George et al., arXiv 1806.03884); and the whitened
+    coordinates of a sample, which say what basis rows are best rotated onto. Weights, modes,
+    `.grad` and random state are afterwards as before.
+
+    Args:
+        model: The model, as in `record`.
+        loader: Batches of the training data, in an order that is always the same: a list, or a
+            DataLoader without shuffling.
+        loss: (*batch) -> loss, by your own lines; a batch that is no tuple or list is its one
+            argument.
+        states: Checkpoint name -> state dict or file of torch.save; each is loaded into `model` in
+            place meanwhile. None for the model as it is.
+        weights: Checkpoint name -> its share in a score; None for equal ones. They are divided by
+            their sum.
+        reduction: How the loss combines the examples of a batch, as in `record`.
+        tokens: (*batch) -> [batch] counted tokens, for reduction="token_mean".
+        labels: "sampled": curvature of the model's own distribution, the Gauss-Newton matrix:
+            while the loss runs, torch's losses see labels drawn from their input. "empirical": the
+            true labels, for losses of another kind.
+        layers: As in `record`, with uncovered and unbatched.
+        uncovered: See layers.
+        unbatched: See layers.
+        damping: What is added to the eigenvalues of a layer, as a share of their mean.
+        coordinates: How many whitened coordinates are kept, those of the largest share
+            Λ / (Λ + damping).
+        leading: The share of each side's eigenvectors that may be used: less is quicker to record.
+        corrected: Whether to use EK-FAC's eigenvalues, or K-FAC's.
+        longest: Sides of layers longer than this are cut into stretches with eigenvectors of
+            their own: O(longest³) time and O(longest²) memory for each.
+        examples: How many examples the first two passes see, the first ones; None for all.
+        sample: How many examples the third pass sees, spread evenly; at least as many as a row is
+            to be wide.
+        seed: Of the drawn labels.
+        start: Factors to go on from, such as those of several shards that were merged.
+        until: "covariance", "eigenvalues" or "basis": where to end.
+        path: A folder to save each checkpoint's factors in as they are found, and to go on from
+            where an earlier call was killed; None for none.
+        progress: Whether to show a bar.
+
+    Returns:
+        Factors, for `record(..., precondition=...)`.
+
+    Raises:
+        ArgumentError: If an argument is out of range, or the loader gives nothing.
+        CheckpointError: If a state does not fit the model.
+        LayerError: If no layer has a rule, or labels cannot be drawn for the loss.
+        NotFiniteError: If a gradient is NaN or infinite.
+        MismatchError: If `start`, or what is at `path`, is of another model or setting.
+
+    Examples:
+        >>> factors = whence.fit_factors(  # doctest: +SKIP
+        ...     model, loader, lambda ids, x, y: loss_fn(model(x), y)
+        ... )
+        >>> with whence.record(model, "runs/digits", precondition=factors) as rec:  # doctest: +SKIP
+        ...     ...
+    """
+    fitting = _Fitting(
+        model,
+        reread("loader", loader),
+        Task(
+            loss,
+            _arrays.choice("reduction", reduction, REDUCTIONS),
+            tokens,
+            patterns("unbatched", unbatched),
+        ),
+        structure_of(
+            model, layers, _arrays.choice("uncovered", uncovered, ("error", "skip", "functional"))
+        ),
+        _arrays.choice("labels", labels, LABELS),
+        _arrays.integer("seed", seed, 0),
+        _arrays.integer("longest", longest, 1),
+        None if examples is None else _arrays.integer("examples", examples, 1),
+        _arrays.integer("sample", sample, 2),
+        uncovered == "error",
+        progress,
+    )
+    settings = Settings(
+        _arrays.number("damping", damping, positive=True),
+        _arrays.integer("coordinates", coordinates, 1),
+        _arrays.number("leading", leading, positive=True),
+        _arrays.boolean("corrected", corrected),
+    )
+    if settings.leading > 1:
+        raise ArgumentError(f"leading must be at most 1, got {leading}")
+    _arrays.choice("until", until, STAGES)
+    if states is not None and (not isinstance(states, Mapping) or not states):
+        raise DtypeError(
+            "states must be a dict of checkpoint name to weights with at least one, got "
+            f"{_arrays.describe(states)}"
+        )
+    loaded: dict[str, State | None] = {"0": None} if states is None else dict(states)
+    shares = shares_of(weights, list(loaded))
+    described = fitting.structure.describe()
+    kept = None if path is None else Progress(_arrays.path("path", path))
+    found = []
+    for number, (name, state) in enumerate(loaded.items()):
+        before = None if start is None else _before(start, name)
+        with fitting.at(name, state):
+            at = At(name, digest(model), shares[name], Statistics(longest))
+            wanted = Factors(described, reduction, labels, settings, [at], until)
+            saved = None if kept is None else kept.find(number, wanted)
+            if saved is None:
+                saved = fitting.fit(name, shares[name], settings, before, until)
+                if kept is not None:
+                    done = Factors(described, reduction, labels, settings, [saved], until)
+                    kept.keep(number, done)
+            found.append(saved)
+    return Factors(described, reduction, labels, settings, found, until)
+
+
+def shares_of(weights: Mapping[str, float] | None, names: Sequence[str]) -> dict[str, float]:
+    """The share of each checkpoint in a score.
+
+    Raises:
+        CheckpointError: If `weights` are not one for each.
+        ArgumentError: If one is not above 0.
+    """
+    if weights is None:
+        return dict.fromkeys(names, 1 / len(names))
+    if not isinstance(weights, Mapping) or set(weights) != set(names):
+        raise CheckpointError(f"weights must be one for each of {list(names)}, got {weights!r}")
+    given = {
+        name: _arrays.number(f"weights[{name!r}]", weights[name], positive=True) for name in names
+    }
+    return {name: value / sum(given.values()) for name, value in given.items()}
+
+
+def _before(start: Factors, name: str) -> At:
+    for at in start.checkpoints:
+        if at.name == name:
+            return at
+    raise CheckpointError(f"start must have factors of each checkpoint, got none of {name!r}")
+
+
+class _Fitting:
+    """The passes over the data."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        task: Task,
+        structure: Structure,
+        labels: str,
+        seed: int,
+        longest: int,
+        examples: int | None,
+        sample: int,
+        strict: bool,
+        progress: bool,
+    ) -> None:
+        self.model = model
+        self.structure = structure
+        self._loader = loader
+        self._task = task
+        self._labels = labels
+        self._seed = seed
+        self._longest = longest
+        self._examples = examples
+        self._sample = sample
+        self._progress = progress
+        self._hooks = Hooks(model, structure, strict=strict)
+
+    @contextmanager
+    def at(self, name: str, state: State | None) -> Iterator[None]:
+        """The model at a checkpoint, in evaluation mode."""
+        with evaluating(self.model, weights=state is not None):
+            if state is not None:
+                put(self.model, name, load(name, state))
+            refuse_batch_statistics(self.model)
+            self._hooks.install()
+            try:
+                yield
+            finally:
+                self._hooks.remove()
+
+    def fit(
+        self, name: str, weight: float, settings: Settings, before: At | None, until: str
+    ) -> At:
+        """The factors of a checkpoint."""
+        current = digest(self.model)
+        if before is not None:
+            if before.digest != current:
+                raise MismatchError(
+                    f"start must be of the same weights at checkpoint {name!r}, got others"
+                )
+            statistics = before.statistics
+        else:
+            statistics = Statistics(self._longest, dict(pairs_of(self.structure.layers)))
+            self._gather(f"{name}: covariances", statistics)
+        at = At(name, current, weight, statistics)
+        if until == "covariance":
+            return at
+        if not statistics.is_rotated or not statistics.examples[1]:
+            at.statistics = statistics.rotated() if not statistics.is_rotated else statistics
+            self._gather(f"{name}: eigenvalues", at.statistics)
+        if until == "eigenvalues":
+            return at
+        chosen = Factors({}, "", "", settings, [at], "eigenvalues").maps[0]
+        at.sample = self._coordinates(f"{name}: basis", chosen)
+        return at
+
+    def _gather(self, name: str, statistics: Statistics) -> None:
+        """One pass that adds to statistics."""
+        mode = (
+            DrawnLabels(self._seed + statistics.is_rotated) if self._labels == "sampled" else None
+        )
+        seen = 0
+        for batch in self._batches(name, self._loader):
+            if self._examples is not None and seen >= self._examples:
+                break
+            capture = Capture(self.structure, statistics, None, self._task.unbatched)
+            capture, factor = self._task.run(self._hooks, capture, batch, mode)
+            self._refuse_bad(capture)
+            if mode is not None:
+                mode.check()
+            statistics.fold(capture.accumulator, factor)
+            seen += capture.batch
+        if not seen:
+            raise ArgumentError("loader must give at least one batch, got none")
+
+    def _coordinates(self, name: str, chosen: Any) -> Tensor:
+        """[examples, coordinates] of a sample, with the true labels."""
+        found: list[Tensor] = []
+        for batch in self._batches(name, self._loader):
+            capture = Capture(self.structure, chosen, None, self._task.unbatched)
+            capture, factor = self._task.run(self._hooks, capture, batch)
+            self._refuse_bad(capture)
+            found.append(torch.from_numpy(capture.coordinates()) * factor)
+            if sum(map(len, found)) >= self._sample:
+                break
+        return torch.cat(found)[: self._sample]
+
+    def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
+        shown: Iterable[Any] = tqdm(
+            batches, desc=name, unit="batch", leave=False, disable=not self._progress
+        )
+        return shown
+
+    @staticmethod
+    def _refuse_bad(capture: Capture) -> None:
+        if capture.bad:
+            names = [f"example {index} of a batch" for index in range(capture.batch)]
+            raise not_finite(names, capture.bad)

@@ -1,0 +1,109 @@
+"""Labels drawn from the model's own output, in the place of those that a loss was given.
+
+The Gauss-Newton matrix of a loss that is a negative log-likelihood is the mean of g gᵀ over labels
+drawn from the model (Martens, "New insights and perspectives on the natural gradient method",
+arXiv 1412.1193, section 5). With the true labels it is the empirical Fisher matrix, another thing
+(Kunstner et al., arXiv 1905.12558).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from whence.errors import LayerError
+
+
+class DrawnLabels(TorchFunctionMode):
+    """While it is entered, losses of torch see labels that are drawn from their input.
+
+    Args:
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.drawn = 0
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        draw = _LOSSES.get(function)
+        if draw is None:
+            return function(*args, **(kwargs or {}))
+        call = inspect.signature(function).bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        given = call.arguments
+        values: Tensor = given["input"]
+        with torch.no_grad():
+            given["target"] = draw(values.detach(), given, self._generator(values.device))
+        self.drawn += 1
+        return function(*call.args, **call.kwargs)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def check(self) -> None:
+        """Nothing, if labels were drawn.
+
+        Raises:
+            LayerError: If not: the loss was computed by other means.
+        """
+        if not self.drawn:
+            raise LayerError(
+                "loss must be computed by torch's cross_entropy, nll_loss, mse_loss, "
+                "binary_cross_entropy or binary_cross_entropy_with_logits for labels='sampled', "
+                "got another; pass labels='empirical' to use the true labels"
+            )
+
+
+def _categories(values: Tensor, given: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Classes by softmax over dimension 1, or 0 of a single example."""
+    target, classes = given["target"], min(1, values.dim() - 1)
+    probabilities = values.movedim(classes, -1).float().softmax(-1)
+    flat = probabilities.reshape(-1, probabilities.shape[-1])
+    drawn = torch.multinomial(flat, 1, generator=generator).reshape(probabilities.shape[:-1])
+    if target.is_floating_point():  # a probability of each class
+        one = F.one_hot(drawn, probabilities.shape[-1]).movedim(-1, classes)
+        return one.to(target.dtype)
+    return torch.where(target == given["ignore_index"], target, drawn.to(target.dtype))
+
+
+def _normal(values: Tensor, given: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Of the variance that makes an example's loss its negative log-likelihood."""
+    per_example = values.numel() // max(len(values), 1) if values.dim() else 1
+    variance = 0.5 * (per_example if given["reduction"] == "mean" else 1)
+    noise = torch.empty_like(values).normal_(generator=generator)
+    drawn: Tensor = values + noise * variance**0.5
+    return drawn.to(given["target"].dtype)
+
+
+def _coins(values: Tensor, given: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Of probabilities."""
+    drawn: Tensor = torch.bernoulli(values.float(), generator=generator)
+    target: Tensor = given["target"]
+    return drawn.to(target.dtype)
+
+
+def _coins_of_logits(values: Tensor, given: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Of logits."""
+    return _coins(values.float().sigmoid(), given, generator)
+
+
+_LOSSES: dict[Any, Callable[[Tensor, dict[str, Any], torch.Generator], Tensor]] = {
+    F.cross_entropy: _categories,
+    F.nll_loss: _categories,
+    F.mse_loss: _normal,
+    F.binary_cross_entropy: _coins,
+    F.binary_cross_entropy_with_logits: _coins_of_logits,
+}

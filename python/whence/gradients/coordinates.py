@@ -1,0 +1,315 @@
+"""`Coordinates`: gradients in a preconditioner's eigenbasis, the leading coordinates of it.
+
+A weight's gradient G, seen from the eigenvectors of the two sides' covariances, is Q_Sᵀ G Q_A. Of
+its values only some are wanted: those of large eigenvalue. They take two thin products with the
+eigenvectors that are used, and G itself is never formed where that is cheaper:
+
+    z_k = s_k (Σ_t (Q_Sᵀ δ_t)_p(k) (Q_Aᵀ a_t)_m(k)),    s_k = (Λ_k + damping)^-1/2
+
+A row is z, or z V for a basis V learnt from the training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from whence.errors import MismatchError
+from whence.gradients.blocks import LOOKUP, OUTER, Block, BlockAccumulator, BlockMap, Side
+from whence.sketch import Sketch
+
+LAYOUT = "preconditioned"
+"""What a manifest calls rows of coordinates."""
+
+FORMED_VALUES = 1 << 24
+"""Products of both sides are formed for as many samples at a time as fit in 64 MiB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The coordinates that are kept of a block.
+
+    Attributes:
+        block: The block, with the eigenvectors that they use.
+        rows: [coordinates] int64 place among the eigenvectors of the left side.
+        columns: [coordinates] int64 the same of the right side; of a table the row, rising.
+        scales: [coordinates] float32 what each is multiplied with.
+    """
+
+    block: Block
+    rows: Tensor
+    columns: Tensor
+    scales: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+
+class Coordinates(BlockMap):
+    """A map from gradients to rows of whitened, chosen and perhaps rotated coordinates.
+
+    Args:
+        choices: What is kept of each block, in the order of the coordinates.
+        basis: [coordinates, dim] float32 whose product with the coordinates is the row; None for
+            the coordinates themselves.
+    """
+
+    def __init__(self, choices: Sequence[Choice], basis: NDArray[np.float32] | None = None) -> None:
+        super().__init__(choice.block for choice in choices)
+        self.choices = list(choices)
+        self.width = sum(map(len, choices))
+        self.basis = None if basis is None else _tensor(basis)
+        self.dim = self.width if basis is None else basis.shape[1]
+        starts = np.cumsum([0, *map(len, choices)]).tolist()
+        self.places = {
+            choice.block.key: (start, choice)
+            for start, choice in zip(starts, choices, strict=False)
+        }
+
+    def accumulator(self, batch: int, names: Any = None) -> CoordinatesAccumulator:
+        """Coordinates of a batch, all zero."""
+        return CoordinatesAccumulator(self, batch)
+
+    def rotated(self, basis: NDArray[np.float32] | None) -> Coordinates:
+        """The same coordinates in another basis."""
+        return Coordinates(self.choices, basis)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The map of one checkpoint, and what a store says of it.
+
+    Attributes:
+        name: Of the checkpoint.
+        digest: Of the weights that it was fitted at.
+        weight: Of the checkpoint in a combined score.
+        map: To its rows.
+        identity: What the map was made of and how, as JSON has it.
+    """
+
+    name: str
+    digest: str
+    weight: float
+    map: Coordinates
+    identity: dict[str, Any]
+
+
+class Preconditioner(Protocol):
+    """What makes gradients into preconditioned rows: `whence.fit_factors` returns one."""
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Digest and parameters of the model, as a manifest has them."""
+
+    @property
+    def reduction(self) -> str:
+        """How the loss that it was fitted to combined its examples."""
+
+    def prepared(
+        self, dim: int | None, sketch: str | Sketch | None, seed: int | None, *, turned: bool
+    ) -> tuple[list[Prepared], dict[str, Any]]:
+        """The map of each checkpoint, and what a manifest says of them all.
+
+        Args:
+            dim: Width of a row; None for one that suits the data; 0 for coordinates as they are.
+            sketch: A random map of the coordinates; None for the basis learnt from the data.
+            seed: Of the random map.
+            turned: Whether a learnt basis is turned, so that all columns hold alike much.
+        """
+
+
+class CoordinatesAccumulator(BlockAccumulator):
+    """The coordinates of one batch, to which gradients are added.
+
+    Args:
+        coordinates: The map.
+        batch: How many rows.
+    """
+
+    map: Coordinates
+
+    def __init__(self, coordinates: Coordinates, batch: int) -> None:
+        super().__init__(coordinates, batch)
+        self._totals = torch.zeros(batch, coordinates.width)
+
+    @property
+    def totals(self) -> NDArray[Any]:
+        """[batch, coordinates]."""
+        return self._totals.numpy()
+
+    def finish(self, totals: NDArray[Any]) -> NDArray[np.float32]:
+        """[batch, dim] the rows of these totals."""
+        if self.map.basis is None:
+            return totals
+        found: NDArray[np.float32] = (torch.from_numpy(totals) @ self.map.basis).numpy()
+        return found
+
+    def outer(self, block: Block, left: Tensor, right: Tensor, first: int, *, bias: bool) -> None:
+        """Two thin products, and of their product what is wanted."""
+        start, choice = self.map.places[block.key]
+        if not len(choice):
+            return
+        batch, terms, rows = left.shape
+        wide, other = block.values
+        thin = terms * (rows * wide + right.shape[2] * other + wide * other)
+        formed = rows * right.shape[2] * (terms + other) + rows * wide * other
+        if terms > 1 and not bias and formed < thin:
+            self._put(start, first, self._picked(choice, block.formed(left.mT @ right)))
+            return
+        factors = block.projected(left, right, bias=bias)
+        if terms == 1:
+            found = factors[0][:, 0, choice.rows] * factors[1][:, 0, choice.columns]
+            self._put(start, first, found * choice.scales)
+            return
+        step = max(1, FORMED_VALUES // (wide * other))
+        for at in range(0, batch, step):
+            formed_part = factors[0][at : at + step].mT @ factors[1][at : at + step]
+            self._put(start, first + at, self._picked(choice, formed_part))
+
+    def bias(self, block: Block, values: Tensor) -> None:
+        """The bias, where it does not come with its weight."""
+        start, choice = self.map.places[block.key]
+        left, right = block.biased(values)
+        self._put(start, 0, left[:, 0, choice.rows] * right[:, 0, choice.columns] * choice.scales)
+
+    def formed(self, block: Block, values: Tensor) -> None:
+        """A gradient that is there already."""
+        start, choice = self.map.places[block.key]
+        if len(choice):
+            self._put(start, 0, self._picked(choice, block.formed(values)))
+
+    def lookup(self, block: Block, indices: Tensor, values: Tensor) -> None:
+        """Of each row of the table that is looked up, the coordinates that are wanted."""
+        start, choice = self.map.places[block.key]
+        if block.left is None or not len(choice):
+            return
+        batch, terms = indices.shape
+        projected = block.left.project(values).reshape(batch * terms, -1)
+        table = indices.reshape(-1).contiguous()
+        firsts = torch.searchsorted(choice.columns, table)
+        counts = torch.searchsorted(choice.columns, table, right=True) - firsts
+        term = torch.arange(batch * terms).repeat_interleave(counts)
+        within = torch.arange(len(term)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        place = firsts.repeat_interleave(counts) + within
+        added = projected[term, choice.rows[place]] * choice.scales[place]
+        found = torch.zeros(batch * len(choice))
+        found.index_add_(0, term // terms * len(choice) + place, added)
+        self._put(start, 0, found.reshape(batch, -1))
+
+    @staticmethod
+    def _picked(choice: Choice, formed: Tensor) -> Tensor:
+        """[batch, coordinates] of [batch, left, right]."""
+        places = choice.rows * formed.shape[2] + choice.columns
+        return formed.flatten(1)[:, places] * choice.scales
+
+    def _put(self, start: int, first: int, found: Tensor) -> None:
+        self._totals[first : first + len(found), start : start + found.shape[1]] += found
+
+
+def random_basis(sketch: Sketch, name: str, width: int) -> NDArray[np.float32]:
+    """[width, dim] a random map of the coordinates of the checkpoint of this name."""
+    return sketch({name: np.eye(width, dtype=np.float32)})
+
+
+def to_arrays(coordinates: Coordinates) -> tuple[list[dict[str, Any]], dict[str, NDArray[Any]]]:
+    """What a file keeps of a map: a description of its blocks, and arrays by name."""
+    described, arrays = [], {}
+    for number, choice in enumerate(coordinates.choices):
+        block = choice.block
+        sides: dict[str, Any] = {}
+        for name, side in (("left", block.left), ("right", block.right)):
+            if side is not None:
+                sides[name] = [[first, end] for first, end, _ in side.parts]
+                for place, (_, _, matrix) in enumerate(side.parts):
+                    arrays[f"block-{number}-{name}-{place}"] = matrix.numpy()
+                if side.ones is not None:
+                    arrays[f"block-{number}-{name}-ones"] = side.ones.numpy()
+        for name in ("rows", "columns", "scales"):
+            arrays[f"block-{number}-{name}"] = getattr(choice, name).numpy()
+        described.append({**describe(block), "sides": sides})
+    if coordinates.basis is not None:
+        arrays["basis"] = coordinates.basis.numpy()
+    return described, arrays
+
+
+def describe(block: Block) -> dict[str, Any]:
+    """A block without its eigenvectors, for JSON."""
+    return {
+        "parameter": block.parameter,
+        "start": block.start,
+        "kind": block.kind,
+        "shape": list(block.shape),
+        "bias": None if block.bias is None else list(block.bias),
+        "ones": block.ones,
+    }
+
+
+def described_block(
+    each: Mapping[str, Any], left: Side | None = None, right: Side | None = None
+) -> Block:
+    """The block that `describe` described.
+
+    Raises:
+        MismatchError: If it is of another version.
+    """
+    try:
+        bias, (rows, columns) = each["bias"], each["shape"]
+        if each["kind"] == OUTER and (left is None) != (right is None):
+            raise ValueError("a weight must have two sides")
+        if each["kind"] == LOOKUP and right is not None:
+            raise ValueError("a table must have one side")
+        return Block(
+            each["parameter"],
+            each["start"],
+            each["kind"],
+            (rows, columns),
+            None if bias is None else (bias[0], bias[1], bias[2]),
+            each["ones"],
+            left,
+            right,
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise MismatchError(
+            f"blocks must be of this version of whence, got {type(error).__name__}: {error}"
+        ) from None
+
+
+def from_arrays(
+    described: Sequence[Mapping[str, Any]], arrays: Mapping[str, NDArray[Any]]
+) -> Coordinates:
+    """The map that `to_arrays` described.
+
+    Raises:
+        MismatchError: If the description does not fit the arrays.
+    """
+    choices = []
+    try:
+        for number, each in enumerate(described):
+            sides: dict[str, Side] = {}
+            for name, ranges in each["sides"].items():
+                parts = [
+                    (first, end, _tensor(arrays[f"block-{number}-{name}-{place}"]))
+                    for place, (first, end) in enumerate(ranges)
+                ]
+                ones = arrays.get(f"block-{number}-{name}-ones")
+                sides[name] = Side(parts, None if ones is None else _tensor(ones))
+            block = described_block(each, sides.get("left"), sides.get("right"))
+            rows, columns, scales = (
+                _tensor(arrays[f"block-{number}-{name}"]) for name in ("rows", "columns", "scales")
+            )
+            choices.append(Choice(block, rows, columns, scales))
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise MismatchError(
+            f"coordinates must be of this version of whence, got {type(error).__name__}: {error}"
+        ) from None
+    return Coordinates(choices, arrays.get("basis"))
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(array))

@@ -1,0 +1,142 @@
+"""Running a user's own loss over batches, with hooks that feed a map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from whence import _arrays
+from whence.errors import ArgumentError, DtypeError, LayerError
+from whence.gradients.capture import Capture
+from whence.gradients.hooks import Hooks
+from whence.gradients.reduction import own_loss_factor
+from whence.gradients.weights import preserved
+
+
+def backward(
+    hooks: Hooks, capture: Capture, closure: Callable[[], Tensor], name: str = "closure"
+) -> None:
+    """Runs a closure and its backward pass, and lets the capture see them.
+
+    Raises:
+        DtypeError: If it does not return a tensor without dimensions.
+        LayerError: If what it returns cannot be differentiated, or no gradient was seen.
+        CoverageError: If a gradient was seen that no rule accounts for.
+    """
+    with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
+        loss = closure()
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            raise DtypeError(
+                f"{name} must return the loss, a tensor without dimensions, got "
+                f"{_arrays.describe(loss)}"
+            )
+        if not loss.requires_grad:
+            raise LayerError(
+                f"{name} must return a loss of the recorded model that can be "
+                "differentiated, got one without a graph (torch.no_grad, .item or "
+                ".detach in it?)"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+    capture.verify()
+
+
+class Task:
+    """A user's loss of a batch, and how it combines the batch's examples.
+
+    Args:
+        loss: (*batch) -> loss, by the user's own lines; a batch that is no tuple or list is its
+            one argument.
+        reduction: "mean", "sum" or "token_mean".
+        tokens: (*batch) -> [batch] counted tokens, for reduction="token_mean".
+        unbatched: As in `record`.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        reduction: str,
+        tokens: Callable[..., Any] | None = None,
+        unbatched: Sequence[str] = (),
+    ) -> None:
+        for name, value in (("loss", loss), ("tokens", tokens)):
+            if not callable(value) and (name == "loss" or value is not None):
+                raise DtypeError(
+                    f"{name} must be a function of the batch, got {_arrays.describe(value)}"
+                )
+        if (tokens is not None) != (reduction == "token_mean"):
+            raise ArgumentError(
+                "tokens must be a function of the batch for, and only for, "
+                f"reduction='token_mean', got {_arrays.describe(tokens)} for {reduction!r}"
+            )
+        self.loss = loss
+        self.reduction = reduction
+        self.tokens = tokens
+        self.unbatched = unbatched
+
+    def run(
+        self, hooks: Hooks, capture: Capture, batch: Any, mode: Any = None
+    ) -> tuple[Capture, float]:
+        """One forward and backward pass; and what turns its gradients into those of own losses.
+
+        Args:
+            hooks: The hooks of the model, installed.
+            capture: What gathers.
+            batch: What the loader gave.
+            mode: Entered while the loss runs.
+        """
+        arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+
+        def closure() -> Tensor:
+            with mode if mode is not None else nullcontext():
+                return self.loss(*arguments)
+
+        backward(hooks, capture, closure, "loss")
+        counts = None if self.tokens is None else self.tokens(*arguments)
+        return capture, own_loss_factor(self.reduction, capture.batch, counts)
+
+
+def reread(name: str, loader: Any) -> Iterable[Any]:
+    """A loader, once it is sure that it gives the same batches again.
+
+    Raises:
+        DtypeError: If it can be read only once, or not at all.
+        ArgumentError: If it shuffles.
+    """
+    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+        raise DtypeError(
+            f"{name} must be batches that can be read several times, such as a list or a "
+            f"DataLoader, got {_arrays.describe(loader)}"
+        )
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        raise ArgumentError(
+            f"{name} must give its examples in one order, got a DataLoader with shuffle=True"
+        )
+    return loader
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, weights: bool) -> Iterator[None]:
+    """The model in evaluation mode for a while; afterwards all is as before.
+
+    Args:
+        model: The model.
+        weights: Whether its weights are changed meanwhile.
+    """
+    with preserved(model, weights=weights):
+        model.eval()
+        yield
+
+
+def pairs_of(layers: Iterable[Any]) -> Mapping[str, tuple[str, str]]:
+    """Weight -> (bias, side of the inputs), of layers whose rules give the two apart."""
+    sides = {"linear": "right", "conv": "right", "conv1d_transposed": "left"}
+    return {
+        layer.parameters["weight"].name: (layer.parameters["bias"].name, sides[layer.rule.kind])
+        for layer in layers
+        if layer.rule.kind in sides and {"weight", "bias"} <= set(layer.parameters)
+    }
