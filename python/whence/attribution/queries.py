@@ -136,12 +136,14 @@ def query_rows(
     tokens: Any = None,
     queries: int | None = None,
     unbatched: Sequence[str] = (),
+    recorded_weights: bool = True,
 ) -> NDArray[np.float32]:
     """[checkpoints, queries, dim] the queries' rows in the store's map; arguments as in `query`.
 
     For a store whose rows are sums over checkpoints, [1, queries, dim].
 
-    For a store with layout="factored", whose `find` takes them, rows of factors.
+    For a store with layout="factored", whose `find` takes them, rows of factors. Weights that are
+    not those recorded are an error, unless `recorded_weights` is False.
 
     Raises:
         WhenceError: As `query`.
@@ -176,7 +178,8 @@ def query_rows(
             for checkpoint in manifest.checkpoints:
                 if loaded is not None:
                     put(model, checkpoint.name, load(checkpoint.name, loaded[checkpoint.name]))
-                if checkpoint.weights == "fixed" and checkpoint.first not in (None, digest(model)):
+                fixed = recorded_weights and checkpoint.weights == "fixed"
+                if fixed and checkpoint.first not in (None, digest(model)):
                     raise WeightsError(
                         f"weights must be those that checkpoint {checkpoint.name!r} was recorded "
                         "with, got others; load them, or pass them as states="

@@ -78,20 +78,20 @@ def verify(
                 "reduction='token_mean', got None"
             )
         counts = _arrays.column("tokens", tokens, 2).astype(np.float64)
-    pair = _slice(batch, 0, 2)
-    if _batch_size(pair) != 2:
+    pair = sliced(batch, 0, 2)
+    if batch_size(pair) != 2:
         raise ArgumentError(
-            f"batch must hold tensors of at least two examples, got {_batch_size(pair)}"
+            f"batch must hold tensors of at least two examples, got {batch_size(pair)}"
         )
-    with _evaluating(model):
+    with evaluating(model):
         exact, own = zip(
-            *(_exact(structure, sketch, closure, _slice(batch, i, i + 1)) for i in range(2)),
+            *(_exact(structure, sketch, closure, sliced(batch, i, i + 1)) for i in range(2)),
             strict=True,
         )
-    with _evaluating(model):
+    with evaluating(model):
         both, rounded = _recorded(structure, hooks, (target, sketch), closure, pair, 2, unbatched)
         alone, _ = _recorded(
-            structure, hooks, (target, sketch), closure, _slice(batch, 0, 1), 1, unbatched
+            structure, hooks, (target, sketch), closure, sliced(batch, 0, 1), 1, unbatched
         )
     tolerance = ROUNDED if rounded or any(own) else EXACT
     given = counts if reduction == "token_mean" else None
@@ -185,29 +185,29 @@ def _loss(closure: Callable[..., Tensor], batch: Sequence[Any]) -> Tensor:
     return loss
 
 
-def _slice(value: Any, start: int, end: int) -> Any:
+def sliced(value: Any, start: int, end: int) -> Any:
     """The examples from `start` to `end` in every tensor of a container."""
     if isinstance(value, Tensor):
         return value[start:end] if value.dim() else value
     if isinstance(value, MutableMapping):
         found = copy.copy(value)
         for key, each in value.items():
-            found[key] = _slice(each, start, end)
+            found[key] = sliced(each, start, end)
         return found
     if isinstance(value, (list, tuple)):
-        parts = [_slice(each, start, end) for each in value]
+        parts = [sliced(each, start, end) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
-def _batch_size(value: Any) -> int:
+def batch_size(value: Any) -> int:
     """Dimension 0 of the first tensor in a container."""
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() else 0
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return next((size for each in value if (size := _batch_size(each))), 0)
+        return next((size for each in value if (size := batch_size(each))), 0)
     return 0
 
 
@@ -218,7 +218,7 @@ def _difference(found: NDArray[np.float64], expected: NDArray[np.float64]) -> fl
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for a while: no dropout, whose masks depend on the place."""
     with preserved(model, weights=False):
         model.eval()
