@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from whence import _arrays
-from whence.curvature.factors import STAGES, At, Factors, Settings
+from whence.curvature.factors import STAGES, At, Factors, Progress, Settings
 from whence.curvature.labels import DrawnLabels
 from whence.curvature.statistics import Statistics
 from whence.errors import ArgumentError, CheckpointError, DtypeError, MismatchError
