@@ -1,8 +1,18 @@
-"""The basis that coordinates are rotated onto: what a sample of the training data spans most of."""
+"""The basis that coordinates are rotated onto, and the curvature that is left in it.
+
+The basis spans what a sample of the training data spans most of, each example's row divided by the
+root of its norm: an example's own size says how much it matters to itself more than which
+directions matter to others. In it, what layer-wise curvature leaves out can be put right: rows of
+labels that are drawn from the model have a second moment M there, which would be the identity (but
+for damping) if layers and eigenvectors were independent. Rows are multiplied with (1 + M / r)^-1/2,
+r = tr M² / tr M, the mean eigenvalue weighted by itself: directions in which M holds much are
+damped, and those in which it is noise are left alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,55 +21,66 @@ from torch import Tensor
 
 from whence.errors import ArgumentError
 
+NEGLIGIBLE = 1e-5
+"""Directions that hold less than this share of the first are rounding."""
 
-def spectrum(samples: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gram matrix of unit rows, side by side over checkpoints, taken apart.
 
-    Rows of one length: an example's own size says how much it matters to itself, not which
-    directions matter to others. O(examples² · coordinates), and O(examples³) for the eigenvectors.
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The Gram matrix of sampled rows, side by side over checkpoints, taken apart.
 
-    Args:
-        samples: [examples, coordinates] of each checkpoint.
-        weights: Of each checkpoint.
-
-    Returns:
-        [examples] eigenvalues, largest first, that are above rounding; [examples, values]
-        eigenvectors; [examples] one divided by the norms of rows.
-
-    Raises:
-        ArgumentError: If all rows are zero.
+    Attributes:
+        values: [directions] eigenvalues, largest first, above rounding.
+        mixed: [examples, directions] what the rows are summed with to be the directions.
     """
-    gram = torch.zeros(len(samples[0]), len(samples[0]), dtype=torch.float64)
-    for sample, weight in zip(samples, weights, strict=True):
-        gram += weight * (sample @ sample.T).double()
-    norms = gram.diagonal().sqrt()
-    inverse = torch.where(norms > 0, 1 / norms, 0)
-    # In float32, which leading directions do not tell from float64 and which takes half the time.
-    values, vectors = torch.linalg.eigh((gram * inverse[:, None] * inverse).float())
-    values, vectors = values.flip(0), vectors.flip(1)
-    kept = int((values > 1e-5 * values[0]).sum()) if float(values[0]) > 0 else 0
-    if not kept:
-        raise ArgumentError("factors must be of examples with a gradient, got only zeros")
-    return values[:kept], vectors[:, :kept], inverse
+
+    values: Tensor
+    mixed: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Tensor], weights: Sequence[float]) -> Spectrum:
+        """That of [examples, coordinates] rows of each checkpoint.
+
+        O(examples² · coordinates), and O(examples³) for the eigenvectors.
+
+        Raises:
+            ArgumentError: If all rows are zero.
+        """
+        gram = torch.zeros(len(samples[0]), len(samples[0]), dtype=torch.float64)
+        for sample, weight in zip(samples, weights, strict=True):
+            gram += weight * (sample @ sample.T).double()
+        norms = gram.diagonal().sqrt()
+        inverse = torch.where(norms > 0, norms.rsqrt(), 0)
+        # In float32, which tells leading directions from each other and takes half the time.
+        values, vectors = torch.linalg.eigh((gram * inverse[:, None] * inverse).float())
+        values, vectors = values.flip(0), vectors.flip(1)
+        kept = int((values > NEGLIGIBLE * values[0]).sum()) if float(values[0]) > 0 else 0
+        if not kept:
+            raise ArgumentError("factors must be of examples with a gradient, got only zeros")
+        values, vectors = values[:kept], vectors[:, :kept]
+        return cls(values, inverse.float()[:, None] * vectors / values.sqrt())
 
 
 def bases(
     samples: Sequence[Tensor],
     weights: Sequence[float],
-    found: tuple[Tensor, Tensor, Tensor],
+    spectrum: Spectrum,
     dim: int,
+    drawn: Tensor | None,
     turn: int | None,
 ) -> list[NDArray[np.float32]]:
-    """The leading directions of sampled rows, as one matrix a checkpoint.
+    """What coordinates are multiplied with to be rows, at each checkpoint.
 
     Args:
         samples: [examples, coordinates] of each checkpoint.
         weights: Of each checkpoint; their roots are in the matrices, so that the inner product of
-            two rows Σ_c z_c V_c is the weighted sum over checkpoints.
-        found: What `spectrum` returned for them.
+            two rows Σ_c z_c V_c is a weighted sum over checkpoints.
+        spectrum: Of the samples.
         dim: How many directions.
+        drawn: [draws, examples] products of rows with drawn labels and the samples; None to leave
+            the curvature in the basis as it is.
         turn: Seed of an orthogonal matrix that spreads what the directions hold evenly over the
-            columns, which quantised rows need; None to leave them in falling order.
+            columns, which rows of few bits need; None to leave them in falling order.
 
     Returns:
         [coordinates, dim] of each checkpoint.
@@ -67,20 +88,28 @@ def bases(
     Raises:
         ArgumentError: If the sample does not span so many directions.
     """
-    values, vectors, inverse = found
-    if len(values) < dim:
+    if len(spectrum.values) < dim:
         raise ArgumentError(
-            f"dim must be at most {len(values)}, the directions that the sample of "
+            f"dim must be at most {len(spectrum.values)}, the directions that the sample of "
             f"{len(samples[0])} training examples spans, got {dim}"
         )
-    mixed = (inverse[:, None] * vectors[:, :dim] / values[:dim].sqrt()).float()
-    turned = [
-        weight**0.5 * (sample.T @ mixed) for sample, weight in zip(samples, weights, strict=True)
-    ]
+    mixed = spectrum.mixed[:, :dim]
+    after = torch.eye(dim, dtype=torch.float64)
+    if drawn is not None:
+        rows = (drawn @ mixed).double()
+        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+        values = values.clamp(min=0)
+        ridge = float(values.square().sum() / values.sum()) if float(values.sum()) > 0 else 1.0
+        after = vectors * (1 + values / ridge).rsqrt()
+        if turn is None:  # in falling order of what they hold
+            after = after.flip(1)
     if turn is not None:
         random = np.random.default_rng(turn).standard_normal((dim, dim))
         orthogonal, upper = np.linalg.qr(random)
-        orthogonal *= np.sign(np.diag(upper))  # uniform among orthogonal matrices (Mezzadri 2007)
-        matrix = torch.from_numpy(orthogonal.astype(np.float32))
-        turned = [each @ matrix for each in turned]
-    return [np.ascontiguousarray(each.numpy()) for each in turned]
+        # Uniform among orthogonal matrices (Mezzadri, arXiv math-ph/0609050).
+        after = after @ torch.from_numpy(orthogonal * np.sign(np.diag(upper)))
+    whole = mixed @ after.float()
+    return [
+        np.ascontiguousarray((weight**0.5 * (sample.T @ whole)).numpy())
+        for sample, weight in zip(samples, weights, strict=True)
+    ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from whence import _arrays
-from whence.curvature.basis import bases, spectrum
+from whence.curvature.basis import Spectrum, bases
 from whence.curvature.fit import shares_of
 from whence.errors import ArgumentError, IdError, MismatchError
 from whence.gradients.coordinates import from_arrays, to_arrays
@@ -94,6 +94,8 @@ def compress(
         "seed": seed,
         "turned": turn is not None,
         "sample": sample,
+        "residuals": "own",
+        "refined": False,
     }
     wanted = Manifest(spec, dtype, manifest.reduction, manifest.model, rows=COMBINED)
     writer = Writer(_arrays.path("path", path), wanted)
@@ -133,7 +135,7 @@ def _bases(
     chosen = complete[places]
     samples = [torch.from_numpy(_read(source, rows[chosen])) for rows in numbers]
     weights = [shares[name] for name in names]
-    return bases(samples, weights, spectrum(samples, weights), dim, turn)
+    return bases(samples, weights, Spectrum.of(samples, weights), dim, None, turn)
 
 
 def _rotated(

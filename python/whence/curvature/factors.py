@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence import _arrays
-from whence.curvature.basis import bases, spectrum
+from whence.curvature.basis import Spectrum, bases
 from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
 from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
 from whence.gradients.blocks import LOOKUP, Block, Side
@@ -42,7 +42,7 @@ from whence.store.files import (
 
 FORMAT = "whence factors"
 VERSION = 0
-ENOUGH = 0.9
+ENOUGH = 0.75
 """The share of unit rows' energy that a default basis holds."""
 
 BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2, "int1": 1}
@@ -61,12 +61,14 @@ class Settings:
         coordinates: How many are kept at each checkpoint.
         leading: The share of each side's eigenvectors that may be used.
         corrected: Whether eigenvalues are EK-FAC's second moments, or K-FAC's products.
+        residuals: "averaged" over checkpoints, or each checkpoint's "own".
     """
 
     damping: float
     coordinates: int
     leading: float = 1.0
     corrected: bool = True
+    residuals: str = "averaged"
 
 
 @dataclass(eq=False)
@@ -96,6 +98,8 @@ class Factors:
         settings: How coordinates are made.
         stage: "covariance", "eigenvalues" or "basis": how far fitting went.
         checkpoints: Factors at each checkpoint.
+        drawn: [draws, sample] products of the sample's rows with those of drawn labels, summed
+            over checkpoints by their weights; None if labels are not drawn.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Factors:
         settings: Settings,
         checkpoints: Sequence[At],
         stage: str,
+        drawn: Tensor | None = None,
     ) -> None:
         self.model = model
         self.reduction = reduction
@@ -113,6 +118,7 @@ class Factors:
         self.settings = settings
         self.checkpoints = list(checkpoints)
         self.stage = stage
+        self.drawn = drawn
 
     def __repr__(self) -> str:
         examples = max((at.statistics.examples[0] for at in self.checkpoints), default=0)
@@ -209,6 +215,7 @@ class Factors:
             dim = self.suggested_dim if dim is None else dim
             bases = list(self.bases(dim, seed if turned else None))
             spec |= {"dim": dim, "basis": "learnt", "seed": seed, "turned": turned}
+            spec |= {"residuals": self.settings.residuals, "refined": self.drawn is not None}
         prepared = []
         for at, chosen, basis in zip(self.checkpoints, self.maps, bases, strict=True):
             identity = {"weights": at.digest, "labels": self.labels, **spec}
@@ -223,10 +230,10 @@ class Factors:
         return "EK-FAC" if self.settings.corrected else "K-FAC"
 
     @cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _spectrum(self) -> Spectrum:
         """The Gram matrix of the sample, taken apart."""
         self._need("basis")
-        return spectrum(*self._samples())
+        return Spectrum.of(*self._samples())
 
     def _samples(self) -> tuple[list[Tensor], list[float]]:
         found = [at.sample for at in self.checkpoints]
@@ -239,17 +246,17 @@ class Factors:
         Raises:
             ArgumentError: If the sample does not span so many directions.
         """
-        return bases(*self._samples(), self._spectrum, dim, turn)
+        return bases(*self._samples(), self._spectrum, dim, self.drawn, turn)
 
     def energy(self, dim: int) -> float:
         """The share of the sample's unit rows that the leading `dim` directions hold."""
-        values = self._spectrum[0]
+        values = self._spectrum.values
         return float(values[:dim].sum() / values.sum())
 
     @property
     def suggested_dim(self) -> int:
-        """The least of 128, 256, 512, ... whose directions hold nine tenths of the sample."""
-        most = len(self._spectrum[0])
+        """The least of 128, 256, 512, ... whose directions hold three quarters of the sample."""
+        most = len(self._spectrum.values)
         for dim in (128, 256, 512, 1024, 2048):
             if dim <= most and self.energy(dim) >= ENOUGH:
                 return dim
@@ -292,7 +299,7 @@ class Factors:
 
         Sums of covariances, or of second moments in one eigenbasis: first merge what was fitted
         up to "covariance", give it to each shard as `start` to fit up to "eigenvalues", and merge
-        again. Samples for the basis follow each other.
+        again. The basis comes of one sample: fit it with `start` the merged factors.
 
         Raises:
             ArgumentError: If there are none, or of another stage or eigenbasis.
@@ -408,6 +415,11 @@ def merge(parts: Sequence[Factors]) -> Factors:
     if not parts:
         raise ArgumentError("parts must be at least one, got none")
     first = parts[0]
+    if first.stage == "basis" and len(parts) > 1:
+        raise ArgumentError(
+            "parts must be fitted up to 'covariance' or 'eigenvalues', got 'basis'; the basis comes "
+            "of one sample: fit it with start= the merged factors"
+        )
     for other in parts[1:]:
         for name in ("model", "reduction", "labels", "settings", "stage"):
             if getattr(first, name) != getattr(other, name):
@@ -421,12 +433,15 @@ def merge(parts: Sequence[Factors]) -> Factors:
             raise MismatchError("parts must be of the same checkpoints and weights, got others")
     checkpoints = []
     for ats in zip(*(part.checkpoints for part in parts), strict=True):
-        samples = [at.sample for at in ats if at.sample is not None]
-        joined = torch.cat(samples) if samples else None
-        statistics = _summed([at.statistics for at in ats])
-        checkpoints.append(replace(ats[0], statistics=statistics, sample=joined))
+        checkpoints.append(replace(ats[0], statistics=_summed([at.statistics for at in ats])))
     return Factors(
-        first.model, first.reduction, first.labels, first.settings, checkpoints, first.stage
+        first.model,
+        first.reduction,
+        first.labels,
+        first.settings,
+        checkpoints,
+        first.stage,
+        first.drawn,
     )
 
 
@@ -492,6 +507,8 @@ def save(factors: Factors, path: Path) -> Path:
         _describe_at(at, f"checkpoint-{number}", arrays)
         for number, at in enumerate(factors.checkpoints)
     ]
+    if factors.drawn is not None:
+        arrays["drawn"] = factors.drawn
     with store_errors(path):
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -593,6 +610,7 @@ def load(path: Path) -> Factors:
             Settings(**body["settings"]),
             checkpoints,
             body["stage"],
+            arrays.get("drawn"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, WhenceError):

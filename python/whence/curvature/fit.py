@@ -7,20 +7,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence.curvature.factors import STAGES, At, Factors, Progress, Settings
-from whence.curvature.labels import DrawnLabels
+from whence.curvature.labels import DrawnLabels, Mixture
 from whence.curvature.statistics import Statistics
 from whence.errors import ArgumentError, CheckpointError, DtypeError, MismatchError
 from whence.gradients.capture import Capture, not_finite
+from whence.gradients.coordinates import Coordinates
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
-from whence.gradients.passes import Task, evaluating, pairs_of, reread
+from whence.gradients.passes import (
+    Task,
+    evaluating,
+    length_of,
+    pairs_of,
+    reread,
+    taken,
+)
 from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS
+from whence.gradients.residuals import Residuals
 from whence.gradients.structure import Structure, structure_of
 from whence.gradients.weights import State, digest, load, put
 
@@ -45,6 +55,7 @@ def fit_factors(
     coordinates: int = 6144,
     leading: float = 1.0,
     corrected: bool = True,
+    residuals: str | None = None,
     longest: int = 4096,
     examples: int | None = None,
     sample: int = 4096,
@@ -85,6 +96,10 @@ def fit_factors(
             Λ / (Λ + damping).
         leading: The share of each side's eigenvectors that may be used: less is quicker to record.
         corrected: Whether to use EK-FAC's eigenvalues, or K-FAC's.
+        residuals: Whose residuals the training examples' rows have, where there are several
+            checkpoints: "averaged" over all, see `whence.gradients.residuals`, or each
+            checkpoint's "own". None: averaged for sampled labels, which also needs to see into the
+            loss, and own for empirical ones.
         longest: Sides of layers longer than this are cut into stretches with eigenvectors of
             their own: O(longest³) time and O(longest²) memory for each.
         examples: How many examples the first two passes see, the first ones; None for all.
@@ -139,6 +154,11 @@ def fit_factors(
         _arrays.integer("coordinates", coordinates, 1),
         _arrays.number("leading", leading, positive=True),
         _arrays.boolean("corrected", corrected),
+        _arrays.choice(
+            "residuals",
+            ("averaged" if labels == "sampled" else "own") if residuals is None else residuals,
+            ("averaged", "own"),
+        ),
     )
     if settings.leading > 1:
         raise ArgumentError(f"leading must be at most 1, got {leading}")
@@ -152,20 +172,22 @@ def fit_factors(
     shares = shares_of(weights, list(loaded))
     described = fitting.structure.describe()
     kept = None if path is None else Progress(_arrays.path("path", path))
+    stage = until if until == "covariance" else "eigenvalues"
     found = []
     for number, (name, state) in enumerate(loaded.items()):
         before = None if start is None else _before(start, name)
         with fitting.at(name, state):
             at = At(name, digest(model), shares[name], Statistics(longest))
-            wanted = Factors(described, reduction, labels, settings, [at], until)
+            wanted = Factors(described, reduction, labels, settings, [at], stage)
             saved = None if kept is None else kept.find(number, wanted)
             if saved is None:
-                saved = fitting.fit(name, shares[name], settings, before, until)
+                saved = fitting.fit(name, shares[name], before, stage)
                 if kept is not None:
-                    done = Factors(described, reduction, labels, settings, [saved], until)
+                    done = Factors(described, reduction, labels, settings, [saved], stage)
                     kept.keep(number, done)
             found.append(saved)
-    return Factors(described, reduction, labels, settings, found, until)
+    factors = Factors(described, reduction, labels, settings, found, stage)
+    return fitting.basis(factors, loaded) if until == "basis" else factors
 
 
 def shares_of(weights: Mapping[str, float] | None, names: Sequence[str]) -> dict[str, float]:
@@ -234,9 +256,7 @@ class _Fitting:
             finally:
                 self._hooks.remove()
 
-    def fit(
-        self, name: str, weight: float, settings: Settings, before: At | None, until: str
-    ) -> At:
+    def fit(self, name: str, weight: float, before: At | None, until: str) -> At:
         """The factors of a checkpoint."""
         current = digest(self.model)
         if before is not None:
@@ -252,13 +272,72 @@ class _Fitting:
         if until == "covariance":
             return at
         if not statistics.is_rotated or not statistics.examples[1]:
-            at.statistics = statistics.rotated() if not statistics.is_rotated else statistics
+            at.statistics = statistics if statistics.is_rotated else statistics.rotated()
             self._gather(f"{name}: eigenvalues", at.statistics)
-        if until == "eigenvalues":
-            return at
-        chosen = Factors({}, "", "", settings, [at], "eigenvalues").maps[0]
-        at.sample = self._coordinates(f"{name}: basis", chosen)
         return at
+
+    def basis(self, factors: Factors, states: Mapping[str, State | None]) -> Factors:
+        """The same with a sample of rows, and their products with rows of drawn labels."""
+        batches = self._sampled()
+        sampled = self._labels == "sampled"
+        averaged = factors.settings.residuals == "averaged" and len(states) > 1
+        true, drawn, mixture = Residuals(), Residuals(), Mixture(self._seed + 2)
+        drawn.targets = mixture.targets
+
+        def forward(what: str, mode: Callable[[int, int], Any]) -> None:
+            for place, (name, state) in enumerate(states.items()):
+                with self.at(name, state), torch.no_grad():
+                    for number, batch in enumerate(self._batches(f"{name}: {what}", batches)):
+                        with mode(number, place):
+                            self._task.loss(*_arguments(batch))
+
+        shares = [at.weight for at in factors.checkpoints]
+        if averaged:
+            forward("residuals", lambda batch, place: true.collecting(batch, shares[place]))
+        if sampled:
+            forward("labels", mixture.drawing)
+            if not any(mixture.targets.values()):
+                DrawnLabels(0).check()
+        if sampled and averaged:
+            forward("drawn residuals", lambda batch, place: drawn.collecting(batch, shares[place]))
+        products: Tensor | None = None
+        for place, (name, state) in enumerate(states.items()):
+            at, chosen = factors.checkpoints[place], factors.maps[place]
+            with self.at(name, state):
+                mode = true.replaying if averaged else None
+                at.sample = self._coordinates(f"{name}: basis", batches, chosen, mode)
+                if sampled:
+                    mode = drawn.replaying if averaged else mixture.replaying
+                    rows = self._coordinates(f"{name}: curvature", batches, chosen, mode)
+                    found = at.weight * (rows @ at.sample.T)
+                    products = found if products is None else products + found
+        return Factors(
+            factors.model,
+            factors.reduction,
+            factors.labels,
+            factors.settings,
+            factors.checkpoints,
+            "basis",
+            products,
+        )
+
+    def _sampled(self) -> list[Any]:
+        """Batches of some examples, spread over the data."""
+        every = 1
+        if hasattr(self._loader, "__len__"):
+            first = next(iter(self._loader), None)
+            if first is not None:
+                every = max(1, len(self._loader) * length_of(first) // self._sample)  # type: ignore[arg-type]
+        found: list[Any] = []
+        seen = 0
+        for number, batch in enumerate(self._loader):
+            if number % every == 0 and seen < self._sample:
+                batch = taken(batch, np.arange(min(length_of(batch), self._sample - seen)))
+                found.append(batch)
+                seen += length_of(batch)
+            elif seen >= self._sample:
+                break
+        return found
 
     def _gather(self, name: str, statistics: Statistics) -> None:
         """One pass that adds to statistics."""
@@ -279,17 +358,22 @@ class _Fitting:
         if not seen:
             raise ArgumentError("loader must give at least one batch, got none")
 
-    def _coordinates(self, name: str, chosen: Any) -> Tensor:
-        """[examples, coordinates] of a sample, with the true labels."""
+    def _coordinates(
+        self,
+        name: str,
+        batches: list[Any],
+        chosen: Coordinates,
+        mode: Callable[[int], Any] | None,
+    ) -> Tensor:
+        """[examples, coordinates] of a sample."""
         found: list[Tensor] = []
-        for batch in self._batches(name, self._loader):
+        for number, batch in enumerate(self._batches(name, batches)):
             capture = Capture(self.structure, chosen, None, self._task.unbatched)
-            capture, factor = self._task.run(self._hooks, capture, batch)
+            entered = None if mode is None else mode(number)
+            capture, factor = self._task.run(self._hooks, capture, batch, entered)
             self._refuse_bad(capture)
             found.append(torch.from_numpy(capture.coordinates()) * factor)
-            if sum(map(len, found)) >= self._sample:
-                break
-        return torch.cat(found)[: self._sample]
+        return torch.cat(found)
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
         shown: Iterable[Any] = tqdm(
@@ -302,3 +386,7 @@ class _Fitting:
         if capture.bad:
             names = [f"example {index} of a batch" for index in range(capture.batch)]
             raise not_finite(names, capture.bad)
+
+
+def _arguments(batch: Any) -> Any:
+    return batch if isinstance(batch, (tuple, list)) else (batch,)

@@ -36,17 +36,22 @@ class DrawnLabels(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        draw = _LOSSES.get(function)
-        if draw is None:
+        if function not in _LOSSES:
             return function(*args, **(kwargs or {}))
+        drawn = self.draw(function, args, kwargs)
         call = inspect.signature(function).bind(*args, **(kwargs or {}))
-        call.apply_defaults()
-        given = call.arguments
-        values: Tensor = given["input"]
-        with torch.no_grad():
-            given["target"] = draw(values.detach(), given, self._generator(values.device))
+        call.arguments["target"] = drawn
         self.drawn += 1
         return function(*call.args, **call.kwargs)
+
+    def draw(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+        """Labels for a call of one of torch's losses."""
+        call = inspect.signature(function).bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        values: Tensor = call.arguments["input"]
+        with torch.no_grad():
+            generator = self._generator(values.device)
+            return _LOSSES[function](values.detach(), call.arguments, generator)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -65,6 +70,79 @@ class DrawnLabels(TorchFunctionMode):
                 "binary_cross_entropy or binary_cross_entropy_with_logits for labels='sampled', "
                 "got another; pass labels='empirical' to use the true labels"
             )
+
+
+class Mixture:
+    """Labels drawn from the mean of a model's distributions over checkpoints.
+
+    The label of each example is that of one checkpoint, chosen at random: after the n-th, what it
+    draws takes the place of what is there with the n-th share of all so far.
+
+    Args:
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.targets: dict[int, list[Tensor]] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+
+    def drawing(self, batch: int, checkpoint: int) -> _Drawing:
+        """While it is entered, losses of a batch draw."""
+        draws = DrawnLabels(self._seed + 7919 * (checkpoint + 1) + batch)
+        return _Drawing(self.targets.setdefault(batch, []), draws, checkpoint, self._generator)
+
+    def replaying(self, batch: int) -> _Given:
+        """While it is entered, losses of a batch see what was drawn."""
+        return _Given(self.targets[batch])
+
+
+class _Given(TorchFunctionMode):
+    def __init__(self, targets: list[Tensor]) -> None:
+        super().__init__()
+        self._targets = iter(targets)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in _LOSSES:
+            return function(*args, **(kwargs or {}))
+        call = inspect.signature(function).bind(*args, **(kwargs or {}))
+        call.arguments["target"] = next(self._targets)
+        return function(*call.args, **call.kwargs)
+
+
+class _Drawing(TorchFunctionMode):
+    def __init__(
+        self,
+        targets: list[Tensor],
+        draws: DrawnLabels,
+        checkpoint: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self._targets = targets
+        self._draws = draws
+        self._checkpoint = checkpoint
+        self._generator = generator
+        self._call = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in _LOSSES:
+            return function(*args, **(kwargs or {}))
+        drawn = self._draws.draw(function, args, kwargs)
+        if self._call == len(self._targets):
+            self._targets.append(drawn)
+        else:
+            before = self._targets[self._call]
+            examples = torch.rand(len(drawn), generator=self._generator)
+            new = (examples < 1 / (self._checkpoint + 1)).to(drawn.device)
+            shape = (-1, *([1] * (drawn.dim() - 1)))
+            self._targets[self._call] = torch.where(new.reshape(shape), drawn, before)
+        self._call += 1
+        return function(*args, **(kwargs or {}))
 
 
 def _categories(values: Tensor, given: dict[str, Any], generator: torch.Generator) -> Tensor:

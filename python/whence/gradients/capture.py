@@ -16,12 +16,13 @@ from whence.factored import Factored, FactoredAccumulator
 from whence.gradients.blocks import BlockAccumulator, BlockMap
 from whence.gradients.coordinates import Coordinates, CoordinatesAccumulator
 from whence.gradients.device import DeviceAccumulator, supports
+from whence.gradients.moments import Divided, DividedAccumulator
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
 from whence.sketch import Accumulator, Sketch, layer_of
 
 Guarded = TypeVar("Guarded")
 
-Gatherer: TypeAlias = Accumulator | FactoredAccumulator | BlockAccumulator
+Gatherer: TypeAlias = Accumulator | FactoredAccumulator | BlockAccumulator | DividedAccumulator
 """What takes the gradients of a batch."""
 
 Totals: TypeAlias = Accumulator | DeviceAccumulator | CoordinatesAccumulator
@@ -59,7 +60,7 @@ class Capture:
     def __init__(
         self,
         structure: Structure,
-        rows: Sketch | Factored | BlockMap,
+        rows: Sketch | Factored | BlockMap | Divided,
         batch: int | None,
         unbatched: Sequence[str] = (),
         *,
@@ -113,10 +114,10 @@ class Capture:
         return self._checking
 
     @property
-    def _linear(self) -> Accumulator | CoordinatesAccumulator:
+    def _linear(self) -> Accumulator | CoordinatesAccumulator | DividedAccumulator:
         """The rows so far, of a linear map."""
         found = self.accumulator
-        if not isinstance(found, (Accumulator, CoordinatesAccumulator)):
+        if not isinstance(found, (Accumulator, CoordinatesAccumulator, DividedAccumulator)):
             raise TypeError(f"rows must be of a linear map, got {type(found).__name__}")
         return found
 

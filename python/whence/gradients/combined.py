@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._arrays import Ids
-from whence.errors import ArgumentError, CheckpointError, DtypeError, ShapeError, WeightsError
+from whence.errors import CheckpointError, DtypeError, ShapeError, WeightsError
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.coordinates import Coordinates, Preconditioner
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
@@ -25,8 +25,9 @@ from whence.gradients.maps import (
     prepared_maps,
     stored_arrays,
 )
-from whence.gradients.passes import Task, evaluating, reread
+from whence.gradients.passes import Task, evaluating, length_of, reread
 from whence.gradients.recorder import patterns
+from whence.gradients.residuals import Residuals
 from whence.gradients.structure import Structure, structure_in_store
 from whence.gradients.weights import State, digest, load, put
 from whence.sketch import Sketch
@@ -143,7 +144,8 @@ def record_checkpoints(
             check_identity(checkpoint, each)
         threads = torch.get_num_threads()
         maps = [map_of_store(writer.path, writer.manifest, each, threads) for each in found]
-        recording = _Recording(model, structure, task, writer, loaded, maps, nonfinite)
+        averaged = spec.get("residuals") == "averaged"
+        recording = _Recording(model, structure, task, writer, loaded, maps, nonfinite, averaged)
         recording.run(loader, _Keys(ids, columns), progress)
     finally:
         writer.close()
@@ -212,7 +214,9 @@ class _Recording:
         states: Mapping[str, State | None],
         maps: Sequence[Any],
         nonfinite: str,
+        averaged: bool,
     ) -> None:
+        self._averaged = averaged and len(states) > 1
         self._model = model
         self._structure = structure
         self._task = task
@@ -232,7 +236,7 @@ class _Recording:
             try:
                 for batch in tqdm(loader, desc="recording", unit="batch", disable=not progress):
                     together.append(batch)
-                    counted += _size(batch)
+                    counted += length_of(batch)
                     if counted >= TOGETHER:
                         self._record(together, keys)
                         together, counted = [], 0
@@ -245,7 +249,7 @@ class _Recording:
         """The rows of some batches, committed together."""
         kept: list[tuple[int, Ids, dict[str, NDArray[Any]]]] = []
         for place, batch in enumerate(batches):
-            ids, columns = keys.of(batch, _size(batch))
+            ids, columns = keys.of(batch, length_of(batch))
             known = self._writer.has(ids)
             known |= np.isin(ids, np.array(sorted(self._writer.left_out), ids.dtype))
             if not known.all():
@@ -254,20 +258,17 @@ class _Recording:
             return
         sums: dict[int, NDArray[np.float32]] = {}
         bad: dict[int, dict[int, str]] = {place: {} for place, _, _ in kept}
-        for (name, state), checkpoint, rows in zip(
-            self._states.items(), self._writer.manifest.checkpoints, self._maps, strict=True
-        ):
-            if state is not None:
-                put(self._model, name, load(name, state))
-            if checkpoint.first != digest(self._model):
-                raise WeightsError(
-                    f"states must be those that the factors were fitted at, got other weights at "
-                    f"checkpoint {name!r}"
-                )
-            refuse_batch_statistics(self._model)
+        residuals = Residuals()
+        if self._averaged:
+            for _ in self._checkpoints(residuals, batches, kept):
+                pass
+        for rows in self._checkpoints(None, batches, kept):
             for place, ids, _ in kept:
                 capture = Capture(self._structure, rows, None, self._task.unbatched)
-                capture, factor = self._task.run(self._hooks, capture, batches[place])
+                mode = residuals.replaying(place) if self._averaged else None
+                capture, factor = self._task.run(self._hooks, capture, batches[place], mode)
+                if mode is not None:
+                    mode.check()
                 if capture.batch != len(ids):
                     raise ShapeError(
                         f"loader must give batches whose first tensor is as long as the model's, "
@@ -279,6 +280,32 @@ class _Recording:
         for place, ids, columns in kept:
             self._append(ids, sums[place], columns, bad[place])
         self._writer.commit()
+
+    def _checkpoints(
+        self,
+        residuals: Residuals | None,
+        batches: list[Any],
+        kept: list[tuple[int, Ids, dict[str, NDArray[Any]]]],
+    ) -> Iterator[Coordinates]:
+        """The model at each checkpoint, and its map; with `residuals` they are gathered there."""
+        for (name, state), checkpoint, rows in zip(
+            self._states.items(), self._writer.manifest.checkpoints, self._maps, strict=True
+        ):
+            if state is not None:
+                put(self._model, name, load(name, state))
+            if checkpoint.first != digest(self._model):
+                raise WeightsError(
+                    f"states must be those that the factors were fitted at, got other weights at "
+                    f"checkpoint {name!r}"
+                )
+            refuse_batch_statistics(self._model)
+            if residuals is not None:
+                for place, _, _ in kept:
+                    batch, share = batches[place], checkpoint.weight or 1.0
+                    arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+                    with torch.no_grad(), residuals.collecting(place, share):
+                        self._task.loss(*arguments)
+            yield rows
 
     def _append(
         self,
@@ -300,21 +327,3 @@ class _Recording:
         self._writer.append(
             ids[good], rows[good], {name: column[good] for name, column in checked.items()}
         )
-
-
-def _size(batch: Any) -> int:
-    """The number of examples of a batch: dimension 0 of its first tensor or array.
-
-    Raises:
-        ArgumentError: If it has none.
-    """
-    if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim:
-        return int(batch.shape[0])
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        for each in batch:
-            if isinstance(each, (Tensor, np.ndarray, Mapping)):
-                return _size(each)
-        return len(batch[0]) if batch and isinstance(batch[0], (tuple, list)) else 0
-    raise ArgumentError(f"loader must give batches of tensors, got {_arrays.describe(batch)}")

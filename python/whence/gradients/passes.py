@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -140,3 +143,40 @@ def pairs_of(layers: Iterable[Any]) -> Mapping[str, tuple[str, str]]:
         for layer in layers
         if layer.rule.kind in sides and {"weight", "bias"} <= set(layer.parameters)
     }
+
+
+def length_of(batch: Any) -> int:
+    """The number of examples of a batch: dimension 0 of its first tensor or array.
+
+    Raises:
+        ArgumentError: If it has none.
+    """
+    if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim:
+        return int(batch.shape[0])
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        for each in batch:
+            if isinstance(each, (Tensor, np.ndarray, Mapping)):
+                return length_of(each)
+        return len(batch[0]) if batch and isinstance(batch[0], (tuple, list)) else 0
+    raise ArgumentError(f"loader must give batches of tensors, got {_arrays.describe(batch)}")
+
+
+def taken(value: Any, places: NDArray[np.int64]) -> Any:
+    """The examples at these places of every tensor or array in a batch."""
+    if isinstance(value, Tensor) and value.dim():
+        return value[torch.from_numpy(places).to(value.device)]
+    if isinstance(value, np.ndarray) and value.ndim:
+        return value[places]
+    if isinstance(value, Mapping):
+        found = copy.copy(value)
+        for key, each in value.items():
+            found[key] = taken(each, places)  # type: ignore[index]
+        return found
+    if isinstance(value, (list, tuple)):
+        if all(isinstance(each, (str, int, float)) for each in value):
+            return type(value)(value[place] for place in places)
+        parts = [taken(each, places) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
