@@ -3,6 +3,7 @@
     python benches/compare.py record
     python benches/compare.py search --json search.json --pictures docs/pictures
     python benches/compare.py sketch
+    python benches/compare.py attribution
 
 All on one thread, unless a row says otherwise. Ours and the peers take turns, A B A B, so that a
 machine that slows down for a while slows down all; a row is the median of each, and their ratio,
@@ -28,8 +29,9 @@ from pathlib import Path
 
 import torch
 from comparisons import (
+    attribution,  # noqa: F401 (each registers itself)
     pictures,
-    record,  # noqa: F401 (each registers itself)
+    record,  # noqa: F401
     search,  # noqa: F401
     sketch,  # noqa: F401
 )
@@ -45,7 +47,8 @@ def table(rows: Sequence[Row]) -> str:
         goal = ""
         if row.goal is not None:
             sign = "<=" if row.lower_is_better else ">="
-            goal = f"goal {sign} {row.goal:g}: {'met' if row.met else 'NOT MET'}"
+            what = "" if row.measure == "ratio" else f"{row.measure} "
+            goal = f"goal {what}{sign} {row.goal:g}: {'met' if row.met else 'NOT MET'}"
         lines.append(f"{row.name}")
         lines.append(f"    {ratio:>7}  {_figure(row.ours, 4)} ÷ {other} {row.unit}  {goal}")
         if row.spread:
@@ -74,7 +77,8 @@ def write_table(path: Path, name: str, rows: Sequence[Row]) -> None:
         goal = "–"
         if row.goal is not None:
             sign = "≤" if row.lower_is_better else "≥"
-            goal = f"{sign} {row.goal:,g}, {'met' if row.met else '**missed**'}"
+            what = "" if row.measure == "ratio" else f"{row.measure} "
+            goal = f"{what}{sign} {row.goal:,g}, {'met' if row.met else '**missed**'}"
         lines.append(f"| {row.name} | {ours} | {other} | {ratio} | {goal} |")
     table = "\n".join(lines)
     path.write_text(f"{before}{mark}{table}\n{end}{after}", encoding="utf-8")

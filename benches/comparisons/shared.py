@@ -47,6 +47,7 @@ class Row:
         goal: What the ratio is to be; None if nothing was promised.
         lower_is_better: Whether the ratio is to be at most the goal, or at least.
         spread: The least and the most measured, for the reader.
+        measure: What the goal is about: "ratio", "ours", or "difference", ours − peer.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     goal: float | None = None
     lower_is_better: bool = True
     spread: str = ""
+    measure: str = "ratio"
 
     @property
     def ratio(self) -> float | None:
@@ -65,9 +67,19 @@ class Row:
     @property
     def met(self) -> bool | None:
         """Whether the goal is met; None if there is none."""
-        if self.goal is None or self.ratio is None:
+        value = self.measured
+        if self.goal is None or value is None:
             return None
-        return self.ratio <= self.goal if self.lower_is_better else self.ratio >= self.goal
+        return value <= self.goal if self.lower_is_better else value >= self.goal
+
+    @property
+    def measured(self) -> float | None:
+        """What the goal is about."""
+        if self.measure == "ours":
+            return self.ours
+        if self.measure == "difference":
+            return None if self.peer is None else self.ours - self.peer
+        return self.ratio
 
     def as_json(self) -> dict[str, Any]:
         """The row as it is written."""
@@ -78,6 +90,7 @@ class Row:
             "unit": self.unit,
             "ratio": self.ratio,
             "goal": self.goal,
+            "measure": self.measure,
             "met": self.met,
             "spread": self.spread,
         }
