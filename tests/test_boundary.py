@@ -196,6 +196,54 @@ def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
             _core.Rows([], dim, False, f4(0))
 
 
+def u4(*values):
+    return np.array(values, np.uint32)
+
+
+TEXTS = [
+    (u4(1, 2, 3), u8(0, 1)),
+    (u4(1, 2, 3), u8(0, 4)),
+    (u4(1, 2, 3), u8(1, 3)),
+    (u4(1, 2, 3), u8(0, 2, 1, 3)),
+    (u4(1, 2, 3), u8(0, 2**64 - 1, 3)),
+    (u4(1, 2, 3), u8()),
+    (u4(1, 2, 3, 4)[::2], u8(0, 2)),
+    (u4(1, 2, 3).astype("i8"), u8(0, 3)),
+    (u4(1, 2, 3), u8(0, 3).astype("i8")),
+    (u4(1, 2, 3)[None], u8(0, 3)),
+]
+
+
+@pytest.mark.parametrize("texts", TEXTS)
+def test_an_inverted_index_refuses_texts(texts):
+    index = _core.InvertedIndex((1.5, 0.75)).appended(u4(1, 2), u8(0, 1, 2), 1)
+    for call in (
+        lambda: index.appended(*texts, 1),
+        lambda: index.search(*texts, 1, None, 1),
+        lambda: index.scores(*texts, 1),
+    ):
+        with pytest.raises(ORDINARY):
+            call()
+
+
+def test_an_inverted_index_refuses_what_does_not_fit():
+    for bm25 in [(-1, 0), (1, 2), (np.nan, 0), (1, np.inf), (1,), 1]:
+        with pytest.raises(ORDINARY):
+            _core.InvertedIndex(bm25)
+    index = _core.InvertedIndex(None).appended(u4(1, 2**32 - 1), u8(0, 1, 2), 1)
+    for keep in (np.ones(1, np.bool_), np.ones(4, np.bool_)[::2], np.ones(2)):
+        with pytest.raises(ORDINARY):
+            index.search(u4(1), u8(0, 1), 1, keep, 1)
+    for k in (-1, 1.5, None):
+        with pytest.raises(ORDINARY):
+            index.search(u4(1), u8(0, 1), k, None, 1)
+    assert index.search(u4(2**32 - 1), u8(0, 1), BIG, None, BIG)[0].tolist() == [[1, 0]]
+    many = np.zeros(2**23, np.uint64)
+    index = _core.InvertedIndex(None).appended(u4(), many, 1)
+    with pytest.raises(ORDINARY, match="queries must be so few"):
+        index.scores(u4(), many, 1)  # 2^49 bytes
+
+
 def test_a_repeated_array_is_not_written_out(core_rows):
     wide = np.broadcast_to(f4(1, 1, 1), (1, 2**42, 1))
     with pytest.raises(ORDINARY):

@@ -16,6 +16,7 @@ ORDER = [
     {"factored", "sklearn"},
     {"store"},
     {"search"},
+    {"text"},
     {"gradients"},
     {"curvature"},
     {"attribution"},

@@ -9,6 +9,7 @@
     Index         rows made ready to be asked often                       (numpy only)
     Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
     hashing       near rows, near duplicates and instances by random codes (numpy only)
+    text          similarity of texts, a baseline and a filter        (numpy only)
     register_layer  teach whence a layer type of your own                 (needs torch)
     evaluate      whether scores are right, beside baselines
 
@@ -17,7 +18,7 @@ Positive score = helpful: training on the example lowers the query's loss.
 
 from typing import TYPE_CHECKING, Any
 
-from whence import errors, evaluate, hashing, report
+from whence import errors, evaluate, hashing, report, text
 from whence._core import HASH_VERSION
 from whence.errors import WhenceError
 from whence.search import Hits, Index, Matrix, Side, Store, open
@@ -61,6 +62,7 @@ __all__ = [
     "record_checkpoints",
     "register_layer",
     "report",
+    "text",
 ]
 
 

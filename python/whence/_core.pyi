@@ -19,6 +19,7 @@ __all__ = [
     "Graph",
     "Hash",
     "HashIndex",
+    "InvertedIndex",
     "Rows",
     "Sketch",
     "code_similarities",
@@ -326,3 +327,30 @@ def duplicate_groups(
 
 def shuffled(numbers: NDArray[np.int64], seed: int, name: str) -> NDArray[np.int64]:
     """Numbers in a random order."""
+
+@final
+class InvertedIndex:
+    """Which documents hold a token, and scores by it: of TF-IDF, or of BM25 with (k1, b).
+
+    Documents and queries are tokens one behind the other, with `starts`, [texts + 1], where each
+    begins and the last ends.
+    """
+
+    def __new__(cls, bm25: tuple[float, float] | None) -> InvertedIndex: ...
+    def appended(
+        self, tokens: NDArray[np.uint32], starts: NDArray[np.uint64], threads: int
+    ) -> InvertedIndex: ...
+    def __len__(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def search(
+        self,
+        tokens: NDArray[np.uint32],
+        starts: NDArray[np.uint64],
+        k: int,
+        eligible: NDArray[np.bool_] | None,
+        threads: int,
+    ) -> tuple[NDArray[np.uint64], NDArray[np.float32]]: ...
+    def scores(
+        self, tokens: NDArray[np.uint32], starts: NDArray[np.uint64], threads: int
+    ) -> NDArray[np.float64]: ...

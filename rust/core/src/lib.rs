@@ -11,6 +11,7 @@
 //! - [`store`]: rows as they lie on disk, encoded and read back.
 //! - [`search`]: the rows with the largest and smallest inner products.
 //! - [`hash`]: random-projection codes, their buckets, and what is near by them.
+//! - [`text`]: which documents share tokens with a query.
 
 #[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
 compile_error!("whence needs a 64-bit little-endian target: its row files are read as they lie");
@@ -27,3 +28,4 @@ pub mod search;
 pub mod sketch;
 pub mod stop;
 pub mod store;
+pub mod text;

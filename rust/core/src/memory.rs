@@ -23,6 +23,16 @@ pub fn filled<T: Copy>(count: usize, value: T) -> Vec<T> {
     values
 }
 
+/// The same; none if there is no room for so many.
+#[must_use]
+pub fn try_filled<T: Copy>(count: usize, value: T) -> Option<Vec<T>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(count).ok()?;
+    advise(&values);
+    values.resize(count, value);
+    Some(values)
+}
+
 /// A copy of values.
 #[must_use]
 pub fn copied<T: Copy>(values: &[T]) -> Vec<T> {
@@ -61,10 +71,14 @@ mod tests {
     fn values_are_those_asked_for_however_many() {
         for count in [0, 1, 1000, LARGE / 8 - 1, LARGE / 8, LARGE / 4 + 12345] {
             assert_eq!(filled(count, 7u64), vec![7; count]);
+            assert_eq!(try_filled(count, 7u64), Some(vec![7; count]));
             let values: Vec<u64> = (0..count as u64).collect();
             let copy = copied(&values);
             assert_eq!(copy, values);
             assert!(with_room::<u64>(count).capacity() >= count);
+        }
+        for count in [1 << 50, usize::MAX] {
+            assert_eq!(try_filled(count, 7u64), None);
         }
     }
 }

@@ -8,6 +8,7 @@ mod norms;
 mod search;
 mod sketch;
 mod store;
+mod text;
 
 use pyo3::prelude::*;
 
@@ -28,6 +29,8 @@ mod _core {
     use super::sketch::{Sketch, instruction_set};
     #[pymodule_export]
     use super::store::{crc32, encode, encode_factors};
+    #[pymodule_export]
+    use super::text::InvertedIndex;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

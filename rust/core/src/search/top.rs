@@ -21,9 +21,9 @@ fn by_smallest(a: &Hit, b: &Hit) -> Ordering {
 
 /// The candidates of one query for the ends that are wanted; examples may come in any order.
 #[derive(Clone, Debug)]
-pub(super) struct Sieve {
+pub(crate) struct Sieve {
     /// A score must be as large to be among the largest.
-    pub(super) above: f32,
+    pub(crate) above: f32,
     /// A score must be as small to be among the smallest.
     pub(super) below: f32,
     largest: Vec<Hit>,
@@ -31,7 +31,7 @@ pub(super) struct Sieve {
 }
 
 impl Sieve {
-    pub(super) fn new(sides: Sides) -> Self {
+    pub(crate) fn new(sides: Sides) -> Self {
         let open = |wanted: bool| if wanted { f32::NEG_INFINITY } else { f32::INFINITY };
         Self {
             above: open(sides.largest),
@@ -59,7 +59,7 @@ impl Sieve {
     }
 
     /// Adds an example, once; of which the first `k` will be asked for.
-    pub(super) fn add(&mut self, hit: Hit, k: usize) {
+    pub(crate) fn add(&mut self, hit: Hit, k: usize) {
         // Zeros of both signs are one score.
         let hit = Hit { score: hit.score + 0.0, ..hit };
         let full = k.saturating_mul(2).max(64);
@@ -83,7 +83,7 @@ impl Sieve {
         self.smallest.extend(other.smallest);
     }
 
-    pub(super) fn finish(self, k: usize) -> Ends {
+    pub(crate) fn finish(self, k: usize) -> Ends {
         Ends {
             largest: finish(self.largest, k, LARGEST),
             smallest: finish(self.smallest, k, SMALLEST),
