@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def images(raw: NDArray[np.uint8]) -> Tensor:
 def perceptron(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -127,9 +128,7 @@ def mlp10k(seeds: int = 5) -> Iterator[Case]:
         model = small()
         states = _states(models, model, (4, 8, 16, 25), seed)
         model.load_state_dict(states["25"])
-        yield Case(
-            model, states, train, test, _cross_entropy(model), truth["masks"], truth["loss"]
-        )
+        yield Case(model, states, train, test, _cross_entropy(model), truth["masks"], truth["loss"])
 
 
 class Speller(nn.Module):

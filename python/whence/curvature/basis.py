@@ -86,14 +86,16 @@ def bases(
         [coordinates, dim] of each checkpoint.
 
     Raises:
-        ArgumentError: If the sample does not span so many directions.
+        ArgumentError: If the sample has fewer examples.
     """
-    if len(spectrum.values) < dim:
+    rank = len(spectrum.values)
+    if rank < dim and rank == len(samples[0]):
         raise ArgumentError(
-            f"dim must be at most {len(spectrum.values)}, the directions that the sample of "
-            f"{len(samples[0])} training examples spans, got {dim}"
+            f"dim must be at most {rank}, the directions that a sample of as many examples "
+            f"spans, got {dim}; fit with a larger sample"
         )
-    mixed = spectrum.mixed[:, :dim]
+    # Fewer directions than columns hold all that the examples differ in: the rest is zero.
+    mixed = torch.nn.functional.pad(spectrum.mixed[:, :dim], (0, max(0, dim - rank)))
     after = torch.eye(dim, dtype=torch.float64)
     if drawn is not None:
         rows = (drawn @ mixed).double()

@@ -248,6 +248,11 @@ class Factors:
         """
         return bases(*self._samples(), self._spectrum, dim, self.drawn, turn)
 
+    @property
+    def rank(self) -> int:
+        """How many directions the sample spans: the widest rows that a learnt basis has."""
+        return len(self._spectrum.values)
+
     def energy(self, dim: int) -> float:
         """The share of the sample's unit rows that the leading `dim` directions hold."""
         values = self._spectrum.values
@@ -256,7 +261,7 @@ class Factors:
     @property
     def suggested_dim(self) -> int:
         """The least of 128, 256, 512, ... whose directions hold three quarters of the sample."""
-        most = len(self._spectrum.values)
+        most = self.rank
         for dim in (128, 256, 512, 1024, 2048):
             if dim <= most and self.energy(dim) >= ENOUGH:
                 return dim
@@ -417,8 +422,8 @@ def merge(parts: Sequence[Factors]) -> Factors:
     first = parts[0]
     if first.stage == "basis" and len(parts) > 1:
         raise ArgumentError(
-            "parts must be fitted up to 'covariance' or 'eigenvalues', got 'basis'; the basis comes "
-            "of one sample: fit it with start= the merged factors"
+            "parts must be fitted up to 'covariance' or 'eigenvalues', got 'basis'; the basis "
+            "comes of one sample: fit it with start= the merged factors"
         )
     for other in parts[1:]:
         for name in ("model", "reduction", "labels", "settings", "stage"):

@@ -304,7 +304,7 @@ class _Fitting:
         for place, (name, state) in enumerate(states.items()):
             at, chosen = factors.checkpoints[place], factors.maps[place]
             with self.at(name, state):
-                mode = true.replaying if averaged else None
+                mode: Callable[[int], Any] | None = true.replaying if averaged else None
                 at.sample = self._coordinates(f"{name}: basis", batches, chosen, mode)
                 if sampled:
                     mode = drawn.replaying if averaged else mixture.replaying

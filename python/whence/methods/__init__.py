@@ -4,6 +4,7 @@ run          a model, its training data and its checkpoints
 method       what every method has
 products     exact products of recomputed gradients
 gradient     GradientDot, GradientCosine, TracInCP: plain products
+dense        GaussNewton: the whole matrix, for small models
 ekfac        Ekfac: influence with the loss's curvature, exact
 stored       EkfacStored: the same from short rows; TwoStage: exact for candidates from them
 sketched     DampedGram, Trak: random sketches and their Gram matrix
@@ -12,6 +13,7 @@ less         Less: cosines of gradients as Adam sees them
 representer  RepresenterPoints: the last layer's logits as a sum over examples
 """
 
+from whence.methods.dense import GaussNewton
 from whence.methods.ekfac import Ekfac
 from whence.methods.gradient import GradientCosine, GradientDot, TracInCP
 from whence.methods.less import Less
@@ -26,6 +28,7 @@ __all__ = [
     "DampedGram",
     "Ekfac",
     "EkfacStored",
+    "GaussNewton",
     "GradientCosine",
     "GradientDot",
     "Less",

@@ -78,7 +78,7 @@ class GradientCosine(GradientDot):
 def products(
     run: Run, closure: Closure, *, squares: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """[queries, examples] products at the present weights; squared norms of queries and examples."""
+    """[queries, examples] products at the present weights; squared norms of both."""
     whole = Whole(LONGEST, dict(pairs_of(run.structure.layers)))
     asked = run.queries(whole, closure)
     queries = asked.capture.accumulator

@@ -80,7 +80,8 @@ class DampedGram(Method):
             with self.run.at(name):
                 queries = self._query(closure)
             found.append((queries.astype(np.float64) @ inverse) @ rows.T)
-        return np.mean(found, axis=0).astype(np.float32)
+        mean: NDArray[np.float32] = np.mean(found, axis=0).astype(np.float32)
+        return mean
 
 
 def _inverse(rows: NDArray[np.float32], damping: float) -> NDArray[np.float64]:
@@ -90,7 +91,7 @@ def _inverse(rows: NDArray[np.float32], damping: float) -> NDArray[np.float64]:
     ridge = damping * float(np.trace(gram)) / len(gram)
     if ridge == 0:
         return np.zeros_like(gram)
-    found: NDArray[np.float64] = np.linalg.inv(gram + ridge * np.eye(len(gram)))
+    found: NDArray[Any] = np.linalg.inv(gram + ridge * np.eye(len(gram)))
     return found
 
 
