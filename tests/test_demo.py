@@ -77,7 +77,8 @@ def test_self_influence_finds_flipped_labels_far_above_chance(done, results):
 
 
 def test_every_ranking_stands_beside_the_plain_loss(results):
-    names = [demo.SELF, demo.TEST, demo.ERRORS, demo.PATH_LOSS, demo.LOSS]
+    plain = [demo.PLAIN_SELF, demo.PLAIN_TEST]
+    names = [demo.SELF, demo.TEST, demo.ERRORS, *plain, demo.PATH_LOSS, demo.LOSS]
     assert list(results["rankings"]) == names
     assert all(0 <= found["auc"] <= 1 for found in results["rankings"].values())
 
@@ -109,7 +110,7 @@ def test_the_page_stands_alone_and_shows_images(page):
     assert "https://" not in page
     images = [a for name, a in elements if name == "img"]
     assert len(images) == demo.SUSPECTS + 2 * demo.QUERIES * (1 + 2 * demo.SHOWN)
-    assert sum(name == "polyline" for name, _ in elements) == 5
+    assert sum(name == "polyline" for name, _ in elements) == 7
 
 
 def test_the_page_marks_exactly_the_flipped_digits_among_its_hits(done, page):

@@ -26,9 +26,10 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from whence.attribution import query
+from whence.curvature import fit_factors
 from whence.errors import ArgumentError
 from whence.evaluate import mislabel_auc, share_found
-from whence.gradients import record
+from whence.gradients import record, record_checkpoints
 from whence.report import chart
 from whence.report.html import (
     Card,
@@ -50,17 +51,19 @@ EVERY = 2  # epochs from one checkpoint to the next
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 BATCH = 32
-DIM = 2048  # width of a stored row; the network has 9,930 trainable values
+DIM = 2048  # width of a plain stored row; the network has 9,930 trainable values
+SHORT = 512  # width of a preconditioned row, of 4 bits a value
 INSPECTED = 0.1  # share of the training examples that a person looks at
 QUERIES = 4  # test digits shown of each kind: wrongly and rightly predicted
 SHOWN = 6  # training digits shown at each end
 TOP = 10  # ends of the ranking in which flipped labels are counted
 SUSPECTS = 14  # digits shown of the highest self-influence
 
-PAGE, RESULTS, STORE = "index.html", "demo.json", "store"
+PAGE, RESULTS, STORE, RIGHT = "index.html", "demo.json", "store", "preconditioned"
 MADE_BY = "whence demo"
 
 SELF, TEST, ERRORS = "self-influence", "harm to all test digits", "harm to the wrongly predicted"
+PLAIN_SELF, PLAIN_TEST = "self-influence, plain", "harm to all test digits, plain"
 LOSS, PATH_LOSS = "last loss (baseline)", "mean loss (baseline)"
 
 Suspicion: TypeAlias = dict[str, NDArray[np.float64]]
@@ -161,10 +164,11 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
     digits = flipped_digits(seed)
     with _one_thread(), torch.random.fork_rng(devices=[]):
         trained = train_and_record(digits, out / STORE, seed)
-        evidence = gather(digits, trained, Store(out / STORE))
+        precondition(digits, trained, out / RIGHT)
+        evidence = gather(digits, trained, Store(out / STORE), Store(out / RIGHT))
     results = {"made_by": MADE_BY, "finished": True, "seed": seed, **figures(evidence)}
     write(out / PAGE, evidence, results)
-    results["page"], results["store"] = str(out / PAGE), str(out / STORE)
+    results["page"], results["store"] = str(out / PAGE), str(out / RIGHT)
     _write_results(out, results)
     return results
 
@@ -186,8 +190,9 @@ def prepare(out: Path, seed: int) -> None:
     # Written first, so that the folder of a demo that was interrupted can be used again.
     _write_results(out, {"made_by": MADE_BY, "seed": seed, "finished": False})
     (out / PAGE).unlink(missing_ok=True)
-    if (out / STORE).exists():
-        shutil.rmtree(out / STORE)
+    for store in (out / STORE, out / RIGHT):
+        if store.exists():
+            shutil.rmtree(store)
 
 
 def flipped_digits(seed: int) -> Digits:
@@ -248,15 +253,38 @@ def train_and_record(digits: Digits, path: Path, seed: int) -> Trained:
     return Trained(model, states, np.stack(losses))
 
 
-def gather(digits: Digits, trained: Trained, store: Store) -> Evidence:
-    """Asks the store about every test digit, then about those for the page."""
+def precondition(digits: Digits, trained: Trained, path: Path) -> None:
+    """Records each training digit once more, with the curvature of the loss: one short row each."""
+    images, labels = digits.pixels(digits.train), torch.from_numpy(digits.labels)
+    loader = list(zip(images.split(100), labels.split(100), strict=True))
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(trained.model(images), labels)
+
+    factors = fit_factors(trained.model, loader, loss, states=trained.states, progress=False)
+    record_checkpoints(
+        trained.model,
+        path,
+        loader,
+        loss,
+        precondition=factors,
+        states=trained.states,
+        ids=digits.train,
+        dim=SHORT,
+        columns=lambda _, labels: {"label": labels},
+        progress=False,
+    )
+
+
+def gather(digits: Digits, trained: Trained, plain: Store, right: Store) -> Evidence:
+    """Asks the stores about every test digit, then one of them about those for the page."""
     images, truth = digits.pixels(digits.test), torch.from_numpy(digits.truth[digits.test])
     with torch.no_grad():
         confidence, predicted = trained.model(images).softmax(1).max(1)
     losses = _losses(trained.model, images, truth)
     mistaken = (predicted != truth).numpy()
 
-    def ask(places: NDArray[np.int64], k: int) -> Hits:
+    def ask(store: Store, places: NDArray[np.int64], k: int) -> Hits:
         return query(
             trained.model,
             store,
@@ -265,15 +293,21 @@ def gather(digits: Digits, trained: Trained, store: Store) -> Evidence:
             states=trained.states,
         )
 
-    # With k as large as the store both ends hold every example, and so every score. The store
-    # numbers its examples in the order they were recorded, which is that of digits.train.
-    whole = ask(np.arange(len(truth)), TRAIN).helpful
-    scores = np.empty(whole.scores.shape)
-    np.put_along_axis(scores, whole.positions, whole.scores.astype(np.float64), axis=1)
+    # With k as large as a store both ends hold every example, and so every score. Stores number
+    # their examples in the order they were recorded, which is that of digits.train.
+    def all_scores(store: Store) -> NDArray[np.float64]:
+        whole = ask(store, np.arange(len(truth)), TRAIN).helpful
+        found = np.empty(whole.scores.shape)
+        np.put_along_axis(found, whole.positions, whole.scores.astype(np.float64), axis=1)
+        return found
+
+    scores = all_scores(right)
     suspicion = {
-        SELF: store.self_influence().astype(np.float64),
+        SELF: right.self_influence().astype(np.float64),
         TEST: -scores.sum(axis=0),
         ERRORS: -scores[mistaken].sum(axis=0),
+        PLAIN_SELF: plain.self_influence().astype(np.float64),
+        PLAIN_TEST: -all_scores(plain).sum(axis=0),
         PATH_LOSS: trained.losses.mean(axis=0),
         LOSS: trained.losses[-1],
     }
@@ -288,7 +322,7 @@ def gather(digits: Digits, trained: Trained, store: Store) -> Evidence:
         scores,
         suspicion,
         shown,
-        ask(shown, SHOWN),
+        ask(right, shown, SHOWN),
     )
 
 
@@ -399,8 +433,9 @@ def write(path: Path, evidence: Evidence, results: dict[str, Any]) -> None:
             f"Before training, {results['flipped']} training labels picked at random were turned "
             f"into another digit. The network predicts {results['test_accuracy']:.1%} of the test "
             "digits rightly.",
-            f"The gradient of each training digit was recorded at {EPOCHS // EVERY} checkpoints. "
-            "From these the page tells which training labels look wrong, and which training "
+            f"The gradient of each training digit was recorded at {EPOCHS // EVERY} checkpoints, "
+            "plain, and preconditioned by the curvature of the loss in one short row for all of "
+            "them. From these the page tells which training labels look wrong, and which training "
             "digits helped and harmed a prediction.",
         ],
         before=[_labels_section(evidence, results), _suspects_section(evidence)],
@@ -443,7 +478,7 @@ def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
             _verdict(results, minus="\N{MINUS SIGN}"),
             terms(_meanings(results)),
             f"{ends} By chance it would be {chance}. A wrong label has a large "
-            "gradient, and the plain product puts large gradients at both ends.",
+            "gradient, which stands at both ends: it helps what looks alike and is labelled so.",
         ],
     )
 
@@ -451,12 +486,15 @@ def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
 def _meanings(results: dict[str, Any]) -> dict[str, str]:
     """What each ranking is, in words."""
     meanings = {
-        SELF: "the score of each training digit for itself: the squared length of its gradient, "
-        "summed over the checkpoints, times the learning rate",
+        SELF: "the score of each training digit for itself, preconditioned: the squared length "
+        "of its row",
         TEST: f"the scores of each training digit for all {results['test']} test digits, summed, "
         "with the sign turned; needs test labels that are right",
         ERRORS: f"the same over the {results['wrongly_predicted']} test digits that the network "
         "gets wrong",
+        PLAIN_SELF: "self-influence by plain gradient products, the weak baseline: squared "
+        "lengths of gradients, summed over the checkpoints, times the learning rate",
+        PLAIN_TEST: "harm to all test digits by plain gradient products, the weak baseline",
         PATH_LOSS: "the loss of each training digit, averaged over the same checkpoints; needs no "
         "gradient",
         LOSS: "the loss of each training digit after the last epoch; needs no gradient",
@@ -549,8 +587,9 @@ def _verdict(results: dict[str, Any], minus: str = "-") -> str:
     differences = f"AUC {auc:+.4f}, found {100 * found:+.1f} percentage points"
     return (
         f"First by AUC: {best}. Self-influence minus the mean loss: "
-        f"{differences.replace('-', minus)}. The scores are plain gradient products, the weak "
-        "baseline among gradient methods; this is one seed on one small data set."
+        f"{differences.replace('-', minus)}. Scores are EK-FAC influence where nothing else is "
+        "said; plain gradient products are the weak baseline. This is one seed on one small data "
+        "set."
     )
 
 
