@@ -166,6 +166,10 @@ class Statistics(BlockMap):
         known = {key: each.rotate(self.examples[0], self.dtype) for key, each in self.known.items()}
         return Statistics(self.longest, self.pairs, known, [self.examples[0], 0], self.dtype)
 
+    def widen(self, dtype: torch.dtype) -> None:
+        """Notes the type of a gradient: float64 once one is."""
+        self.dtype = torch.promote_types(self.dtype, dtype)
+
     def accumulator(self, batch: int, names: Any = None) -> BlockAccumulator:
         """What takes a batch in the present pass."""
         return _Squares(self, batch) if self.is_rotated else _Covariances(self, batch)
@@ -243,7 +247,7 @@ class _Covariances(BlockAccumulator):
         outputs, inputs = (right, left) if block.ones == "left" else (left, right)
         counted = (outputs != 0).any(1).to(inputs.dtype)
         known.terms += float(counted.sum())
-        self.map.dtype = inputs.dtype
+        self.map.widen(inputs.dtype)
         sides = (known.right, known.left) if block.ones == "left" else (known.left, known.right)
         if sides[0] is not None and sides[1] is not None:
             self._left.append((sides[0], outputs))
@@ -256,6 +260,7 @@ class _Covariances(BlockAccumulator):
         """The covariance of a row's gradient."""
         known = self.map.known[block.key]
         flat = values.flatten(0, 1)
+        self.map.widen(values.dtype)
         given = flat * (indices.reshape(-1, 1) >= 0)
         known.terms += float((given != 0).any(1).sum())
         if known.left is not None:

@@ -41,7 +41,9 @@ class Side:
         return sum(matrix.shape[1] for _, _, matrix in self.parts)
 
     def project(self, values: Tensor, *, one: bool = False) -> Tensor:
-        """[..., length] to [..., columns], with the constant one if `one`."""
+        """[..., length] to [..., columns], with the constant one if `one`; in the columns' type."""
+        if self.parts:  # rules of norms and biases hand over float32, of a float64 model too
+            values = values.to(self.parts[0][2].dtype)
         found = [values[..., first:end] @ matrix for first, end, matrix in self.parts]
         projected = found[0] if len(found) == 1 else torch.cat(found, -1)
         return projected + self.ones if one and self.ones is not None else projected
