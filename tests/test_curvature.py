@@ -20,9 +20,11 @@ from curvature_oracle import (
     wide,
 )
 from torch import nn
+from torch.func import functional_call, jacrev
 
 import whence
 from whence import errors
+from whence.curvature.labels import DrawnLabels
 
 
 def fit(model, loader, loss=squares, **options):
@@ -123,3 +125,450 @@ def test_uncorrected_eigenvalues_are_products(name):
         kronecker = torch.kron(left, right)
         vectors = torch.kron(dense(block.left, block.shape[0]), dense(block.right, block.shape[1]))
         assert close(vectors @ torch.diag(values.flatten()) @ vectors.T, kronecker, 1e-6)
+
+
+# Labels
+
+
+def moment(values, loss, draws=100_000):
+    """[outputs, outputs] mean of δ δᵀ over drawn labels, for one example's outputs."""
+    out = values.expand(draws, *values.shape).clone().requires_grad_()
+    with DrawnLabels(0):
+        total = loss(out)
+    delta = torch.autograd.grad(total, out)[0].flatten(1).double()
+    return delta.T @ delta / draws
+
+
+def hessian(loss, values):
+    return jacrev(jacrev(loss))(values.double()).reshape(values.numel(), values.numel())
+
+
+def negative_log_likelihood(values):
+    return -values.log_softmax(0)[0].sum()
+
+
+CLASSES = torch.zeros(100_000, dtype=torch.long)
+NUMBERS = torch.zeros(100_000, 4)
+DRAWS = {
+    "cross_entropy": (
+        lambda out: F.cross_entropy(out, CLASSES, reduction="sum"),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "cross_entropy of label smoothing": (
+        lambda out: F.cross_entropy(out, CLASSES, reduction="sum", label_smoothing=0.3),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "cross_entropy of probabilities": (
+        lambda out: F.cross_entropy(out, NUMBERS + 0.25, reduction="sum"),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "the module": (
+        lambda out: nn.CrossEntropyLoss(reduction="sum")(out, CLASSES),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "nll_loss": (
+        lambda out: F.nll_loss(out.log_softmax(-1), CLASSES, reduction="sum"),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "binary_cross_entropy_with_logits": (
+        lambda out: F.binary_cross_entropy_with_logits(out, NUMBERS, reduction="sum"),
+        lambda out: F.binary_cross_entropy_with_logits(out, 0 * out, reduction="sum"),
+    ),
+    "binary_cross_entropy": (
+        lambda out: F.binary_cross_entropy(out.sigmoid(), NUMBERS, reduction="sum"),
+        lambda out: F.binary_cross_entropy_with_logits(out, 0 * out, reduction="sum"),
+    ),
+    "mse_loss, summed": (
+        lambda out: F.mse_loss(out, NUMBERS, reduction="sum"),
+        lambda out: F.mse_loss(out, 0 * out, reduction="sum"),
+    ),
+    "mse_loss, the mean over outputs": (
+        lambda out: len(out) * F.mse_loss(out, NUMBERS),
+        lambda out: F.mse_loss(out, 0 * out),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_drawn_labels_give_the_gauss_newton_matrix(name):
+    many, one = DRAWS[name]
+    values = torch.tensor([0.3, -1.2, 0.8, 0.1])
+    expected = hessian(one, values)  # of the loss in the outputs: JᵀHJ is the Gauss-Newton matrix
+    assert float((moment(values, many) - expected).abs().max()) < 0.02 * float(expected.max())
+
+
+def test_factors_of_drawn_labels_are_those_of_the_gauss_newton_matrix():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x = torch.randn(5, 3).double()
+    many = x.repeat(4000, 1)
+    loader = [(many, torch.zeros(len(many), dtype=torch.long))]
+    factors = fit(model, loader, lambda m, x, y: F.cross_entropy(m(x), y), labels="sampled")
+    weights = dict(model.named_parameters())
+    for key, each in known(factors).items():
+        name = key[0].removesuffix("weight")
+        own = {part: weights[name + part].detach() for part in ("weight", "bias")}
+        exact = 0.0
+        for example in x:
+
+            def outputs(own, name=name, example=example):
+                given = {name + part: value for part, value in own.items()}
+                return functional_call(model, given, (example[None],))[0]
+
+            jacobian = jacrev(outputs)(own)
+            joined = torch.cat([jacobian["weight"], jacobian["bias"][..., None]], 2).flatten(1)
+            exact = exact + joined.T @ hessian(negative_log_likelihood, outputs(own)) @ joined
+        block = each.block
+        vectors = torch.kron(dense(block.left, block.shape[0]), dense(block.right, block.shape[1]))
+        values = (vectors.T @ (exact.detach() / len(x)) @ vectors).diagonal()
+        assert close(factors.eigenvalues()[key].flatten(), values, 0.05)
+
+
+def test_ignored_positions_stay_ignored():
+    out = torch.randn(2, 3, 4, requires_grad=True)
+    y = torch.tensor([[0, -1, 2, 1], [-1, -1, 0, 0]])
+    with DrawnLabels(0):
+        F.cross_entropy(out, y, ignore_index=-1, reduction="sum").backward()
+    assert torch.equal((out.grad == 0).all(1), y == -1)
+
+
+@pytest.mark.parametrize(
+    "shape", [((4,), ()), ((5, 4), (5,)), ((5, 4, 3), (5, 3)), ((5, 4, 3, 2), (5, 3, 2))]
+)
+def test_classes_are_drawn_for_every_position(shape):
+    values = torch.full(shape[0], -50.0)
+    likely = torch.randint(0, 4, shape[1])
+    classes = min(1, values.dim() - 1)
+    values.scatter_(classes, likely.unsqueeze(classes), 50.0)
+    with DrawnLabels(0):
+        found = F.cross_entropy(values, torch.zeros(shape[1], dtype=torch.long))
+    assert found == 0  # the class that was drawn is the one of probability one
+
+
+def test_empirical_labels_are_the_true_ones():
+    torch.manual_seed(6)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(9, 4).double(), torch.randint(0, 3, (9,))
+    factors = fit(model, batches(x, y), lambda m, x, y: F.cross_entropy(m(x), y))
+    delta = model(x).detach().softmax(1) - F.one_hot(y, 3)
+    assert close(known(factors)["weight", 0, "outer"].left.sums[0], delta.T @ delta, 1e-12)
+
+
+def test_the_same_seed_draws_the_same_labels_whatever_was_drawn_before():
+    model, x = nn.Linear(4, 3), torch.randn(9, 4)
+    loader = batches(x, torch.zeros(9, dtype=torch.long))
+
+    def found(seed):
+        torch.rand(seed + 3)
+        before = torch.get_rng_state()
+        factors = fit(
+            model,
+            loader,
+            lambda m, x, y: F.cross_entropy(m(x), y),
+            labels="sampled",
+            seed=seed,
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+        return factors.eigenvalues()["weight", 0, "outer"]
+
+    assert torch.equal(found(1), found(1))
+    assert not torch.equal(found(1), found(2))
+
+
+@pytest.mark.parametrize(
+    ("what", "loss"),
+    [
+        ("another", lambda m, x, y: -m(x).log_softmax(1)[:, 0].mean()),
+        ("weight", lambda m, x, y: F.cross_entropy(m(x), y, weight=torch.ones(3))),
+        (
+            "pos_weight",
+            lambda m, x, y: F.binary_cross_entropy_with_logits(
+                m(x), m(x).detach(), pos_weight=torch.ones(3)
+            ),
+        ),
+    ],
+)
+def test_a_loss_whose_labels_cannot_be_drawn_is_named(what, loss):
+    loader = batches(torch.randn(9, 4), torch.zeros(9, dtype=torch.long))
+    with pytest.raises(errors.LayerError, match=f"{what}.*labels='empirical'"):
+        fit(nn.Linear(4, 3), loader, loss, labels="sampled")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, x, y: F.cross_entropy(m(x), y),
+        lambda m, x, y: F.mse_loss(m(x), torch.zeros(len(x), 3)),
+        lambda m, x, y: F.binary_cross_entropy_with_logits(m(x), torch.zeros(len(x), 3)),
+    ],
+)
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+def test_what_is_not_finite_is_named(loss, labels):
+    x = torch.randn(9, 4)
+    x[4] = torch.nan
+    loader = batches(x, torch.zeros(9, dtype=torch.long))
+    with pytest.raises(errors.NotFiniteError, match="example 1 of a batch"):
+        fit(nn.Linear(4, 3), loader, loss, labels=labels)
+
+
+# What is made of factors
+
+
+def test_linear_regression_of_unit_residuals_is_solved_exactly():
+    torch.manual_seed(7)
+    x = torch.randn(40, 6).double()
+    model = nn.Linear(6, 1).double()
+    y = model(x).detach() + torch.randint(0, 2, (40, 1)) * 2 - 1
+    loader = batches(x, y, sizes=(13, 20, 7))
+    factors = fit(model, loader, lambda m, x, y: 0.5 * F.mse_loss(m(x), y))
+    joined = torch.cat([x, torch.ones(40, 1, dtype=x.dtype)], 1)
+    curvature = joined.T @ joined / 40
+    [(values, damping)] = factors.damped().values()
+    assert damping == pytest.approx(0.1 * float(curvature.trace()) / 7, rel=1e-12)
+    exact = torch.linalg.solve(curvature + damping * torch.eye(7, dtype=x.dtype), joined.T)
+    block = next(iter(known(factors).values())).block
+    rotated = joined @ dense(block.right, 6) * float(dense(block.left, 1))
+    found = rotated / (values + damping) @ rotated.T
+    assert float((found - joined @ exact).abs().max()) < 1e-10
+
+
+def test_damping_is_a_share_of_the_mean_eigenvalue_of_each_block():
+    model, loss, x = case("layer norm")
+    for damping in (0.1, 0.03):
+        factors = fit(model, batches(x), loss, damping=damping)
+        exact = exact_gradients(model, loss, x)
+        for key, (values, added) in factors.damped().items():
+            gradients = block_gradients(exact[key[2]], known(factors)[key].block)
+            mean = float(gradients.square().sum((1, 2)).mean()) / values.numel()
+            assert added == pytest.approx(damping * mean, rel=1e-5)
+
+
+def chosen(factors):
+    """{(block's key, left, right)} that are kept, by the scales that name them."""
+    found = set()
+    for choice in factors.maps[0].choices:
+        values, damping = factors.damped()[choice.block.key]
+        scales = (values + damping).rsqrt().float()
+        for scale in choice.scales:
+            place = torch.nonzero(scales == scale)
+            assert len(place) == 1
+            found.add((choice.block.key, *place[0].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("name", ["perceptron", "conv2d grouped", "layer norm"])
+def test_the_coordinates_of_largest_share_are_kept(name, corrected):
+    model, loss, x = case(name)
+    factors = fit(model, batches(x), loss, coordinates=17, corrected=corrected)
+    shares = {
+        (key, *place): float(share)
+        for key, (values, damping) in factors.damped().items()
+        for place, share in np.ndenumerate((values / (values + damping)).numpy())
+    }
+    found = chosen(factors)
+    assert len(found) == factors.maps[0].width == 17
+    assert min(shares[each] for each in found) >= max(
+        share for each, share in shares.items() if each not in found
+    )
+
+
+def test_only_leading_eigenvectors_of_weights_are_used():
+    model, loss, x = case("perceptron")
+    factors = fit(model, batches(x), loss, coordinates=1000, leading=0.5)
+    found = chosen(factors)
+    sizes = {key: each.shape for key, each in factors.eigenvalues().items()}
+    expected = {
+        (key, row, column)
+        for key, (rows, columns) in sizes.items()
+        for row in range(round(rows / 2))
+        for column in range(round(columns / 2))
+        if factors.eigenvalues()[key][row, column] > 0
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["linear over positions", "conv2d", "conv1d transposed"])
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_long_sides_are_cut_in_stretches(name, longest):
+    model, loss, x = case(name)
+    factors = fit(model, batches(x), loss, longest=longest)
+    observed = positions(model, loss, x)
+    exact = exact_gradients(model, loss, x)
+    for key, each in known(factors).items():
+        block = each.block
+        outputs, inputs, _ = covariances(observed[key], bias=block.bias is not None)
+        left, right = (outputs, inputs) if block.ones == "right" else (inputs, outputs)
+        for side, length, whole in (
+            (block.left, block.shape[0], left),
+            (block.right, block.shape[1], right),
+        ):
+            assert [end - first for first, end, _ in side.parts] <= [longest] * len(side.parts)
+            assert len(side.parts) == -(-length // longest)
+            diagonal = torch.zeros_like(whole)  # the blocks, the constant one with the last
+            for first, end, _ in side.parts:
+                end = len(whole) if end == length else end
+                diagonal[first:end, first:end] = whole[first:end, first:end]
+            vectors = dense(side, length)
+            values = vectors.T @ diagonal @ vectors
+            assert close(vectors.T @ vectors, torch.eye(len(vectors), dtype=torch.float64), 1e-9)
+            assert close(values, torch.diag(values.diagonal()), 1e-9)
+        gradients = rotated_gradients(exact["outer"], block)
+        assert close(factors.eigenvalues()[key], gradients.square().mean(0))
+
+
+def test_weights_of_checkpoints_are_shares():
+    model, loss, x = case("perceptron")
+    states = {name: wide(case("perceptron")[0]).state_dict() for name in "ab"}
+    factors = fit(model, batches(x), loss, states=states, weights={"b": 3, "a": 1.0})
+    assert [(at.name, at.weight) for at in factors.checkpoints] == [("a", 0.25), ("b", 0.75)]
+    for index, name in enumerate("ab"):
+        model.load_state_dict(states[name])
+        alone = fit(model, batches(x), loss)
+        found = factors.eigenvalues(index)
+        assert all(torch.equal(each, found[key]) for key, each in alone.eigenvalues().items())
+
+
+def test_the_model_is_afterwards_as_before():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    x = torch.randn(9, 4)
+    model(x).sum().backward()
+    before = [each.clone() for each in model.state_dict().values()]
+    gradients = [each.grad.clone() for each in model.parameters()]
+    states = {name: wide(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).float() for name in "ab"}
+    random = torch.get_rng_state()
+    fit(model, batches(x), states={name: each.state_dict() for name, each in states.items()})
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert all(map(torch.equal, gradients, (each.grad for each in model.parameters())))
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert not model[0]._forward_hooks
+    assert model[2].training
+
+
+# Shards
+
+
+def same(one, other):
+    """Whether all arrays of two factors are the same, bit for bit."""
+    for first, second in zip(one.checkpoints, other.checkpoints, strict=True):
+        assert (first.name, first.digest, first.weight) == (
+            second.name,
+            second.digest,
+            second.weight,
+        )
+        assert first.statistics.examples == second.statistics.examples
+        assert first.statistics.pairs == second.statistics.pairs
+        assert list(first.statistics.known) == list(second.statistics.known)
+        for mine, its in zip(known(one).values(), known(other).values(), strict=True):
+            assert mine.terms == its.terms
+            for name in ("left", "right"):
+                sides = [getattr(each, name) for each in (mine, its)]
+                assert (sides[0] is None) == (sides[1] is None)
+                if sides[0] is not None:
+                    assert sides[0].ranges == sides[1].ranges
+                    assert all(map(torch.equal, sides[0].sums, sides[1].sums))
+                vectors = [getattr(each.block, name) for each in (mine, its)]
+                assert (vectors[0] is None) == (vectors[1] is None)
+                if vectors[0] is not None:
+                    for (_, _, a), (_, _, b) in zip(vectors[0].parts, vectors[1].parts, strict=True):
+                        assert torch.equal(a, b)
+                        assert a.dtype == b.dtype
+                    assert (vectors[0].ones is None) == (vectors[1].ones is None)
+                    assert vectors[0].ones is None or torch.equal(vectors[0].ones, vectors[1].ones)
+            for name in ("kronecker", "squares"):
+                values = [getattr(each, name) for each in (mine, its)]
+                assert (values[0] is None) == (values[1] is None)
+                assert values[0] is None or torch.equal(*values)
+        assert (first.sample is None) == (second.sample is None)
+        assert first.sample is None or torch.equal(first.sample, second.sample)
+    return (one.model, one.reduction, one.labels, one.settings, one.stage) == (
+        other.model,
+        other.reduction,
+        other.labels,
+        other.settings,
+        other.stage,
+    )
+
+
+@pytest.mark.parametrize("name", ["perceptron", "embedding", "layer norm", "tied"])
+def test_merged_shards_are_as_one_fit(name):
+    model, loss, x = case(name)
+    whole = fit(model, batches(x), loss)
+    shards = [batches(x[:3], sizes=(3,)), batches(x[3:], sizes=(4, 2))]
+    merged = None
+    for stage in ("covariance", "eigenvalues", "basis"):
+        parts = [fit(model, shard, loss, start=merged, until=stage) for shard in shards]
+        merged = whence.Factors.merge(parts)
+        assert merged.stage == stage
+    for key, each in known(whole).items():
+        assert known(merged)[key].terms == each.terms
+        assert close(merged.eigenvalues()[key], whole.eigenvalues()[key])
+    assert merged.checkpoints[0].statistics.examples == [9, 9]
+    gram = [each.checkpoints[0].sample @ each.checkpoints[0].sample.T for each in (whole, merged)]
+    assert close(gram[1], gram[0], 1e-3)
+
+
+def test_a_merge_changes_none_of_its_parts():
+    model, loss, x = case("perceptron")
+    parts = [fit(model, [(half,)], loss, until="covariance") for half in (x[:4], x[4:])]
+    before = known(parts[0])["0.weight", 0, "outer"].left.sums[0].clone()
+    merged = whence.Factors.merge(parts)
+    fit(model, batches(x), loss, start=merged)
+    assert torch.equal(known(parts[0])["0.weight", 0, "outer"].left.sums[0], before)
+    assert known(merged)["0.weight", 0, "outer"].squares is None
+
+
+def other_model():
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).double()
+
+
+OTHERS = {
+    "model": lambda m, x: fit(m, batches(x), until="covariance", layers="0"),
+    "labels": lambda m, x: fit(
+        m, batches(x), lambda m, x: F.mse_loss(m(x), m(x)), until="covariance", labels="sampled"
+    ),
+    "reduction": lambda m, x: fit(m, batches(x), until="covariance", reduction="sum"),
+    "longest": lambda m, x: fit(m, batches(x), until="covariance", longest=2),
+    "weights": lambda m, x: fit(wide(m), batches(x), until="covariance"),
+    "settings": lambda m, x: fit(m, batches(x), until="covariance", damping=0.2),
+    "stage": lambda m, x: fit(m, batches(x), until="eigenvalues"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_parts_of_other_models_and_settings_do_not_merge(what):
+    model, _, x = case("perceptron")
+    parts = [fit(model, batches(x), until="covariance"), OTHERS[what](model, x)]
+    with pytest.raises(errors.MismatchError, match=f"parts must .*{what}"):
+        whence.Factors.merge(parts)
+
+
+def test_parts_of_other_eigenbases_do_not_merge():
+    model, _, x = case("perceptron")
+    parts = [fit(model, [(half,)], until="eigenvalues") for half in (x[:4], x[4:])]
+    with pytest.raises(errors.ArgumentError, match="one eigenbasis"):
+        whence.Factors.merge(parts)
+    merged = whence.Factors.merge([fit(model, [(each,)], until="covariance") for each in (x[:4], x[4:])])
+    parts = [fit(model, [(half,)], start=merged) for half in (x[:4], x[4:])]
+    with pytest.raises(errors.ArgumentError, match="one set of eigenvalues"):
+        whence.Factors.merge(parts)
+    with pytest.raises(errors.ArgumentError, match="parts must be at least one"):
+        whence.Factors.merge([])
+
+
+@pytest.mark.parametrize("what", ["model", "labels", "reduction", "longest", "weights"])
+def test_a_start_of_another_model_or_setting_is_refused(what):
+    model, _, x = case("perceptron")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    start = OTHERS[what](model, x)
+    model.load_state_dict(state)
+    with pytest.raises(errors.MismatchError, match=f"start must .*{what}"):
+        fit(model, batches(x), start=start)
+
+
+def test_a_start_without_the_checkpoint_is_refused():
+    model, _, x = case("perceptron")
+    start = fit(model, batches(x), until="covariance")
+    with pytest.raises(errors.CheckpointError, match="'late'"):
+        fit(model, batches(x), start=start, states={"late": model.state_dict()})

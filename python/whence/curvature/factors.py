@@ -292,10 +292,10 @@ class Factors:
 
         Sums of covariances, or of second moments in one eigenbasis: first merge what was fitted
         up to "covariance", give it to each shard as `start` to fit up to "eigenvalues", and merge
-        again. Samples for the basis follow each other.
+        again; and once more for "basis", whose samples follow each other.
 
         Raises:
-            ArgumentError: If there are none, or of another stage or eigenbasis.
+            ArgumentError: If there are none, or of other eigenvectors or eigenvalues.
             MismatchError: If they are of other models, settings or weights.
         """
         return merge(parts)
@@ -419,11 +419,14 @@ def merge(parts: Sequence[Factors]) -> Factors:
             (at.name, at.digest) for at in other.checkpoints
         ]:
             raise MismatchError("parts must be of the same checkpoints and weights, got others")
+        lengths = [{at.statistics.longest for at in part.checkpoints} for part in (first, other)]
+        if lengths[0] != lengths[1]:
+            raise MismatchError(f"parts must have one longest, got {lengths[0]} and {lengths[1]}")
     checkpoints = []
     for ats in zip(*(part.checkpoints for part in parts), strict=True):
         samples = [at.sample for at in ats if at.sample is not None]
         joined = torch.cat(samples) if samples else None
-        statistics = _summed([at.statistics for at in ats])
+        statistics = _summed([at.statistics for at in ats], first.stage)
         checkpoints.append(replace(ats[0], statistics=statistics, sample=joined))
     return Factors(
         first.model, first.reduction, first.labels, first.settings, checkpoints, first.stage
@@ -435,9 +438,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _summed(parts: Sequence[Statistics]) -> Statistics:
+def _summed(parts: Sequence[Statistics], stage: str) -> Statistics:
     """Statistics of all the data."""
     first = parts[0]
+    if stage == "basis":  # the shards' samples are of one map, if all know the eigenvalues of all
+        for part in parts[1:]:
+            _refuse_others(first, part)
+        return first
     known: dict[tuple[str, int, str], BlockStatistics] = {}
     for part in parts:
         for key, each in part.known.items():
@@ -452,6 +459,25 @@ def _summed(parts: Sequence[Statistics]) -> Statistics:
         [first.examples[0] if rotated else sum(examples), sum(p.examples[1] for p in parts)],
         first.dtype,
     )
+
+
+def _refuse_others(one: Statistics, other: Statistics) -> None:
+    """Nothing, if both have the same eigenvalues.
+
+    Raises:
+        ArgumentError: If not.
+    """
+    theirs = {key: each.squares for key, each in other.known.items()}
+    for key, each in one.known.items():
+        mine, its = each.squares, theirs.pop(key, None)
+        if mine is None or its is None or not torch.equal(mine, its):
+            theirs[key] = its
+            break
+    if theirs or one.examples != other.examples:
+        raise ArgumentError(
+            "parts must have one set of eigenvalues, got others; merge what was fitted up to "
+            "'eigenvalues' first, and fit each shard on with start="
+        )
 
 
 def _added(one: BlockStatistics, other: BlockStatistics) -> BlockStatistics:

@@ -151,6 +151,8 @@ def fit_factors(
     loaded: dict[str, State | None] = {"0": None} if states is None else dict(states)
     shares = shares_of(weights, list(loaded))
     described = fitting.structure.describe()
+    if start is not None:
+        _refuse_start(start, Factors(described, reduction, labels, settings, [], until), longest)
     kept = None if path is None else Progress(_arrays.path("path", path))
     found = []
     for number, (name, state) in enumerate(loaded.items()):
@@ -183,6 +185,29 @@ def shares_of(weights: Mapping[str, float] | None, names: Sequence[str]) -> dict
         name: _arrays.number(f"weights[{name!r}]", weights[name], positive=True) for name in names
     }
     return {name: value / sum(given.values()) for name, value in given.items()}
+
+
+def _refuse_start(start: Any, wanted: Factors, longest: int) -> None:
+    """Nothing, if factors can be gone on from.
+
+    Raises:
+        DtypeError: If it is something else.
+        ArgumentError: If they were fitted further than is asked for.
+        MismatchError: If they are of another model or setting.
+    """
+    if not isinstance(start, Factors):
+        raise DtypeError(f"start must be Factors, got {_arrays.describe(start)}")
+    if STAGES.index(start.stage) > STAGES.index(wanted.stage):
+        raise ArgumentError(
+            f"start must be factors up to {wanted.stage!r} at most, got some up to {start.stage!r}"
+        )
+    pairs = [(name, getattr(start, name), getattr(wanted, name)) for name in ("reduction", "labels")]
+    pairs += [("longest", at.statistics.longest, longest) for at in start.checkpoints]
+    for name, there, here in pairs:
+        if there != here:
+            raise MismatchError(f"start must be of the same {name}, {here!r}, got {there!r}")
+    if start.model != wanted.model:
+        raise MismatchError("start must be of the same model and layers, got others")
 
 
 def _before(start: Factors, name: str) -> At:

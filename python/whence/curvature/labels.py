@@ -42,6 +42,14 @@ class DrawnLabels(TorchFunctionMode):
         call = inspect.signature(function).bind(*args, **(kwargs or {}))
         call.apply_defaults()
         given = call.arguments
+        for name in ("weight", "pos_weight"):
+            if given.get(name) is not None:  # of the label drawn, not of the true one: another loss
+                raise LayerError(
+                    f"loss must be without {name} for labels='sampled', got one; pass "
+                    "labels='empirical' to use the true labels"
+                )
+        if "label_smoothing" in given:  # has no share in the curvature, but would in drawn labels
+            given["label_smoothing"] = 0.0
         values: Tensor = given["input"]
         with torch.no_grad():
             given["target"] = draw(values.detach(), given, self._generator(values.device))
@@ -71,6 +79,7 @@ def _categories(values: Tensor, given: dict[str, Any], generator: torch.Generato
     """Classes by softmax over dimension 1, or 0 of a single example."""
     target, classes = given["target"], min(1, values.dim() - 1)
     probabilities = values.movedim(classes, -1).float().softmax(-1)
+    probabilities = probabilities.nan_to_num(1.0)  # whose loss is NaN, and named with its example
     flat = probabilities.reshape(-1, probabilities.shape[-1])
     drawn = torch.multinomial(flat, 1, generator=generator).reshape(probabilities.shape[:-1])
     if target.is_floating_point():  # a probability of each class
@@ -90,7 +99,8 @@ def _normal(values: Tensor, given: dict[str, Any], generator: torch.Generator) -
 
 def _coins(values: Tensor, given: dict[str, Any], generator: torch.Generator) -> Tensor:
     """Of probabilities."""
-    drawn: Tensor = torch.bernoulli(values.float(), generator=generator)
+    probabilities = values.float().nan_to_num().clamp(0, 1)  # the loss itself refuses others
+    drawn: Tensor = torch.bernoulli(probabilities, generator=generator)
     target: Tensor = given["target"]
     return drawn.to(target.dtype)
 
