@@ -19,6 +19,8 @@ from curvature_oracle import (
     squares,
     wide,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, jacrev
 
@@ -28,8 +30,8 @@ from whence.curvature.labels import DrawnLabels
 
 
 def fit(model, loader, loss=squares, **options):
-    given = {"labels": "empirical", "sample": 9, "progress": False, **options}
-    return whence.fit_factors(model, loader, lambda *batch: loss(model, *batch), **given)
+    options = {"labels": "empirical", "sample": 9, "progress": False, **options}
+    return whence.fit_factors(model, loader, lambda *batch: loss(model, *batch), **options)
 
 
 @cache
@@ -212,8 +214,8 @@ def test_factors_of_drawn_labels_are_those_of_the_gauss_newton_matrix():
         for example in x:
 
             def outputs(own, name=name, example=example):
-                given = {name + part: value for part, value in own.items()}
-                return functional_call(model, given, (example[None],))[0]
+                weights = {name + part: value for part, value in own.items()}
+                return functional_call(model, weights, (example[None],))[0]
 
             jacobian = jacrev(outputs)(own)
             joined = torch.cat([jacobian["weight"], jacobian["bias"][..., None]], 2).flatten(1)
@@ -572,3 +574,132 @@ def test_a_start_without_the_checkpoint_is_refused():
     start = fit(model, batches(x), until="covariance")
     with pytest.raises(errors.CheckpointError, match="'late'"):
         fit(model, batches(x), start=start, states={"late": model.state_dict()})
+
+
+def test_a_start_that_went_further_is_refused():
+    model, _, x = case("perceptron")
+    start = fit(model, batches(x), until="eigenvalues")
+    with pytest.raises(errors.ArgumentError, match="'covariance' at most"):
+        fit(model, batches(x), start=start, until="covariance")
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", [*NAMES, "no coordinates of a block"])
+@pytest.mark.parametrize("until", ["covariance", "eigenvalues", "basis"])
+def test_saved_factors_are_read_as_they_were(tmp_path, name, until):
+    model, loss, x = case("perceptron" if name not in NAMES else name)
+    factors = fit(model, batches(x), loss, until=until, coordinates=1 if name not in NAMES else 99)
+    assert factors.save(tmp_path / "factors") == tmp_path / "factors"
+    assert same(whence.Factors.load(tmp_path / "factors"), factors)
+
+
+def test_saving_never_overwrites(tmp_path):
+    model, loss, x = case("perceptron")
+    factors = fit(model, batches(x), loss)
+    factors.save(tmp_path / "factors")
+    with pytest.raises(errors.StoreError, match="path must be new"):
+        factors.save(tmp_path / "factors")
+    with pytest.raises(errors.StoreError, match="saved factors"):
+        whence.Factors.load(tmp_path)
+    with pytest.raises(errors.StoreError, match="saved factors"):
+        whence.Factors.load(tmp_path / "nothing")
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_damaged_factors_are_named(saved, data):
+    files = sorted(saved.iterdir())
+    path = data.draw(st.sampled_from(files))
+    content = path.read_bytes()
+    kind = data.draw(st.sampled_from(["bit", "cut", "gone", "longer"]))
+    place = data.draw(st.integers(0, len(content) - 1))
+    damaged = {
+        "bit": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+        "cut": content[:place],
+        "longer": content + b"\0",
+    }
+    try:
+        if kind == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(damaged[kind])
+        with pytest.raises(errors.StoreError, match=path.parent.name):
+            whence.Factors.load(saved)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model, loss, x = case("perceptron")
+    return fit(model, batches(x), loss).save(tmp_path_factory.mktemp("saved") / "factors")
+
+
+def test_a_killed_fit_goes_on(tmp_path):
+    model, loss, x = case("perceptron")
+    states = {name: wide(case("perceptron")[0]).state_dict() for name in "abc"}
+    whole = fit(model, batches(x), loss, states=states)
+    runs = []
+
+    class Killed(Exception):
+        pass
+
+    def counted(model, x):
+        runs.append(1)
+        if len(runs) == 14:  # in the second checkpoint: three passes of three batches a checkpoint
+            raise Killed
+        return loss(model, x)
+
+    with pytest.raises(Killed):
+        fit(model, batches(x), counted, states=states, path=tmp_path / "fit")
+    again = fit(model, batches(x), counted, states=states, path=tmp_path / "fit")
+    assert len(runs) == 14 + 18
+    assert same(again, whole)
+    third = fit(model, batches(x), counted, states=states, path=tmp_path / "fit")
+    assert len(runs) == 14 + 18
+    assert same(third, whole)
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_in_nobodys_way(tmp_path):
+    model, loss, x = case("perceptron")
+    part = tmp_path / "fit" / "checkpoint-0000-basis.part"
+    part.mkdir(parents=True)
+    (part / "factors.json").write_text("half")
+    assert same(
+        fit(model, batches(x), loss, path=tmp_path / "fit"), fit(model, batches(x), loss)
+    )
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": "0"},
+        {"reduction": "sum"},
+        {"damping": 0.2},
+        {"coordinates": 5},
+        {"leading": 0.5},
+        {"corrected": False},
+        {"longest": 2},
+        {"examples": 3},
+        {"sample": 5},
+        {"seed": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_fit_of_other_settings_does_not_go_on(tmp_path, options):
+    model, loss, x = case("perceptron")
+    fit(model, batches(x), loss, path=tmp_path / "fit")
+    with pytest.raises(errors.MismatchError, match="path must be new or of the same"):
+        fit(model, batches(x), loss, path=tmp_path / "fit", **options)
+
+
+def test_a_fit_at_other_weights_does_not_go_on(tmp_path):
+    model, loss, x = case("perceptron")
+    fit(model, batches(x), loss, path=tmp_path / "fit")
+    with pytest.raises(errors.MismatchError, match="path must be new or of the same weights"):
+        fit(wide(model), batches(x), loss, path=tmp_path / "fit")

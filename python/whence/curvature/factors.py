@@ -312,11 +312,23 @@ class Progress:
 
     Args:
         path: The folder; made if it is not there.
+        asked: Arguments that factors themselves do not name, as JSON has them.
+
+    Raises:
+        MismatchError: If the folder was begun with others.
+        StoreError: If it cannot be written, or is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        description = path / "fit.json"
         with store_errors(path):
             path.mkdir(parents=True, exist_ok=True)
+            there = description.read_bytes() if description.exists() else None
+        if there is None:
+            write_json(description, asked)
+        elif (found := parse_json(description, there)) != asked:
+            odd = [name for name in asked if found.get(name, ...) != asked[name]]
+            raise MismatchError(f"path must be new or of the same {', '.join(odd)}, got {path}")
         self._path = path
 
     def find(self, number: int, wanted: Factors) -> At | None:

@@ -114,6 +114,12 @@ def fit_factors(
         >>> with whence.record(model, "runs/digits", precondition=factors) as rec:  # doctest: +SKIP
         ...     ...
     """
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
+    longest = _arrays.integer("longest", longest, 1)
+    examples = None if examples is None else _arrays.integer("examples", examples, 1)
+    sample = _arrays.integer("sample", sample, 2)
+    seed = _arrays.integer("seed", seed, 0)
     fitting = _Fitting(
         model,
         reread("loader", loader),
@@ -127,10 +133,10 @@ def fit_factors(
             model, layers, _arrays.choice("uncovered", uncovered, ("error", "skip", "functional"))
         ),
         _arrays.choice("labels", labels, LABELS),
-        _arrays.integer("seed", seed, 0),
-        _arrays.integer("longest", longest, 1),
-        None if examples is None else _arrays.integer("examples", examples, 1),
-        _arrays.integer("sample", sample, 2),
+        seed,
+        longest,
+        examples,
+        sample,
         uncovered == "error",
         progress,
     )
@@ -153,7 +159,10 @@ def fit_factors(
     described = fitting.structure.describe()
     if start is not None:
         _refuse_start(start, Factors(described, reduction, labels, settings, [], until), longest)
-    kept = None if path is None else Progress(_arrays.path("path", path))
+    kept = None
+    if path is not None:
+        asked = {"longest": longest, "examples": examples, "sample": sample, "seed": seed}
+        kept = Progress(_arrays.path("path", path), asked)
     found = []
     for number, (name, state) in enumerate(loaded.items()):
         before = None if start is None else _before(start, name)
