@@ -18,7 +18,7 @@ from torch import Tensor
 from whence import _arrays
 from whence.curvature.basis import bases, spectrum
 from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
-from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
+from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError, WhenceError
 from whence.gradients.blocks import LOOKUP, Block, Side
 from whence.gradients.coordinates import (
     LAYOUT,
@@ -128,9 +128,10 @@ class Factors:
         """Block -> [left, right] float64 eigenvalues Λ, per example.
 
         Raises:
-            ArgumentError: If fitting did not go so far.
+            ArgumentError: If fitting did not go so far, or there is no checkpoint of this number.
         """
         self._need("eigenvalues")
+        _arrays.integer("checkpoint", checkpoint, 0, len(self.checkpoints) - 1)
         statistics = self.checkpoints[checkpoint].statistics
         found = {}
         for key, known in statistics.known.items():
@@ -259,8 +260,9 @@ class Factors:
         """What rows of this width take.
 
         Raises:
-            ArgumentError: If `dtype` is not one of rows.
+            ArgumentError: If `dtype` is not one of rows, or `dim` below 1.
         """
+        dim = _arrays.integer("dim", dim, 1)
         bits = BITS[_arrays.choice("dtype", dtype, BITS)]
         shared = staging = 0.0
         for chosen in self.maps:
@@ -296,6 +298,7 @@ class Factors:
 
         Raises:
             ArgumentError: If there are none, or of other eigenvectors or eigenvalues.
+            DtypeError: If they are something else.
             MismatchError: If they are of other models, settings or weights.
         """
         return merge(parts)
@@ -417,6 +420,8 @@ def _single(side: Side) -> Side:
 
 def merge(parts: Sequence[Factors]) -> Factors:
     """See `Factors.merge`."""
+    if not isinstance(parts, Sequence) or not all(isinstance(each, Factors) for each in parts):
+        raise DtypeError(f"parts must be a list of Factors, got {_arrays.describe(parts)}")
     if not parts:
         raise ArgumentError("parts must be at least one, got none")
     first = parts[0]

@@ -27,6 +27,9 @@ from whence.gradients.weights import State, digest, load, put
 LABELS = ("sampled", "empirical")
 """Whose gradients the curvature is made of."""
 
+MAX_SEED = (1 << 63) - 2
+"""The largest seed whose successor torch takes."""
+
 
 def fit_factors(
     model: nn.Module,
@@ -119,7 +122,7 @@ def fit_factors(
     longest = _arrays.integer("longest", longest, 1)
     examples = None if examples is None else _arrays.integer("examples", examples, 1)
     sample = _arrays.integer("sample", sample, 2)
-    seed = _arrays.integer("seed", seed, 0)
+    seed = _arrays.integer("seed", seed, 0, MAX_SEED)
     fitting = _Fitting(
         model,
         reread("loader", loader),
@@ -155,6 +158,9 @@ def fit_factors(
             f"{_arrays.describe(states)}"
         )
     loaded: dict[str, State | None] = {"0": None} if states is None else dict(states)
+    for name in loaded:
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"states must be named by a non-empty str, got {name!r}")
     shares = shares_of(weights, list(loaded))
     described = fitting.structure.describe()
     if start is not None:

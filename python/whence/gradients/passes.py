@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
@@ -16,6 +21,10 @@ from whence.gradients.capture import Capture
 from whence.gradients.hooks import Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.weights import preserved
+
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+"""Samplers that give another order each time."""
 
 
 def backward(
@@ -112,10 +121,13 @@ def reread(name: str, loader: Any) -> Iterable[Any]:
             f"{name} must be batches that can be read several times, such as a list or a "
             f"DataLoader, got {_arrays.describe(loader)}"
         )
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        raise ArgumentError(
-            f"{name} must give its examples in one order, got a DataLoader with shuffle=True"
-        )
+    if isinstance(loader, DataLoader):
+        samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None)
+        if any(isinstance(each, _SHUFFLING) for each in samplers):
+            raise ArgumentError(
+                f"{name} must give its examples in one order, got a DataLoader with shuffle=True "
+                "or a random sampler"
+            )
     return loader
 
 
