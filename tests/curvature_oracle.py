@@ -68,6 +68,41 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.middle(self.table(x))))
 
 
+class Shared(nn.Module):
+    """Two layers that have one weight, or one bias."""
+
+    def __init__(self, what, *, conv=False):
+        super().__init__()
+        self.one, self.other = (nn.Conv2d(2, 2, 1) if conv else nn.Linear(4, 4) for _ in range(2))
+        setattr(self.other, what, getattr(self.one, what))
+
+    def forward(self, x):
+        return self.other(torch.tanh(self.one(x)))
+
+
+class Head(nn.Module):
+    """A last layer of no class that has a rule."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class ByHand(nn.Module):
+    """A first layer, or a table, whose weight is that of a last layer as well."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+        self.head = Head(first.weight)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)))
+
+
 class Attention(nn.Module):
     """Attention, and the same by hand with what its projections see and return."""
 
@@ -88,7 +123,11 @@ class Attention(nn.Module):
     def by_hand(self, x):
         """[T, width] of one example to the output, and [(parameter, first value, in, out)]."""
         module = self.attention
-        parts = {"self": [(0, 24)], "cross": [(0, 8), (8, 24)], "three": [(0, 8), (8, 16), (16, 24)]}
+        parts = {
+            "self": [(0, 24)],
+            "cross": [(0, 8), (8, 24)],
+            "three": [(0, 8), (8, 16), (16, 24)],
+        }
         seen, outputs = [], []
         inputs = self.sources(x[None])
         for (first, end), values in zip(parts[self.form], inputs, strict=False):
@@ -110,14 +149,19 @@ def _positions_of(name, module, values, output):
     weight = f"{name}.weight" if name else "weight"
     if isinstance(module, nn.Conv2d):
         inside, outside = module.in_channels // module.groups, module.out_channels // module.groups
-        patches = F.unfold(values, module.kernel_size, module.dilation, module.padding, module.stride)
+        patches = F.unfold(
+            values, module.kernel_size, module.dilation, module.padding, module.stride
+        )
         size = inside * math.prod(module.kernel_size)
         return [
             (
                 weight,
                 group * outside * size,
                 patches[0, group * size : (group + 1) * size].T,
-                (output, lambda d, group=group: d[0].flatten(1).T[:, group * outside :][:, :outside]),
+                (
+                    output,
+                    lambda d, group=group: d[0].flatten(1).T[:, group * outside :][:, :outside],
+                ),
             )
             for group in range(module.groups)
         ]
@@ -127,7 +171,9 @@ def _positions_of(name, module, values, output):
         counted = (values.reshape(-1, 1) != left_out).to(output.dtype)
         shape = (output, lambda d: d.reshape(-1, width) * counted)
         return [(weight, 0, values.reshape(-1, 1), shape)]
-    return [(weight, 0, values.reshape(-1, values.shape[-1]), (output, lambda d: d.reshape(-1, width)))]
+    return [
+        (weight, 0, values.reshape(-1, values.shape[-1]), (output, lambda d: d.reshape(-1, width)))
+    ]
 
 
 def positions(model, loss, *batch):

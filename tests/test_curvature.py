@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from curvature_oracle import (
     NAMES,
+    ByHand,
+    Conv1D,
+    Shared,
     batches,
     block_gradients,
     case,
@@ -17,15 +20,18 @@ from curvature_oracle import (
     positions,
     rotated_gradients,
     squares,
+    tokens,
     wide,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import per_sample_gradients
 from torch import nn
 from torch.func import functional_call, jacrev
 
 import whence
 from whence import errors
+from whence.curvature.factors import STAGES
 from whence.curvature.labels import DrawnLabels
 
 
@@ -437,7 +443,9 @@ def test_the_model_is_afterwards_as_before():
     model(x).sum().backward()
     before = [each.clone() for each in model.state_dict().values()]
     gradients = [each.grad.clone() for each in model.parameters()]
-    states = {name: wide(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).float() for name in "ab"}
+    states = {
+        name: wide(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).float() for name in "ab"
+    }
     random = torch.get_rng_state()
     fit(model, batches(x), states={name: each.state_dict() for name, each in states.items()})
     assert all(map(torch.equal, before, model.state_dict().values()))
@@ -473,7 +481,9 @@ def same(one, other):
                 vectors = [getattr(each.block, name) for each in (mine, its)]
                 assert (vectors[0] is None) == (vectors[1] is None)
                 if vectors[0] is not None:
-                    for (_, _, a), (_, _, b) in zip(vectors[0].parts, vectors[1].parts, strict=True):
+                    for (_, _, a), (_, _, b) in zip(
+                        vectors[0].parts, vectors[1].parts, strict=True
+                    ):
                         assert torch.equal(a, b)
                         assert a.dtype == b.dtype
                     assert (vectors[0].ones is None) == (vectors[1].ones is None)
@@ -551,7 +561,9 @@ def test_parts_of_other_eigenbases_do_not_merge():
     parts = [fit(model, [(half,)], until="eigenvalues") for half in (x[:4], x[4:])]
     with pytest.raises(errors.ArgumentError, match="one eigenbasis"):
         whence.Factors.merge(parts)
-    merged = whence.Factors.merge([fit(model, [(each,)], until="covariance") for each in (x[:4], x[4:])])
+    merged = whence.Factors.merge(
+        [fit(model, [(each,)], until="covariance") for each in (x[:4], x[4:])]
+    )
     parts = [fit(model, [(half,)], start=merged) for half in (x[:4], x[4:])]
     with pytest.raises(errors.ArgumentError, match="one set of eigenvalues"):
         whence.Factors.merge(parts)
@@ -616,7 +628,7 @@ def test_damaged_factors_are_named(saved, data):
     path = data.draw(st.sampled_from(files))
     content = path.read_bytes()
     kind = data.draw(st.sampled_from(["bit", "cut", "gone", "longer"]))
-    place = data.draw(st.integers(0, len(content) - 1))
+    place = data.draw(st.integers(0, len(content) - 2))  # a last line break is no loss
     damaged = {
         "bit": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
         "cut": content[:place],
@@ -669,9 +681,7 @@ def test_what_a_kill_left_of_a_checkpoint_is_in_nobodys_way(tmp_path):
     part = tmp_path / "fit" / "checkpoint-0000-basis.part"
     part.mkdir(parents=True)
     (part / "factors.json").write_text("half")
-    assert same(
-        fit(model, batches(x), loss, path=tmp_path / "fit"), fit(model, batches(x), loss)
-    )
+    assert same(fit(model, batches(x), loss, path=tmp_path / "fit"), fit(model, batches(x), loss))
     assert not part.exists()
 
 
@@ -703,3 +713,167 @@ def test_a_fit_at_other_weights_does_not_go_on(tmp_path):
     fit(model, batches(x), loss, path=tmp_path / "fit")
     with pytest.raises(errors.MismatchError, match="path must be new or of the same weights"):
         fit(wide(model), batches(x), loss, path=tmp_path / "fit")
+
+
+# Parameters in several places, and layers that were not seen
+
+
+def in_several_places():
+    numbers, indices = torch.randn(9, 4), torch.randint(0, 11, (9, 6))
+    return {
+        "one weight, two biases": (Shared("weight"), squares, numbers),
+        "one bias, two weights": (Shared("bias"), squares, numbers),
+        "one bias of convolutions": (Shared("bias", conv=True), squares, torch.randn(9, 2, 3, 3)),
+        "a table used by hand": (ByHand(nn.Embedding(11, 5)), tokens, indices),
+        "a weight used by hand": (ByHand(nn.Linear(4, 4, bias=False)), squares, numbers),
+        "a weight without its bias": (frozen(nn.Linear(6, 5)), squares, torch.randn(9, 6)),
+        "a transposed one without its bias": (frozen(Conv1D(5, 6)), squares, torch.randn(9, 6)),
+        "a bias without its weight": (frozen(nn.Linear(6, 5), 0), squares, torch.randn(9, 6)),
+    }
+
+
+def frozen(layer, which=1):
+    list(layer.parameters())[which].requires_grad_(False)
+    return layer
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("name", in_several_places())
+def test_each_value_of_a_gradient_is_in_one_block(name, first):
+    model, loss, x = in_several_places()[name]
+    model = wide(model)
+    if first and isinstance(model, Shared):  # the other order in the model
+        model._modules = dict(reversed(model._modules.items()))
+    x = x.double() if x.is_floating_point() else x
+    factors = fit(model, batches(x), loss, uncovered="functional")
+    exact = per_sample_gradients(model, loss, x)
+    total = sum(float(each.flatten(1).square().sum(1).mean()) for each in exact.values())
+    found = sum(float(each.sum()) for each in factors.eigenvalues().values())
+    assert found == pytest.approx(total, rel=1e-5)
+    for key, values in factors.eigenvalues().items():
+        gradients = rotated_gradients(exact, known(factors)[key].block)
+        assert close(values, gradients.square().mean(0))
+
+
+def test_batches_of_any_size_weigh_as_much_as_their_examples():
+    torch.manual_seed(8)
+    for model in (frozen(Conv1D(5, 6)), Conv1D(5, 6), nn.Linear(6, 5)):
+        model, x = wide(model), torch.randn(9, 6).double()
+        one, other = (fit(model, batches(x, sizes=sizes)) for sizes in ((9,), (1, 8)))
+        for key, each in known(one).items():
+            for name in ("left", "right"):
+                sums = [getattr(known(factors)[key], name).sums[0] for factors in (one, other)]
+                assert close(sums[1], sums[0], 1e-9)
+
+
+class Sometimes(nn.Module):
+    """A second layer that only some examples reach, and attention in one form or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 8)
+        self.table = nn.Embedding(3, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.LayerNorm(8)
+
+    def forward(self, x, how):
+        x = self.first(x)
+        if how == "second":
+            return self.second(x)
+        if how == "table":
+            return x + self.table(torch.zeros(len(x), dtype=torch.long))
+        if how == "scale":
+            return self.scale(x)
+        x = x[:, None].expand(-1, 3, -1)
+        other = {"self": x, "cross": x + 1}.get(how)
+        return x if other is None else self.attention(x, other, other, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("none", "second"),
+        ("none", "table"),
+        ("none", "scale"),
+        ("self", "cross"),
+        ("cross", "self"),
+    ],
+)
+def test_layers_that_were_not_seen_before_are_named(tmp_path, before, now):
+    torch.manual_seed(9)
+    model, x = Sometimes(), torch.randn(9, 4)
+
+    def loss(model, x, how):
+        return model(x, how).square().sum() / len(x)
+
+    name = {"second": "second.(weight|bias)", "table": "table", "scale": "scale"}.get(
+        now, "in_proj"
+    )
+    first = fit(model, [(x, before)], loss)
+    for run in (
+        lambda: fit(
+            model, [(x, now)], loss, start=fit(model, [(x, before)], loss, until=STAGES[0])
+        ),
+        lambda: fit(
+            model, [(x, now)], loss, start=fit(model, [(x, before)], loss, until=STAGES[1])
+        ),
+        lambda: record_one(tmp_path / "store", model, first, lambda: loss(model, x, now)),
+    ):
+        with pytest.raises(errors.CoverageError, match=name):
+            run()
+
+
+def record_one(path, model, factors, closure):
+    options = {"rotate": False, "precondition": factors, "dtype": "float32"}
+    with whence.record(model, path, **options) as rec, rec.batch(range(9)):
+        closure().backward()
+
+
+# The sample
+
+
+def test_the_sample_is_spread_evenly():
+    torch.manual_seed(10)
+    model, x = nn.Linear(4, 3).double(), torch.randn(60, 4).double()
+    loader = batches(x, sizes=[3] * 20)
+    whole = fit(model, loader, sample=60).checkpoints[0].sample
+    assert len(whole) == 60
+    for sample in (3, 9, 20, 31, 59):
+        found = fit(model, loader, sample=sample).checkpoints[0].sample
+        assert len(found) == sample
+        places = [int(torch.nonzero((whole == row).all(1))) for row in found]
+        gaps = np.diff([0, *places, 60])
+        assert gaps.max() <= 60 / (sample / 3) + 6  # whole batches, and the last cut off
+
+
+@pytest.mark.parametrize("sizes", [[30, 1, 1, 1], [1, 1, 1, 30], [5, 0, 28]])
+def test_all_is_sampled_where_there_is_no_more(sizes):
+    torch.manual_seed(10)
+    model, x = nn.Linear(4, 3), torch.randn(sum(sizes), 4)
+    factors = fit(model, batches(x, sizes=[size for size in sizes if size]), sample=40)
+    assert len(factors.checkpoints[0].sample) == len(x)
+
+
+def test_a_loader_without_a_length_is_sampled_as_well():
+    class Loader:
+        def __iter__(self):
+            return iter(batches(x, sizes=[2] * 20))
+
+    torch.manual_seed(10)
+    model, x = nn.Linear(4, 3), torch.randn(40, 4)
+    one, other = (
+        fit(model, loader, sample=6, examples=20)
+        for loader in (Loader(), batches(x, sizes=[2] * 20))
+    )
+    assert torch.equal(one.checkpoints[0].sample, other.checkpoints[0].sample)
+
+
+def test_the_first_passes_see_as_many_examples_as_asked():
+    model, x = nn.Linear(4, 3).double(), torch.randn(30, 4).double()
+    factors = fit(model, batches(x, sizes=[5] * 6), examples=10, sample=30)
+    assert factors.checkpoints[0].statistics.examples == [10, 10]
+    alone = fit(model, batches(x[:10], sizes=[5] * 2), sample=10)
+    assert torch.equal(
+        factors.eigenvalues()["weight", 0, "outer"], alone.eigenvalues()["weight", 0, "outer"]
+    )

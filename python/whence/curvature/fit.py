@@ -216,7 +216,9 @@ def _refuse_start(start: Any, wanted: Factors, longest: int) -> None:
         raise ArgumentError(
             f"start must be factors up to {wanted.stage!r} at most, got some up to {start.stage!r}"
         )
-    pairs = [(name, getattr(start, name), getattr(wanted, name)) for name in ("reduction", "labels")]
+    pairs = [
+        (name, getattr(start, name), getattr(wanted, name)) for name in ("reduction", "labels")
+    ]
     pairs += [("longest", at.statistics.longest, longest) for at in start.checkpoints]
     for name, there, here in pairs:
         if there != here:
@@ -260,6 +262,7 @@ class _Fitting:
         self._sample = sample
         self._progress = progress
         self._hooks = Hooks(model, structure, strict=strict)
+        self._all: tuple[int, int] | None = None
 
     @contextmanager
     def at(self, name: str, state: State | None) -> Iterator[None]:
@@ -286,7 +289,7 @@ class _Fitting:
                 )
             statistics = before.statistics
         else:
-            statistics = Statistics(self._longest, dict(pairs_of(self.structure.layers)))
+            statistics = Statistics(self._longest, pairs_of(self.structure.layers))
             self._gather(f"{name}: covariances", statistics)
         at = At(name, current, weight, statistics)
         if until == "covariance":
@@ -305,8 +308,8 @@ class _Fitting:
         mode = (
             DrawnLabels(self._seed + statistics.is_rotated) if self._labels == "sampled" else None
         )
-        seen = 0
-        for batch in self._batches(name, self._loader):
+        seen = number = 0
+        for number, batch in enumerate(self._batches(name, self._loader), 1):
             if self._examples is not None and seen >= self._examples:
                 break
             capture = Capture(self.structure, statistics, None, self._task.unbatched)
@@ -316,20 +319,37 @@ class _Fitting:
                 mode.check()
             statistics.fold(capture.accumulator, factor)
             seen += capture.batch
+        else:
+            self._all = number, seen
         if not seen:
             raise ArgumentError("loader must give at least one batch, got none")
 
     def _coordinates(self, name: str, chosen: Any) -> Tensor:
-        """[examples, coordinates] of a sample, with the true labels."""
+        """[examples, coordinates] of a sample, whole batches spread evenly, with the true labels."""
         found: list[Tensor] = []
-        for batch in self._batches(name, self._loader):
+        number, examples = self._size()
+        everything = examples is not None and examples <= self._sample
+        taken = 0
+        for place, batch in enumerate(self._batches(name, self._loader), 1):
+            if taken * number >= self._sample * place and not everything:
+                continue
             capture = Capture(self.structure, chosen, None, self._task.unbatched)
             capture, factor = self._task.run(self._hooks, capture, batch)
             self._refuse_bad(capture)
             found.append(torch.from_numpy(capture.coordinates()) * factor)
-            if sum(map(len, found)) >= self._sample:
-                break
+            taken += capture.batch
+        if not found:
+            raise ArgumentError("loader must give at least one batch, got none")
         return torch.cat(found)[: self._sample]
+
+    def _size(self) -> tuple[int, int | None]:
+        """How many batches the loader gives, and examples as far as an earlier pass saw them all."""
+        if self._all is not None:
+            return self._all
+        try:
+            return len(self._loader), None  # type: ignore[arg-type]
+        except TypeError:
+            return sum(1 for _ in self._loader), None
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
         shown: Iterable[Any] = tqdm(

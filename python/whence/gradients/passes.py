@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -144,11 +144,21 @@ def evaluating(model: nn.Module, *, weights: bool) -> Iterator[None]:
         yield
 
 
-def pairs_of(layers: Iterable[Any]) -> Mapping[str, tuple[str, str]]:
-    """Weight -> (bias, side of the inputs), of layers whose rules give the two apart."""
+def pairs_of(layers: Iterable[Any]) -> dict[str, tuple[str | None, str]]:
+    """Weight -> (bias, side of the inputs), of layers whose rules give the two apart.
+
+    A bias goes with the first weight that has it, and a weight with the first bias: of tied ones,
+    the others are on their own.
+    """
     sides = {"linear": "right", "conv": "right", "conv1d_transposed": "left"}
-    return {
-        layer.parameters["weight"].name: (layer.parameters["bias"].name, sides[layer.rule.kind])
-        for layer in layers
-        if layer.rule.kind in sides and {"weight", "bias"} <= set(layer.parameters)
-    }
+    found: dict[str, tuple[str | None, str]] = {}
+    taken = set()
+    for layer in layers:
+        if layer.rule.kind not in sides or "weight" not in layer.parameters:
+            continue
+        weight, bias = layer.parameters["weight"].name, layer.parameters.get("bias")
+        if weight not in found:
+            free = bias is not None and bias.name not in taken
+            found[weight] = (bias.name if free else None, sides[layer.rule.kind])
+            taken.add(found[weight][0])
+    return found
