@@ -1,6 +1,7 @@
 """Curvature by its definition, example by example in float64, and models to try it on."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -205,7 +206,7 @@ def positions(model, loss, *batch):
             seen = []
             handles = [
                 module.register_forward_hook(
-                    lambda module, args, output, name=name: seen.extend(
+                    lambda module, args, output, name=name, seen=seen: seen.extend(
                         _positions_of(name, module, args[0], output)
                     )
                 )
@@ -304,10 +305,7 @@ def exact_gradients(model, loss, *batch):
 def batches(*columns, sizes=(3, 4, 2)):
     """Batches of these sizes, as tuples."""
     edges = np.cumsum([0, *sizes])
-    return [
-        tuple(each[first:end] for each in columns)
-        for first, end in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [tuple(each[first:end] for each in columns) for first, end in pairwise(edges)]
 
 
 def wide(model):

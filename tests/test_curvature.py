@@ -760,7 +760,7 @@ def test_batches_of_any_size_weigh_as_much_as_their_examples():
     for model in (frozen(Conv1D(5, 6)), Conv1D(5, 6), nn.Linear(6, 5)):
         model, x = wide(model), torch.randn(9, 6).double()
         one, other = (fit(model, batches(x, sizes=sizes)) for sizes in ((9,), (1, 8)))
-        for key, each in known(one).items():
+        for key in known(one):
             for name in ("left", "right"):
                 sums = [getattr(known(factors)[key], name).sums[0] for factors in (one, other)]
                 assert close(sums[1], sums[0], 1e-9)

@@ -309,7 +309,7 @@ class _Fitting:
             DrawnLabels(self._seed + statistics.is_rotated) if self._labels == "sampled" else None
         )
         seen = number = 0
-        for number, batch in enumerate(self._batches(name, self._loader), 1):
+        for batch in self._batches(name, self._loader):
             if self._examples is not None and seen >= self._examples:
                 break
             capture = Capture(self.structure, statistics, None, self._task.unbatched)
@@ -319,13 +319,14 @@ class _Fitting:
                 mode.check()
             statistics.fold(capture.accumulator, factor)
             seen += capture.batch
+            number += 1
         else:
             self._all = number, seen
         if not seen:
             raise ArgumentError("loader must give at least one batch, got none")
 
     def _coordinates(self, name: str, chosen: Any) -> Tensor:
-        """[examples, coordinates] of a sample, whole batches spread evenly, with the true labels."""
+        """[examples, coordinates] of a sample: whole batches, spread evenly, of true labels."""
         found: list[Tensor] = []
         number, examples = self._size()
         everything = examples is not None and examples <= self._sample
@@ -343,7 +344,7 @@ class _Fitting:
         return torch.cat(found)[: self._sample]
 
     def _size(self) -> tuple[int, int | None]:
-        """How many batches the loader gives, and examples as far as an earlier pass saw them all."""
+        """How many batches the loader gives; and examples, if an earlier pass saw them all."""
         if self._all is not None:
             return self._all
         try:

@@ -22,7 +22,6 @@ from whence.gradients.hooks import Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.weights import preserved
 
-
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 """Samplers that give another order each time."""
 
