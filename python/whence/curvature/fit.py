@@ -318,8 +318,7 @@ class _Fitting:
             if mode is not None:
                 mode.check()
             statistics.fold(capture.accumulator, factor)
-            seen += capture.batch
-            number += 1
+            seen, number = seen + capture.batch, number + 1
         else:
             self._all = number, seen
         if not seen:
