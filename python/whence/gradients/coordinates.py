@@ -175,6 +175,8 @@ class CoordinatesAccumulator(BlockAccumulator):
     def bias(self, block: Block, values: Tensor) -> None:
         """The bias, where it does not come with its weight."""
         start, choice = self.map.places[block.key]
+        if not len(choice):
+            return
         left, right = block.biased(values)
         self._put(start, 0, left[:, 0, choice.rows] * right[:, 0, choice.columns] * choice.scales)
 
