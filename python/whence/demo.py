@@ -256,7 +256,7 @@ def train_and_record(digits: Digits, path: Path, seed: int) -> Trained:
 def precondition(digits: Digits, trained: Trained, path: Path) -> None:
     """Records each training digit once more, with the curvature of the loss: one short row each."""
     images, labels = digits.pixels(digits.train), torch.from_numpy(digits.labels)
-    loader = list(zip(images.split(100), labels.split(100), strict=True))
+    loader = [(images[batch], labels[batch]) for batch in _batches(torch.arange(TRAIN), 100)]
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(trained.model(images), labels)

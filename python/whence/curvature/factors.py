@@ -18,7 +18,7 @@ from torch import Tensor
 from whence import _arrays
 from whence.curvature.basis import Spectrum, bases
 from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
-from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
+from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError, WhenceError
 from whence.gradients.blocks import LOOKUP, Block, Side
 from whence.gradients.coordinates import (
     LAYOUT,
@@ -134,9 +134,10 @@ class Factors:
         """Block -> [left, right] float64 eigenvalues Λ, per example.
 
         Raises:
-            ArgumentError: If fitting did not go so far.
+            ArgumentError: If fitting did not go so far, or there is no checkpoint of this number.
         """
         self._need("eigenvalues")
+        _arrays.integer("checkpoint", checkpoint, 0, len(self.checkpoints) - 1)
         statistics = self.checkpoints[checkpoint].statistics
         found = {}
         for key, known in statistics.known.items():
@@ -271,8 +272,9 @@ class Factors:
         """What rows of this width take.
 
         Raises:
-            ArgumentError: If `dtype` is not one of rows.
+            ArgumentError: If `dtype` is not one of rows, or `dim` below 1.
         """
+        dim = _arrays.integer("dim", dim, 1)
         bits = BITS[_arrays.choice("dtype", dtype, BITS)]
         shared = staging = 0.0
         for chosen in self.maps:
@@ -307,7 +309,8 @@ class Factors:
         again. The basis comes of one sample: fit it with `start` the merged factors.
 
         Raises:
-            ArgumentError: If there are none, or of another stage or eigenbasis.
+            ArgumentError: If there are none, or of other eigenvectors or eigenvalues.
+            DtypeError: If they are something else.
             MismatchError: If they are of other models, settings or weights.
         """
         return merge(parts)
@@ -324,11 +327,23 @@ class Progress:
 
     Args:
         path: The folder; made if it is not there.
+        asked: Arguments that factors themselves do not name, as JSON has them.
+
+    Raises:
+        MismatchError: If the folder was begun with others.
+        StoreError: If it cannot be written, or is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        description = path / "fit.json"
         with store_errors(path):
             path.mkdir(parents=True, exist_ok=True)
+            there = description.read_bytes() if description.exists() else None
+        if there is None:
+            write_json(description, asked)
+        elif (found := parse_json(description, there)) != asked:
+            odd = [name for name in asked if found.get(name, ...) != asked[name]]
+            raise MismatchError(f"path must be new or of the same {', '.join(odd)}, got {path}")
         self._path = path
 
     def find(self, number: int, wanted: Factors) -> At | None:
@@ -417,6 +432,8 @@ def _single(side: Side) -> Side:
 
 def merge(parts: Sequence[Factors]) -> Factors:
     """See `Factors.merge`."""
+    if not isinstance(parts, Sequence) or not all(isinstance(each, Factors) for each in parts):
+        raise DtypeError(f"parts must be a list of Factors, got {_arrays.describe(parts)}")
     if not parts:
         raise ArgumentError("parts must be at least one, got none")
     first = parts[0]
@@ -436,6 +453,9 @@ def merge(parts: Sequence[Factors]) -> Factors:
             (at.name, at.digest) for at in other.checkpoints
         ]:
             raise MismatchError("parts must be of the same checkpoints and weights, got others")
+        lengths = [{at.statistics.longest for at in part.checkpoints} for part in (first, other)]
+        if lengths[0] != lengths[1]:
+            raise MismatchError(f"parts must have one longest, got {lengths[0]} and {lengths[1]}")
     checkpoints = []
     for ats in zip(*(part.checkpoints for part in parts), strict=True):
         checkpoints.append(replace(ats[0], statistics=_summed([at.statistics for at in ats])))

@@ -37,6 +37,9 @@ from whence.gradients.weights import State, digest, load, put
 LABELS = ("sampled", "empirical")
 """Whose gradients the curvature is made of."""
 
+MAX_SEED = (1 << 63) - 2
+"""The largest seed whose successor torch takes."""
+
 
 def fit_factors(
     model: nn.Module,
@@ -129,6 +132,12 @@ def fit_factors(
         >>> with whence.record(model, "runs/digits", precondition=factors) as rec:  # doctest: +SKIP
         ...     ...
     """
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
+    longest = _arrays.integer("longest", longest, 1)
+    examples = None if examples is None else _arrays.integer("examples", examples, 1)
+    sample = _arrays.integer("sample", sample, 2)
+    seed = _arrays.integer("seed", seed, 0, MAX_SEED)
     fitting = _Fitting(
         model,
         reread("loader", loader),
@@ -142,10 +151,10 @@ def fit_factors(
             model, layers, _arrays.choice("uncovered", uncovered, ("error", "skip", "functional"))
         ),
         _arrays.choice("labels", labels, LABELS),
-        _arrays.integer("seed", seed, 0),
-        _arrays.integer("longest", longest, 1),
-        None if examples is None else _arrays.integer("examples", examples, 1),
-        _arrays.integer("sample", sample, 2),
+        seed,
+        longest,
+        examples,
+        sample,
         uncovered == "error",
         progress,
     )
@@ -169,9 +178,17 @@ def fit_factors(
             f"{_arrays.describe(states)}"
         )
     loaded: dict[str, State | None] = {"0": None} if states is None else dict(states)
+    for name in loaded:
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"states must be named by a non-empty str, got {name!r}")
     shares = shares_of(weights, list(loaded))
     described = fitting.structure.describe()
-    kept = None if path is None else Progress(_arrays.path("path", path))
+    if start is not None:
+        _refuse_start(start, Factors(described, reduction, labels, settings, [], until), longest)
+    kept = None
+    if path is not None:
+        asked = {"longest": longest, "examples": examples, "sample": sample, "seed": seed}
+        kept = Progress(_arrays.path("path", path), asked)
     stage = until if until == "covariance" else "eigenvalues"
     found = []
     for number, (name, state) in enumerate(loaded.items()):
@@ -205,6 +222,31 @@ def shares_of(weights: Mapping[str, float] | None, names: Sequence[str]) -> dict
         name: _arrays.number(f"weights[{name!r}]", weights[name], positive=True) for name in names
     }
     return {name: value / sum(given.values()) for name, value in given.items()}
+
+
+def _refuse_start(start: Any, wanted: Factors, longest: int) -> None:
+    """Nothing, if factors can be gone on from.
+
+    Raises:
+        DtypeError: If it is something else.
+        ArgumentError: If they were fitted further than is asked for.
+        MismatchError: If they are of another model or setting.
+    """
+    if not isinstance(start, Factors):
+        raise DtypeError(f"start must be Factors, got {_arrays.describe(start)}")
+    if STAGES.index(start.stage) > STAGES.index(wanted.stage):
+        raise ArgumentError(
+            f"start must be factors up to {wanted.stage!r} at most, got some up to {start.stage!r}"
+        )
+    pairs = [
+        (name, getattr(start, name), getattr(wanted, name)) for name in ("reduction", "labels")
+    ]
+    pairs += [("longest", at.statistics.longest, longest) for at in start.checkpoints]
+    for name, there, here in pairs:
+        if there != here:
+            raise MismatchError(f"start must be of the same {name}, {here!r}, got {there!r}")
+    if start.model != wanted.model:
+        raise MismatchError("start must be of the same model and layers, got others")
 
 
 def _before(start: Factors, name: str) -> At:
@@ -242,6 +284,7 @@ class _Fitting:
         self._sample = sample
         self._progress = progress
         self._hooks = Hooks(model, structure, strict=strict)
+        self._all: tuple[int, int] | None = None
 
     @contextmanager
     def at(self, name: str, state: State | None) -> Iterator[None]:
@@ -266,7 +309,7 @@ class _Fitting:
                 )
             statistics = before.statistics
         else:
-            statistics = Statistics(self._longest, dict(pairs_of(self.structure.layers)))
+            statistics = Statistics(self._longest, pairs_of(self.structure.layers))
             self._gather(f"{name}: covariances", statistics)
         at = At(name, current, weight, statistics)
         if until == "covariance":
@@ -322,21 +365,21 @@ class _Fitting:
         )
 
     def _sampled(self) -> list[Any]:
-        """Batches of some examples, spread over the data."""
-        every = 1
-        if hasattr(self._loader, "__len__"):
-            first = next(iter(self._loader), None)
-            if first is not None:
-                every = max(1, len(self._loader) * length_of(first) // self._sample)  # type: ignore[arg-type]
+        """Whole batches of some examples, spread evenly over the data; the last one cut."""
+        number, examples = self._size()
+        everything = examples is not None and examples <= self._sample
         found: list[Any] = []
         seen = 0
-        for number, batch in enumerate(self._loader):
-            if number % every == 0 and seen < self._sample:
-                batch = taken(batch, np.arange(min(length_of(batch), self._sample - seen)))
-                found.append(batch)
-                seen += length_of(batch)
-            elif seen >= self._sample:
+        for place, batch in enumerate(self._loader, 1):
+            if seen * number >= self._sample * place and not everything:
+                continue
+            batch = taken(batch, np.arange(min(length_of(batch), self._sample - seen)))
+            found.append(batch)
+            seen += length_of(batch)
+            if seen >= self._sample:
                 break
+        if not found:
+            raise ArgumentError("loader must give at least one batch, got none")
         return found
 
     def _gather(self, name: str, statistics: Statistics) -> None:
@@ -344,7 +387,7 @@ class _Fitting:
         mode = (
             DrawnLabels(self._seed + statistics.is_rotated) if self._labels == "sampled" else None
         )
-        seen = 0
+        seen = number = 0
         for batch in self._batches(name, self._loader):
             if self._examples is not None and seen >= self._examples:
                 break
@@ -354,7 +397,9 @@ class _Fitting:
             if mode is not None:
                 mode.check()
             statistics.fold(capture.accumulator, factor)
-            seen += capture.batch
+            seen, number = seen + capture.batch, number + 1
+        else:
+            self._all = number, seen
         if not seen:
             raise ArgumentError("loader must give at least one batch, got none")
 
@@ -374,6 +419,15 @@ class _Fitting:
             self._refuse_bad(capture)
             found.append(torch.from_numpy(capture.coordinates()) * factor)
         return torch.cat(found)
+
+    def _size(self) -> tuple[int, int | None]:
+        """How many batches the loader gives; and examples, if an earlier pass saw them all."""
+        if self._all is not None:
+            return self._all
+        try:
+            return len(self._loader), None  # type: ignore[arg-type]
+        except TypeError:
+            return sum(1 for _ in self._loader), None
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
         shown: Iterable[Any] = tqdm(

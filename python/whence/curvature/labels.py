@@ -39,15 +39,25 @@ class DrawnLabels(TorchFunctionMode):
         if function not in _LOSSES:
             return function(*args, **(kwargs or {}))
         drawn = self.draw(function, args, kwargs)
-        call = inspect.signature(function).bind(*args, **(kwargs or {}))
-        call.arguments["target"] = drawn
+        call = given_labels(function, args, kwargs, drawn)
         self.drawn += 1
         return function(*call.args, **call.kwargs)
 
     def draw(self, function: Any, args: Any, kwargs: Any) -> Tensor:
-        """Labels for a call of one of torch's losses."""
+        """Labels for a call of one of torch's losses.
+
+        Raises:
+            LayerError: If the loss weighs labels.
+        """
         call = inspect.signature(function).bind(*args, **(kwargs or {}))
         call.apply_defaults()
+        for name in ("weight", "pos_weight"):
+            # Of the label drawn, not of the true one: another loss.
+            if call.arguments.get(name) is not None:
+                raise LayerError(
+                    f"loss must be without {name} for labels='sampled', got one; pass "
+                    "labels='empirical' to use the true labels"
+                )
         values: Tensor = call.arguments["input"]
         with torch.no_grad():
             generator = self._generator(values.device)
@@ -70,6 +80,15 @@ class DrawnLabels(TorchFunctionMode):
                 "binary_cross_entropy or binary_cross_entropy_with_logits for labels='sampled', "
                 "got another; pass labels='empirical' to use the true labels"
             )
+
+
+def given_labels(function: Any, args: Any, kwargs: Any, labels: Tensor) -> inspect.BoundArguments:
+    """A call of one of torch's losses with other labels, which are not smoothed."""
+    call = inspect.signature(function).bind(*args, **(kwargs or {}))
+    call.arguments["target"] = labels
+    if "label_smoothing" in call.arguments:  # has no share in the curvature
+        call.arguments["label_smoothing"] = 0.0
+    return call
 
 
 class Mixture:
@@ -107,8 +126,7 @@ class _Given(TorchFunctionMode):
     ) -> Any:
         if function not in _LOSSES:
             return function(*args, **(kwargs or {}))
-        call = inspect.signature(function).bind(*args, **(kwargs or {}))
-        call.arguments["target"] = next(self._targets)
+        call = given_labels(function, args, kwargs, next(self._targets))
         return function(*call.args, **call.kwargs)
 
 
@@ -149,6 +167,7 @@ def _categories(values: Tensor, given: dict[str, Any], generator: torch.Generato
     """Classes by softmax over dimension 1, or 0 of a single example."""
     target, classes = given["target"], min(1, values.dim() - 1)
     probabilities = values.movedim(classes, -1).float().softmax(-1)
+    probabilities = probabilities.nan_to_num(1.0)  # whose loss is NaN, and named with its example
     flat = probabilities.reshape(-1, probabilities.shape[-1])
     drawn = torch.multinomial(flat, 1, generator=generator).reshape(probabilities.shape[:-1])
     if target.is_floating_point():  # a probability of each class
@@ -168,7 +187,8 @@ def _normal(values: Tensor, given: dict[str, Any], generator: torch.Generator) -
 
 def _coins(values: Tensor, given: dict[str, Any], generator: torch.Generator) -> Tensor:
     """Of probabilities."""
-    drawn: Tensor = torch.bernoulli(values.float(), generator=generator)
+    probabilities = values.float().nan_to_num().clamp(0, 1)  # the loss itself refuses others
+    drawn: Tensor = torch.bernoulli(probabilities, generator=generator)
     target: Tensor = given["target"]
     return drawn.to(target.dtype)
 

@@ -13,6 +13,7 @@ Any other parameter has the covariance of its whole gradient, or if it is long o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -140,7 +141,7 @@ class Statistics(BlockMap):
     Attributes:
         longest: Sides are cut in stretches that are at most so long.
         known: Block's key -> what is known of it.
-        pairs: Weight -> (bias, side of the inputs) where they do not come together.
+        pairs: Weight -> (bias or None, side of the inputs), where rules may give the two apart.
         examples: How many examples were seen in the first pass, and in the second.
         dtype: Type of the gradients, and so of the eigenvectors.
     """
@@ -148,7 +149,7 @@ class Statistics(BlockMap):
     wide = True
 
     longest: int
-    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    pairs: dict[str, tuple[str | None, str]] = field(default_factory=dict)
     known: dict[tuple[str, int, str], BlockStatistics] = field(default_factory=dict)
     examples: list[int] = field(default_factory=lambda: [0, 0])
     dtype: torch.dtype = torch.float32
@@ -163,8 +164,17 @@ class Statistics(BlockMap):
 
     def rotated(self) -> Statistics:
         """The same with eigenvectors, ready for the second pass. O(length³) for each side."""
-        known = {key: each.rotate(self.examples[0], self.dtype) for key, each in self.known.items()}
+        others = self.weights | self.tables  # of which a gradient that came first made a vector
+        known = {
+            key: each.rotate(self.examples[0], self.dtype)
+            for key, each in self.known.items()
+            if each.block.kind != VECTOR or each.block.parameter not in others
+        }
         return Statistics(self.longest, self.pairs, known, [self.examples[0], 0], self.dtype)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Notes the type of a gradient: float64 once one is."""
+        self.dtype = torch.promote_types(self.dtype, dtype)
 
     def accumulator(self, batch: int, names: Any = None) -> BlockAccumulator:
         """What takes a batch in the present pass."""
@@ -181,18 +191,18 @@ class Statistics(BlockMap):
         start: int,
         shape: tuple[int, int],
         bias: tuple[str, list[int], int] | None,
-    ) -> Block | None:
+    ) -> Block:
         """The block of these factors, new if it was not seen before."""
         if (name, start) in self.outer or self.is_rotated:
-            return self.outer.get((name, start))
+            return super().outer_of(name, start, shape, bias)
         pair, ones = None, "right"
-        if bias is not None:
-            pair = (bias[0], bias[2], shape[0])
-        elif name in self.pairs:
+        if name in self.pairs:
             other, ones = self.pairs[name]
             length = shape[1] if ones == "left" else shape[0]
             before = start // shape[1] if ones == "right" else 0  # groups of a convolution
-            pair = (other, before, length)
+            pair = None if other is None else (other, before, length)
+        elif bias is not None and not self._has(bias[0], bias[2]):
+            pair = (bias[0], bias[2], shape[0])
         block = Block(name, start, OUTER, shape, pair, ones)
         one = [pair is not None and ones == side for side in ("left", "right")]
         self._take(
@@ -202,24 +212,29 @@ class Statistics(BlockMap):
         )
         return block
 
-    def table_of(self, name: str, shape: Sequence[int]) -> Block | None:
+    def table_of(self, name: str, shape: Sequence[int]) -> Block:
         """The block of a table, new if it was not seen before."""
         if name not in self.tables and not self.is_rotated:
             block = Block(name, 0, LOOKUP, (shape[0], shape[1]))
             self._take(block, Covariance.of(shape[1], self.longest), None)
-        return self.tables.get(name)
+        return super().table_of(name, shape)
 
     def vector_of(self, name: str, shape: Sequence[int]) -> Block | None:
         """The block of another parameter, new if it was not seen before."""
-        bias_of_later = any(name == bias for bias, _ in self.pairs.values())
-        if name not in self.vectors and not self.is_rotated and not bias_of_later:
-            length = 1
-            for size in shape:
-                length *= size
+        if name not in self.vectors and not self.is_rotated:
+            if any(name == bias for bias, _ in self.pairs.values()):
+                return None  # its weight comes later, and counts it
+            length = math.prod(shape)
             block = Block(name, 0, VECTOR, (length, 1))
             whole = length <= LONGEST_VECTOR
             self._take(block, Covariance.of(length, length) if whole else None, None)
-        return self.vectors.get(name)
+        return super().vector_of(name, shape)
+
+    def _has(self, bias: str, first: int) -> bool:
+        """Whether a block has these values of a bias already."""
+        return any(
+            block.bias == (bias, first, block.shape[0]) for block in self.biases.get(bias, ())
+        )
 
     def _take(self, block: Block, left: Covariance | None, right: Covariance | None) -> None:
         self.append(block)
@@ -243,7 +258,7 @@ class _Covariances(BlockAccumulator):
         outputs, inputs = (right, left) if block.ones == "left" else (left, right)
         counted = (outputs != 0).any(1).to(inputs.dtype)
         known.terms += float(counted.sum())
-        self.map.dtype = inputs.dtype
+        self.map.widen(inputs.dtype)
         sides = (known.right, known.left) if block.ones == "left" else (known.left, known.right)
         if sides[0] is not None and sides[1] is not None:
             self._left.append((sides[0], outputs))
@@ -256,6 +271,7 @@ class _Covariances(BlockAccumulator):
         """The covariance of a row's gradient."""
         known = self.map.known[block.key]
         flat = values.flatten(0, 1)
+        self.map.widen(values.dtype)
         given = flat * (indices.reshape(-1, 1) >= 0)
         known.terms += float((given != 0).any(1).sum())
         if known.left is not None:
@@ -273,7 +289,11 @@ class _Covariances(BlockAccumulator):
             covariance.add(values * factor)
         for key, values in self._vectors.items():
             known = self.map.known[key]
-            known.terms += len(values)
+            if known.block.kind == OUTER:  # whose factors are not known: its layers' own decide
+                continue
+            if known.block.kind == LOOKUP:
+                values = values.reshape(-1, known.block.shape[1])
+            known.terms += float((values != 0).any(1).sum())
             if known.left is not None:
                 known.left.add(values * factor)
         self.map.examples[0] += self.batch
@@ -306,9 +326,17 @@ class _Squares(BlockAccumulator):
             self._looked_up.setdefault(block.key, []).append(kept)
 
     def formed(self, block: Block, values: Tensor) -> None:
-        """Keeps the whole gradient."""
-        found, now = self._formed.get(block.key), block.formed(values)
-        self._formed[block.key] = now if found is None else found + now
+        """Keeps the whole gradient: of a weight as its product with one, of a table row by row."""
+        now = block.formed(values)
+        if block.kind == OUTER:
+            one = torch.eye(now.shape[1], dtype=now.dtype).expand(len(now), -1, -1)
+            self._factors.setdefault(block.key, []).append((0, one, now))
+        elif block.kind == LOOKUP:
+            every = torch.arange(now.shape[2]).expand(len(now), -1)
+            self._looked_up.setdefault(block.key, []).append((every, now.mT))
+        else:
+            found = self._formed.get(block.key)
+            self._formed[block.key] = now if found is None else found + now
 
     def fold(self, factor: float) -> None:
         """Takes the batch over, its gradients times `factor`."""

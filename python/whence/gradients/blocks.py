@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from whence.errors import CoverageError
+
 OUTER, LOOKUP, VECTOR = "outer", "lookup", "vector"
 """Kinds of blocks: weights of linear maps, tables, and anything else as one vector."""
 
@@ -41,7 +43,9 @@ class Side:
         return sum(matrix.shape[1] for _, _, matrix in self.parts)
 
     def project(self, values: Tensor, *, one: bool = False) -> Tensor:
-        """[..., length] to [..., columns], with the constant one if `one`."""
+        """[..., length] to [..., columns], with the constant one if `one`; in the columns' type."""
+        if self.parts:  # rules of norms and biases hand over float32, of a float64 model too
+            values = values.to(self.parts[0][2].dtype)
         found = [values[..., first:end] @ matrix for first, end, matrix in self.parts]
         projected = found[0] if len(found) == 1 else torch.cat(found, -1)
         return projected + self.ones if one and self.ones is not None else projected
@@ -82,8 +86,8 @@ class Block:
         kind: "outer" for Σ_t left[t] right[t]ᵀ, "lookup" for rows of a table, "vector".
         shape: (rows, columns) of a weight or a table; (values, 1) of a vector.
         bias: (name, first value, length) of the bias that goes with the weight, or None.
-        ones: The side after whose values a constant one stands for the bias: "left", where the
-            inputs are, as in Hugging Face's Conv1D; else "right".
+        ones: The side of the inputs, after whose values a constant one stands for the bias: "left"
+            in Hugging Face's Conv1D, else "right".
         left: Eigenvectors of the left side; of a table those of its rows, whose right side is the
             identity; None for a vector whose values are taken as they are.
         right: Eigenvectors of the right side of a weight, else None.
@@ -199,17 +203,24 @@ class BlockMap(ABC):
         start: int,
         shape: tuple[int, int],
         bias: tuple[str, list[int], int] | None,
-    ) -> Block | None:
-        """The block of factors of this shape, and of the bias that comes with them."""
-        return self.outer.get((name, start))
+    ) -> Block:
+        """The block of factors of this shape, and of the bias that comes with them.
 
-    def table_of(self, name: str, shape: Sequence[int]) -> Block | None:
+        Raises:
+            CoverageError: If there is none, as in the other two.
+        """
+        found = _there(name, self.outer.get((name, start)))
+        if found.shape != tuple(shape):
+            raise _unseen(f"{name} as {list(shape)}, which was {list(found.shape)} then")
+        return found
+
+    def table_of(self, name: str, shape: Sequence[int]) -> Block:
         """The block of a table."""
-        return self.tables.get(name)
+        return _there(name, self.tables.get(name))
 
     def vector_of(self, name: str, shape: Sequence[int]) -> Block | None:
-        """The block of a parameter that is no weight."""
-        return self.vectors.get(name)
+        """The block of a parameter that is no weight; None if it comes with a weight."""
+        return _there(name, self.vectors.get(name))
 
 
 class BlockAccumulator(ABC):
@@ -295,10 +306,9 @@ class BlockAccumulator(ABC):
             whole += factors[0].flatten(0, 1).T @ factors[1].flatten(0, 1)
         sizes = left.shape[2], right.shape[2]
         block = self.map.outer_of(name, start, sizes, bias)
-        joined = bias is not None and block is not None and block.bias is not None
-        joined = joined and block.ones == "right" and block.bias[:2] == (bias[0], bias[2])  # type: ignore[union-attr,index]
-        if block is not None:
-            self.outer(block, *factors, first, bias=joined)
+        joined = bias is not None and block.bias is not None
+        joined = joined and block.ones == "right" and block.bias[:2] == (bias[0], bias[2])  # type: ignore[index]
+        self.outer(block, *factors, first, bias=joined)
         if bias is not None and not joined:
             self.add(bias[0], bias[1], left.sum(1), bias[2])
         # A product of what is not finite is not finite, but for zeros: so both sides are looked at.
@@ -319,11 +329,23 @@ class BlockAccumulator(ABC):
         """
         given, table = torch.from_numpy(values), torch.from_numpy(indices)
         block = self.map.table_of(name, shape)
-        if block is not None:
-            if ignored is not None:
-                table = torch.where(table == ignored, -1, table)
-            self.lookup(block, table, given)
+        if ignored is not None:
+            table = torch.where(table == ignored, -1, table)
+        self.lookup(block, table, given)
         return bad_rows(given)
+
+
+def _there(name: str, block: Block | None) -> Block:
+    if block is None:
+        raise _unseen(f"{name}, which had none then")
+    return block
+
+
+def _unseen(what: str) -> CoverageError:
+    return CoverageError(
+        "factors must be fitted to examples that reach every layer in the way that others do, got "
+        f"a gradient in {what}; fit to more examples, or leave the layer out with layers="
+    )
 
 
 def bad_rows(values: Tensor, first: int = 0) -> list[int]:

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
@@ -19,6 +24,9 @@ from whence.gradients.capture import Capture
 from whence.gradients.hooks import Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.weights import preserved
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+"""Samplers that give another order each time."""
 
 
 def backward(
@@ -115,10 +123,13 @@ def reread(name: str, loader: Any) -> Iterable[Any]:
             f"{name} must be batches that can be read several times, such as a list or a "
             f"DataLoader, got {_arrays.describe(loader)}"
         )
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        raise ArgumentError(
-            f"{name} must give its examples in one order, got a DataLoader with shuffle=True"
-        )
+    if isinstance(loader, DataLoader):
+        samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None)
+        if any(isinstance(each, _SHUFFLING) for each in samplers):
+            raise ArgumentError(
+                f"{name} must give its examples in one order, got a DataLoader with shuffle=True "
+                "or a random sampler"
+            )
     return loader
 
 
@@ -135,14 +146,24 @@ def evaluating(model: nn.Module, *, weights: bool) -> Iterator[None]:
         yield
 
 
-def pairs_of(layers: Iterable[Any]) -> Mapping[str, tuple[str, str]]:
-    """Weight -> (bias, side of the inputs), of layers whose rules give the two apart."""
+def pairs_of(layers: Iterable[Any]) -> dict[str, tuple[str | None, str]]:
+    """Weight -> (bias, side of the inputs), of layers whose rules give the two apart.
+
+    A bias goes with the first weight that has it, and a weight with the first bias: of tied ones,
+    the others are on their own.
+    """
     sides = {"linear": "right", "conv": "right", "conv1d_transposed": "left"}
-    return {
-        layer.parameters["weight"].name: (layer.parameters["bias"].name, sides[layer.rule.kind])
-        for layer in layers
-        if layer.rule.kind in sides and {"weight", "bias"} <= set(layer.parameters)
-    }
+    found: dict[str, tuple[str | None, str]] = {}
+    taken = set()
+    for layer in layers:
+        if layer.rule.kind not in sides or "weight" not in layer.parameters:
+            continue
+        weight, bias = layer.parameters["weight"].name, layer.parameters.get("bias")
+        if weight not in found:
+            free = bias is not None and bias.name not in taken
+            found[weight] = (bias.name if free else None, sides[layer.rule.kind])
+            taken.add(found[weight][0])
+    return found
 
 
 def length_of(batch: Any) -> int:

@@ -87,16 +87,19 @@ class _Factors(BlockMap):
         start: int,
         shape: tuple[int, int],
         bias: tuple[str, list[int], int] | None,
-    ) -> Block | None:
-        return Block(name, start, "outer", shape) if name == self.weight else None
+    ) -> Block:
+        return Block(name, start, "outer", shape)
 
 
 class _Accumulator(BlockAccumulator):
     def __init__(self, blocks: _Factors, batch: int) -> None:
         super().__init__(blocks, batch)
+        self._weight = blocks.weight
         self.factors: tuple[Tensor, Tensor] | None = None
 
     def outer(self, block: Block, left: Tensor, right: Tensor, first: int, *, bias: bool) -> None:
+        if block.parameter != self._weight:
+            return
         if left.shape[1] != 1:
             raise LayerError(
                 f"layer must see one position an example, got {left.shape[1]} in {block.layer}"

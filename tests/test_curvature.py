@@ -1,0 +1,880 @@
+"""Factors against their definition, computed example by example with torch.func."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from curvature_oracle import (
+    NAMES,
+    ByHand,
+    Conv1D,
+    Shared,
+    batches,
+    block_gradients,
+    case,
+    covariances,
+    dense,
+    exact_gradients,
+    positions,
+    rotated_gradients,
+    squares,
+    tokens,
+    wide,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import per_sample_gradients
+from torch import nn
+from torch.func import functional_call, jacrev
+
+import whence
+from whence import errors
+from whence.curvature.factors import STAGES
+from whence.curvature.labels import DrawnLabels
+
+
+def fit(model, loader, loss=squares, **options):
+    options = {"labels": "empirical", "sample": 9, "progress": False, **options}
+    return whence.fit_factors(model, loader, lambda *batch: loss(model, *batch), **options)
+
+
+@cache
+def fitted(name, **options):
+    """Factors of a case, and the case."""
+    model, loss, x = case(name)
+    return fit(model, batches(x), loss, **options), model, loss, x
+
+
+def known(factors, checkpoint=0):
+    return factors.checkpoints[checkpoint].statistics.known
+
+
+def close(found, expected, tolerance=1e-5):
+    """Whether they are equal but for rounding; biases and norms of any model are float32."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+WITH_POSITIONS = [name for name in NAMES if name != "layer norm"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_covariances_are_sums_over_positions(name):
+    factors, model, loss, x = fitted(name)
+    observed = positions(model, loss, x)
+    mine = {key: each for key, each in known(factors).items() if key[2] != "vector"}
+    assert set(mine) == set(observed)
+    for key, each in mine.items():
+        outputs, inputs, terms = covariances(observed[key], bias=each.block.bias is not None)
+        sides = [outputs, inputs] if each.block.ones == "right" else [inputs, outputs]
+        assert each.terms == terms
+        assert close(each.left.sums[0], sides[0], 1e-12)
+        if key[2] == "outer":
+            assert close(each.right.sums[0], sides[1], 1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_in_one_block(name):
+    factors, model, _, _ = fitted(name)
+    values = {}
+    for each in known(factors).values():
+        block = each.block
+        values.setdefault((block.parameter, block.kind), []).append(int(np.prod(block.shape)))
+        if block.bias is not None:
+            values.setdefault((block.bias[0], "bias"), []).append(block.bias[2])
+    sizes = {parameter.numel() for parameter in model.parameters()}
+    assert {sum(each) for each in values.values()} == sizes
+    tied = len(list(model.named_parameters(remove_duplicate=False)))
+    assert len(values) == tied
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eigenvectors_take_the_covariances_apart(name):
+    factors, _, _, _ = fitted(name)
+    for each in known(factors).values():
+        block = each.block
+        for side, covariance, length in (
+            (block.left, each.left, block.shape[1 if block.kind == "lookup" else 0]),
+            (block.right, each.right, block.shape[1]),
+        ):
+            if side is None:
+                continue
+            vectors = dense(side, length)
+            assert close(vectors.T @ vectors, torch.eye(len(vectors), dtype=torch.float64), 1e-6)
+            values = vectors.T @ covariance.sums[0] @ vectors
+            assert close(values, torch.diag(values.diagonal()), 1e-6)
+            assert (values.diagonal().diff() <= 1e-6 * values.max()).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eigenvalues_are_the_second_moments_of_exact_gradients(name):
+    factors, model, loss, x = fitted(name)
+    exact = exact_gradients(model, loss, x)
+    for key, values in factors.eigenvalues().items():
+        gradients = rotated_gradients(exact[key[2]], known(factors)[key].block)
+        assert close(values, gradients.square().mean(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_uncorrected_eigenvalues_are_products(name):
+    factors, model, loss, x = fitted(name, corrected=False)
+    corrected = fitted(name)[0].eigenvalues()
+    observed = positions(model, loss, x)
+    for key, values in factors.eigenvalues().items():
+        if key[2] != "outer":
+            assert torch.equal(values, corrected[key])
+            continue
+        block = known(factors)[key].block
+        outputs, inputs, terms = covariances(observed[key], bias=block.bias is not None)
+        outputs, inputs = outputs / len(x), inputs / terms
+        left, right = (outputs, inputs) if block.ones == "right" else (inputs, outputs)
+        kronecker = torch.kron(left, right)
+        vectors = torch.kron(dense(block.left, block.shape[0]), dense(block.right, block.shape[1]))
+        assert close(vectors @ torch.diag(values.flatten()) @ vectors.T, kronecker, 1e-6)
+
+
+# Labels
+
+
+def moment(values, loss, draws=100_000):
+    """[outputs, outputs] mean of δ δᵀ over drawn labels, for one example's outputs."""
+    out = values.expand(draws, *values.shape).clone().requires_grad_()
+    with DrawnLabels(0):
+        total = loss(out)
+    delta = torch.autograd.grad(total, out)[0].flatten(1).double()
+    return delta.T @ delta / draws
+
+
+def hessian(loss, values):
+    return jacrev(jacrev(loss))(values.double()).reshape(values.numel(), values.numel())
+
+
+def negative_log_likelihood(values):
+    return -values.log_softmax(0)[0].sum()
+
+
+CLASSES = torch.zeros(100_000, dtype=torch.long)
+NUMBERS = torch.zeros(100_000, 4)
+DRAWS = {
+    "cross_entropy": (
+        lambda out: F.cross_entropy(out, CLASSES, reduction="sum"),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "cross_entropy of label smoothing": (
+        lambda out: F.cross_entropy(out, CLASSES, reduction="sum", label_smoothing=0.3),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "cross_entropy of probabilities": (
+        lambda out: F.cross_entropy(out, NUMBERS + 0.25, reduction="sum"),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "the module": (
+        lambda out: nn.CrossEntropyLoss(reduction="sum")(out, CLASSES),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "nll_loss": (
+        lambda out: F.nll_loss(out.log_softmax(-1), CLASSES, reduction="sum"),
+        lambda out: F.cross_entropy(out[None], CLASSES[:1]),
+    ),
+    "binary_cross_entropy_with_logits": (
+        lambda out: F.binary_cross_entropy_with_logits(out, NUMBERS, reduction="sum"),
+        lambda out: F.binary_cross_entropy_with_logits(out, 0 * out, reduction="sum"),
+    ),
+    "binary_cross_entropy": (
+        lambda out: F.binary_cross_entropy(out.sigmoid(), NUMBERS, reduction="sum"),
+        lambda out: F.binary_cross_entropy_with_logits(out, 0 * out, reduction="sum"),
+    ),
+    "mse_loss, summed": (
+        lambda out: F.mse_loss(out, NUMBERS, reduction="sum"),
+        lambda out: F.mse_loss(out, 0 * out, reduction="sum"),
+    ),
+    "mse_loss, the mean over outputs": (
+        lambda out: len(out) * F.mse_loss(out, NUMBERS),
+        lambda out: F.mse_loss(out, 0 * out),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_drawn_labels_give_the_gauss_newton_matrix(name):
+    many, one = DRAWS[name]
+    values = torch.tensor([0.3, -1.2, 0.8, 0.1])
+    expected = hessian(one, values)  # of the loss in the outputs: JᵀHJ is the Gauss-Newton matrix
+    assert float((moment(values, many) - expected).abs().max()) < 0.02 * float(expected.max())
+
+
+def test_factors_of_drawn_labels_are_those_of_the_gauss_newton_matrix():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x = torch.randn(5, 3).double()
+    many = x.repeat(4000, 1)
+    loader = [(many, torch.zeros(len(many), dtype=torch.long))]
+    factors = fit(model, loader, lambda m, x, y: F.cross_entropy(m(x), y), labels="sampled")
+    weights = dict(model.named_parameters())
+    for key, each in known(factors).items():
+        name = key[0].removesuffix("weight")
+        own = {part: weights[name + part].detach() for part in ("weight", "bias")}
+        exact = 0.0
+        for example in x:
+
+            def outputs(own, name=name, example=example):
+                weights = {name + part: value for part, value in own.items()}
+                return functional_call(model, weights, (example[None],))[0]
+
+            jacobian = jacrev(outputs)(own)
+            joined = torch.cat([jacobian["weight"], jacobian["bias"][..., None]], 2).flatten(1)
+            exact = exact + joined.T @ hessian(negative_log_likelihood, outputs(own)) @ joined
+        block = each.block
+        vectors = torch.kron(dense(block.left, block.shape[0]), dense(block.right, block.shape[1]))
+        values = (vectors.T @ (exact.detach() / len(x)) @ vectors).diagonal()
+        assert close(factors.eigenvalues()[key].flatten(), values, 0.05)
+
+
+def test_ignored_positions_stay_ignored():
+    out = torch.randn(2, 3, 4, requires_grad=True)
+    y = torch.tensor([[0, -1, 2, 1], [-1, -1, 0, 0]])
+    with DrawnLabels(0):
+        F.cross_entropy(out, y, ignore_index=-1, reduction="sum").backward()
+    assert torch.equal((out.grad == 0).all(1), y == -1)
+
+
+@pytest.mark.parametrize(
+    "shape", [((4,), ()), ((5, 4), (5,)), ((5, 4, 3), (5, 3)), ((5, 4, 3, 2), (5, 3, 2))]
+)
+def test_classes_are_drawn_for_every_position(shape):
+    values = torch.full(shape[0], -50.0)
+    likely = torch.randint(0, 4, shape[1])
+    classes = min(1, values.dim() - 1)
+    values.scatter_(classes, likely.unsqueeze(classes), 50.0)
+    with DrawnLabels(0):
+        found = F.cross_entropy(values, torch.zeros(shape[1], dtype=torch.long))
+    assert found == 0  # the class that was drawn is the one of probability one
+
+
+def test_empirical_labels_are_the_true_ones():
+    torch.manual_seed(6)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(9, 4).double(), torch.randint(0, 3, (9,))
+    factors = fit(model, batches(x, y), lambda m, x, y: F.cross_entropy(m(x), y))
+    delta = model(x).detach().softmax(1) - F.one_hot(y, 3)
+    assert close(known(factors)["weight", 0, "outer"].left.sums[0], delta.T @ delta, 1e-12)
+
+
+def test_the_same_seed_draws_the_same_labels_whatever_was_drawn_before():
+    model, x = nn.Linear(4, 3), torch.randn(9, 4)
+    loader = batches(x, torch.zeros(9, dtype=torch.long))
+
+    def found(seed):
+        torch.rand(seed + 3)
+        before = torch.get_rng_state()
+        factors = fit(
+            model,
+            loader,
+            lambda m, x, y: F.cross_entropy(m(x), y),
+            labels="sampled",
+            seed=seed,
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+        return factors.eigenvalues()["weight", 0, "outer"]
+
+    assert torch.equal(found(1), found(1))
+    assert not torch.equal(found(1), found(2))
+
+
+@pytest.mark.parametrize(
+    ("what", "loss"),
+    [
+        ("another", lambda m, x, y: -m(x).log_softmax(1)[:, 0].mean()),
+        ("weight", lambda m, x, y: F.cross_entropy(m(x), y, weight=torch.ones(3))),
+        (
+            "pos_weight",
+            lambda m, x, y: F.binary_cross_entropy_with_logits(
+                m(x), m(x).detach(), pos_weight=torch.ones(3)
+            ),
+        ),
+    ],
+)
+def test_a_loss_whose_labels_cannot_be_drawn_is_named(what, loss):
+    loader = batches(torch.randn(9, 4), torch.zeros(9, dtype=torch.long))
+    with pytest.raises(errors.LayerError, match=f"{what}.*labels='empirical'"):
+        fit(nn.Linear(4, 3), loader, loss, labels="sampled")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, x, y: F.cross_entropy(m(x), y),
+        lambda m, x, y: F.mse_loss(m(x), torch.zeros(len(x), 3)),
+        lambda m, x, y: F.binary_cross_entropy_with_logits(m(x), torch.zeros(len(x), 3)),
+    ],
+)
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+def test_what_is_not_finite_is_named(loss, labels):
+    x = torch.randn(9, 4)
+    x[4] = torch.nan
+    loader = batches(x, torch.zeros(9, dtype=torch.long))
+    with pytest.raises(errors.NotFiniteError, match="example 1 of a batch"):
+        fit(nn.Linear(4, 3), loader, loss, labels=labels)
+
+
+# What is made of factors
+
+
+def test_linear_regression_of_unit_residuals_is_solved_exactly():
+    torch.manual_seed(7)
+    x = torch.randn(40, 6).double()
+    model = nn.Linear(6, 1).double()
+    y = model(x).detach() + torch.randint(0, 2, (40, 1)) * 2 - 1
+    loader = batches(x, y, sizes=(13, 20, 7))
+    factors = fit(model, loader, lambda m, x, y: 0.5 * F.mse_loss(m(x), y))
+    joined = torch.cat([x, torch.ones(40, 1, dtype=x.dtype)], 1)
+    curvature = joined.T @ joined / 40
+    [(values, damping)] = factors.damped().values()
+    assert damping == pytest.approx(0.1 * float(curvature.trace()) / 7, rel=1e-12)
+    exact = torch.linalg.solve(curvature + damping * torch.eye(7, dtype=x.dtype), joined.T)
+    block = next(iter(known(factors).values())).block
+    rotated = joined @ dense(block.right, 6) * float(dense(block.left, 1))
+    found = rotated / (values + damping) @ rotated.T
+    assert float((found - joined @ exact).abs().max()) < 1e-10
+
+
+def test_damping_is_a_share_of_the_mean_eigenvalue_of_each_block():
+    model, loss, x = case("layer norm")
+    for damping in (0.1, 0.03):
+        factors = fit(model, batches(x), loss, damping=damping)
+        exact = exact_gradients(model, loss, x)
+        for key, (values, added) in factors.damped().items():
+            gradients = block_gradients(exact[key[2]], known(factors)[key].block)
+            mean = float(gradients.square().sum((1, 2)).mean()) / values.numel()
+            assert added == pytest.approx(damping * mean, rel=1e-5)
+
+
+def chosen(factors):
+    """{(block's key, left, right)} that are kept, by the scales that name them."""
+    found = set()
+    for choice in factors.maps[0].choices:
+        values, damping = factors.damped()[choice.block.key]
+        scales = (values + damping).rsqrt().float()
+        for scale in choice.scales:
+            place = torch.nonzero(scales == scale)
+            assert len(place) == 1
+            found.add((choice.block.key, *place[0].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("name", ["perceptron", "conv2d grouped", "layer norm"])
+def test_the_coordinates_of_largest_share_are_kept(name, corrected):
+    model, loss, x = case(name)
+    factors = fit(model, batches(x), loss, coordinates=17, corrected=corrected)
+    shares = {
+        (key, *place): float(share)
+        for key, (values, damping) in factors.damped().items()
+        for place, share in np.ndenumerate((values / (values + damping)).numpy())
+    }
+    found = chosen(factors)
+    assert len(found) == factors.maps[0].width == 17
+    assert min(shares[each] for each in found) >= max(
+        share for each, share in shares.items() if each not in found
+    )
+
+
+def test_only_leading_eigenvectors_of_weights_are_used():
+    model, loss, x = case("perceptron")
+    factors = fit(model, batches(x), loss, coordinates=1000, leading=0.5)
+    found = chosen(factors)
+    sizes = {key: each.shape for key, each in factors.eigenvalues().items()}
+    expected = {
+        (key, row, column)
+        for key, (rows, columns) in sizes.items()
+        for row in range(round(rows / 2))
+        for column in range(round(columns / 2))
+        if factors.eigenvalues()[key][row, column] > 0
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["linear over positions", "conv2d", "conv1d transposed"])
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_long_sides_are_cut_in_stretches(name, longest):
+    model, loss, x = case(name)
+    factors = fit(model, batches(x), loss, longest=longest)
+    observed = positions(model, loss, x)
+    exact = exact_gradients(model, loss, x)
+    for key, each in known(factors).items():
+        block = each.block
+        outputs, inputs, _ = covariances(observed[key], bias=block.bias is not None)
+        left, right = (outputs, inputs) if block.ones == "right" else (inputs, outputs)
+        for side, length, whole in (
+            (block.left, block.shape[0], left),
+            (block.right, block.shape[1], right),
+        ):
+            assert [end - first for first, end, _ in side.parts] <= [longest] * len(side.parts)
+            assert len(side.parts) == -(-length // longest)
+            diagonal = torch.zeros_like(whole)  # the blocks, the constant one with the last
+            for first, end, _ in side.parts:
+                end = len(whole) if end == length else end
+                diagonal[first:end, first:end] = whole[first:end, first:end]
+            vectors = dense(side, length)
+            values = vectors.T @ diagonal @ vectors
+            assert close(vectors.T @ vectors, torch.eye(len(vectors), dtype=torch.float64), 1e-9)
+            assert close(values, torch.diag(values.diagonal()), 1e-9)
+        gradients = rotated_gradients(exact["outer"], block)
+        assert close(factors.eigenvalues()[key], gradients.square().mean(0))
+
+
+def test_weights_of_checkpoints_are_shares():
+    model, loss, x = case("perceptron")
+    states = {name: wide(case("perceptron")[0]).state_dict() for name in "ab"}
+    factors = fit(model, batches(x), loss, states=states, weights={"b": 3, "a": 1.0})
+    assert [(at.name, at.weight) for at in factors.checkpoints] == [("a", 0.25), ("b", 0.75)]
+    for index, name in enumerate("ab"):
+        model.load_state_dict(states[name])
+        alone = fit(model, batches(x), loss)
+        found = factors.eigenvalues(index)
+        assert all(torch.equal(each, found[key]) for key, each in alone.eigenvalues().items())
+
+
+def test_the_model_is_afterwards_as_before():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    x = torch.randn(9, 4)
+    model(x).sum().backward()
+    before = [each.clone() for each in model.state_dict().values()]
+    gradients = [each.grad.clone() for each in model.parameters()]
+    states = {
+        name: wide(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).float() for name in "ab"
+    }
+    random = torch.get_rng_state()
+    fit(model, batches(x), states={name: each.state_dict() for name, each in states.items()})
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert all(map(torch.equal, gradients, (each.grad for each in model.parameters())))
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert not model[0]._forward_hooks
+    assert model[2].training
+
+
+# Shards
+
+
+def same(one, other):
+    """Whether all arrays of two factors are the same, bit for bit."""
+    for first, second in zip(one.checkpoints, other.checkpoints, strict=True):
+        assert (first.name, first.digest, first.weight) == (
+            second.name,
+            second.digest,
+            second.weight,
+        )
+        assert first.statistics.examples == second.statistics.examples
+        assert first.statistics.pairs == second.statistics.pairs
+        assert list(first.statistics.known) == list(second.statistics.known)
+        for mine, its in zip(known(one).values(), known(other).values(), strict=True):
+            assert mine.terms == its.terms
+            for name in ("left", "right"):
+                sides = [getattr(each, name) for each in (mine, its)]
+                assert (sides[0] is None) == (sides[1] is None)
+                if sides[0] is not None:
+                    assert sides[0].ranges == sides[1].ranges
+                    assert all(map(torch.equal, sides[0].sums, sides[1].sums))
+                vectors = [getattr(each.block, name) for each in (mine, its)]
+                assert (vectors[0] is None) == (vectors[1] is None)
+                if vectors[0] is not None:
+                    for (_, _, a), (_, _, b) in zip(
+                        vectors[0].parts, vectors[1].parts, strict=True
+                    ):
+                        assert torch.equal(a, b)
+                        assert a.dtype == b.dtype
+                    assert (vectors[0].ones is None) == (vectors[1].ones is None)
+                    assert vectors[0].ones is None or torch.equal(vectors[0].ones, vectors[1].ones)
+            for name in ("kronecker", "squares"):
+                values = [getattr(each, name) for each in (mine, its)]
+                assert (values[0] is None) == (values[1] is None)
+                assert values[0] is None or torch.equal(*values)
+        assert (first.sample is None) == (second.sample is None)
+        assert first.sample is None or torch.equal(first.sample, second.sample)
+    return (one.model, one.reduction, one.labels, one.settings, one.stage) == (
+        other.model,
+        other.reduction,
+        other.labels,
+        other.settings,
+        other.stage,
+    )
+
+
+@pytest.mark.parametrize("name", ["perceptron", "embedding", "layer norm", "tied"])
+def test_merged_shards_are_as_one_fit(name):
+    model, loss, x = case(name)
+    whole = fit(model, batches(x), loss)
+    shards = [batches(x[:3], sizes=(3,)), batches(x[3:], sizes=(4, 2))]
+    merged = None
+    for stage in ("covariance", "eigenvalues"):
+        parts = [fit(model, shard, loss, start=merged, until=stage) for shard in shards]
+        merged = whence.Factors.merge(parts)
+        assert merged.stage == stage
+    merged = fit(model, batches(x), loss, start=merged)
+    for key, each in known(whole).items():
+        assert known(merged)[key].terms == each.terms
+        assert close(merged.eigenvalues()[key], whole.eigenvalues()[key])
+    assert merged.checkpoints[0].statistics.examples == [9, 9]
+    gram = [each.checkpoints[0].sample @ each.checkpoints[0].sample.T for each in (whole, merged)]
+    assert close(gram[1], gram[0], 1e-3)
+
+
+def test_a_merge_changes_none_of_its_parts():
+    model, loss, x = case("perceptron")
+    parts = [fit(model, [(half,)], loss, until="covariance") for half in (x[:4], x[4:])]
+    before = known(parts[0])["0.weight", 0, "outer"].left.sums[0].clone()
+    merged = whence.Factors.merge(parts)
+    fit(model, batches(x), loss, start=merged)
+    assert torch.equal(known(parts[0])["0.weight", 0, "outer"].left.sums[0], before)
+    assert known(merged)["0.weight", 0, "outer"].squares is None
+
+
+def other_model():
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).double()
+
+
+OTHERS = {
+    "model": lambda m, x: fit(m, batches(x), until="covariance", layers="0"),
+    "labels": lambda m, x: fit(
+        m, batches(x), lambda m, x: F.mse_loss(m(x), m(x)), until="covariance", labels="sampled"
+    ),
+    "reduction": lambda m, x: fit(m, batches(x), until="covariance", reduction="sum"),
+    "longest": lambda m, x: fit(m, batches(x), until="covariance", longest=2),
+    "weights": lambda m, x: fit(wide(m), batches(x), until="covariance"),
+    "settings": lambda m, x: fit(m, batches(x), until="covariance", damping=0.2),
+    "stage": lambda m, x: fit(m, batches(x), until="eigenvalues"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_parts_of_other_models_and_settings_do_not_merge(what):
+    model, _, x = case("perceptron")
+    parts = [fit(model, batches(x), until="covariance"), OTHERS[what](model, x)]
+    with pytest.raises(errors.MismatchError, match=f"parts must .*{what}"):
+        whence.Factors.merge(parts)
+
+
+def test_parts_of_other_eigenbases_do_not_merge():
+    model, _, x = case("perceptron")
+    parts = [fit(model, [(half,)], until="eigenvalues") for half in (x[:4], x[4:])]
+    with pytest.raises(errors.ArgumentError, match="one eigenbasis"):
+        whence.Factors.merge(parts)
+    merged = whence.Factors.merge(
+        [fit(model, [(each,)], until="covariance") for each in (x[:4], x[4:])]
+    )
+    parts = [fit(model, [(half,)], start=merged) for half in (x[:4], x[4:])]
+    with pytest.raises(errors.ArgumentError, match="comes of one sample"):
+        whence.Factors.merge(parts)
+    with pytest.raises(errors.ArgumentError, match="parts must be at least one"):
+        whence.Factors.merge([])
+
+
+@pytest.mark.parametrize("what", ["model", "labels", "reduction", "longest", "weights"])
+def test_a_start_of_another_model_or_setting_is_refused(what):
+    model, _, x = case("perceptron")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    start = OTHERS[what](model, x)
+    model.load_state_dict(state)
+    with pytest.raises(errors.MismatchError, match=f"start must .*{what}"):
+        fit(model, batches(x), start=start)
+
+
+def test_a_start_without_the_checkpoint_is_refused():
+    model, _, x = case("perceptron")
+    start = fit(model, batches(x), until="covariance")
+    with pytest.raises(errors.CheckpointError, match="'late'"):
+        fit(model, batches(x), start=start, states={"late": model.state_dict()})
+
+
+def test_a_start_that_went_further_is_refused():
+    model, _, x = case("perceptron")
+    start = fit(model, batches(x), until="eigenvalues")
+    with pytest.raises(errors.ArgumentError, match="'covariance' at most"):
+        fit(model, batches(x), start=start, until="covariance")
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", [*NAMES, "no coordinates of a block"])
+@pytest.mark.parametrize("until", ["covariance", "eigenvalues", "basis"])
+def test_saved_factors_are_read_as_they_were(tmp_path, name, until):
+    model, loss, x = case("perceptron" if name not in NAMES else name)
+    factors = fit(model, batches(x), loss, until=until, coordinates=1 if name not in NAMES else 99)
+    assert factors.save(tmp_path / "factors") == tmp_path / "factors"
+    assert same(whence.Factors.load(tmp_path / "factors"), factors)
+
+
+def test_saving_never_overwrites(tmp_path):
+    model, loss, x = case("perceptron")
+    factors = fit(model, batches(x), loss)
+    factors.save(tmp_path / "factors")
+    with pytest.raises(errors.StoreError, match="path must be new"):
+        factors.save(tmp_path / "factors")
+    with pytest.raises(errors.StoreError, match="saved factors"):
+        whence.Factors.load(tmp_path)
+    with pytest.raises(errors.StoreError, match="saved factors"):
+        whence.Factors.load(tmp_path / "nothing")
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_damaged_factors_are_named(saved, data):
+    files = sorted(saved.iterdir())
+    path = data.draw(st.sampled_from(files))
+    content = path.read_bytes()
+    kind = data.draw(st.sampled_from(["bit", "cut", "gone", "longer"]))
+    place = data.draw(st.integers(0, len(content) - 2))  # a last line break is no loss
+    damaged = {
+        "bit": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+        "cut": content[:place],
+        "longer": content + b"\0",
+    }
+    try:
+        if kind == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(damaged[kind])
+        with pytest.raises(errors.StoreError, match=path.parent.name):
+            whence.Factors.load(saved)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model, loss, x = case("perceptron")
+    return fit(model, batches(x), loss).save(tmp_path_factory.mktemp("saved") / "factors")
+
+
+def test_a_killed_fit_goes_on(tmp_path):
+    model, loss, x = case("perceptron")
+    states = {name: wide(case("perceptron")[0]).state_dict() for name in "abc"}
+    whole = fit(model, batches(x), loss, states=states)
+    runs = []
+
+    class Killed(Exception):
+        pass
+
+    def counted(model, x):
+        runs.append(1)
+        if len(runs) == 14:  # in the third checkpoint: two passes of three batches a checkpoint
+            raise Killed
+        return loss(model, x)
+
+    with pytest.raises(Killed):
+        fit(model, batches(x), counted, states=states, path=tmp_path / "fit")
+    again = fit(model, batches(x), counted, states=states, path=tmp_path / "fit")
+    assert len(runs) == 14 + 6 + 9  # the third once more, and a sample at each
+    assert same(again, whole)
+    third = fit(model, batches(x), counted, states=states, path=tmp_path / "fit")
+    assert len(runs) == 14 + 6 + 9 + 9
+    assert same(third, whole)
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_in_nobodys_way(tmp_path):
+    model, loss, x = case("perceptron")
+    part = tmp_path / "fit" / "checkpoint-0000-eigenvalues.part"
+    part.mkdir(parents=True)
+    (part / "factors.json").write_text("half")
+    assert same(fit(model, batches(x), loss, path=tmp_path / "fit"), fit(model, batches(x), loss))
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": "0"},
+        {"reduction": "sum"},
+        {"damping": 0.2},
+        {"coordinates": 5},
+        {"leading": 0.5},
+        {"corrected": False},
+        {"longest": 2},
+        {"examples": 3},
+        {"sample": 5},
+        {"seed": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_fit_of_other_settings_does_not_go_on(tmp_path, options):
+    model, loss, x = case("perceptron")
+    fit(model, batches(x), loss, path=tmp_path / "fit")
+    with pytest.raises(errors.MismatchError, match="path must be new or of the same"):
+        fit(model, batches(x), loss, path=tmp_path / "fit", **options)
+
+
+def test_a_fit_at_other_weights_does_not_go_on(tmp_path):
+    model, loss, x = case("perceptron")
+    fit(model, batches(x), loss, path=tmp_path / "fit")
+    with pytest.raises(errors.MismatchError, match="path must be new or of the same weights"):
+        fit(wide(model), batches(x), loss, path=tmp_path / "fit")
+
+
+# Parameters in several places, and layers that were not seen
+
+
+def in_several_places():
+    numbers, indices = torch.randn(9, 4), torch.randint(0, 11, (9, 6))
+    return {
+        "one weight, two biases": (Shared("weight"), squares, numbers),
+        "one bias, two weights": (Shared("bias"), squares, numbers),
+        "one bias of convolutions": (Shared("bias", conv=True), squares, torch.randn(9, 2, 3, 3)),
+        "a table used by hand": (ByHand(nn.Embedding(11, 5)), tokens, indices),
+        "a weight used by hand": (ByHand(nn.Linear(4, 4, bias=False)), squares, numbers),
+        "a weight without its bias": (frozen(nn.Linear(6, 5)), squares, torch.randn(9, 6)),
+        "a transposed one without its bias": (frozen(Conv1D(5, 6)), squares, torch.randn(9, 6)),
+        "a bias without its weight": (frozen(nn.Linear(6, 5), 0), squares, torch.randn(9, 6)),
+    }
+
+
+def frozen(layer, which=1):
+    list(layer.parameters())[which].requires_grad_(False)
+    return layer
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("name", in_several_places())
+def test_each_value_of_a_gradient_is_in_one_block(name, first):
+    model, loss, x = in_several_places()[name]
+    model = wide(model)
+    if first and isinstance(model, Shared):  # the other order in the model
+        model._modules = dict(reversed(model._modules.items()))
+    x = x.double() if x.is_floating_point() else x
+    factors = fit(model, batches(x), loss, uncovered="functional")
+    exact = per_sample_gradients(model, loss, x)
+    total = sum(float(each.flatten(1).square().sum(1).mean()) for each in exact.values())
+    found = sum(float(each.sum()) for each in factors.eigenvalues().values())
+    assert found == pytest.approx(total, rel=1e-5)
+    for key, values in factors.eigenvalues().items():
+        gradients = rotated_gradients(exact, known(factors)[key].block)
+        assert close(values, gradients.square().mean(0))
+
+
+def test_batches_of_any_size_weigh_as_much_as_their_examples():
+    torch.manual_seed(8)
+    for model in (frozen(Conv1D(5, 6)), Conv1D(5, 6), nn.Linear(6, 5)):
+        model, x = wide(model), torch.randn(9, 6).double()
+        one, other = (fit(model, batches(x, sizes=sizes)) for sizes in ((9,), (1, 8)))
+        for key in known(one):
+            for name in ("left", "right"):
+                sums = [getattr(known(factors)[key], name).sums[0] for factors in (one, other)]
+                assert close(sums[1], sums[0], 1e-9)
+
+
+class Sometimes(nn.Module):
+    """A second layer that only some examples reach, and attention in one form or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 8)
+        self.table = nn.Embedding(3, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.LayerNorm(8)
+
+    def forward(self, x, how):
+        x = self.first(x)
+        if how == "second":
+            return self.second(x)
+        if how == "table":
+            return x + self.table(torch.zeros(len(x), dtype=torch.long))
+        if how == "scale":
+            return self.scale(x)
+        x = x[:, None].expand(-1, 3, -1)
+        other = {"self": x, "cross": x + 1}.get(how)
+        return x if other is None else self.attention(x, other, other, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("none", "second"),
+        ("none", "table"),
+        ("none", "scale"),
+        ("self", "cross"),
+        ("cross", "self"),
+    ],
+)
+def test_layers_that_were_not_seen_before_are_named(tmp_path, before, now):
+    torch.manual_seed(9)
+    model, x = Sometimes(), torch.randn(9, 4)
+
+    def loss(model, x, how):
+        return model(x, how).square().sum() / len(x)
+
+    name = {"second": "second.(weight|bias)", "table": "table", "scale": "scale"}.get(
+        now, "in_proj"
+    )
+    first = fit(model, [(x, before)], loss)
+    for run in (
+        lambda: fit(
+            model, [(x, now)], loss, start=fit(model, [(x, before)], loss, until=STAGES[0])
+        ),
+        lambda: fit(
+            model, [(x, now)], loss, start=fit(model, [(x, before)], loss, until=STAGES[1])
+        ),
+        lambda: record_one(tmp_path / "store", model, first, lambda: loss(model, x, now)),
+    ):
+        with pytest.raises(errors.CoverageError, match=name):
+            run()
+
+
+def record_one(path, model, factors, closure):
+    options = {"rotate": False, "precondition": factors, "dtype": "float32"}
+    with whence.record(model, path, **options) as rec, rec.batch(range(9)):
+        closure().backward()
+
+
+# The sample
+
+
+def test_the_sample_is_spread_evenly():
+    torch.manual_seed(10)
+    model, x = nn.Linear(4, 3).double(), torch.randn(60, 4).double()
+    loader = batches(x, sizes=[3] * 20)
+    whole = fit(model, loader, sample=60).checkpoints[0].sample
+    assert len(whole) == 60
+    for sample in (3, 9, 20, 31, 59):
+        found = fit(model, loader, sample=sample).checkpoints[0].sample
+        assert len(found) == sample
+        places = [int((whole - row).square().sum(1).argmin()) for row in found]
+        gaps = np.diff([0, *places, 60])
+        assert gaps.max() <= 60 / (sample / 3) + 6  # whole batches, and the last cut off
+
+
+@pytest.mark.parametrize("sizes", [[30, 1, 1, 1], [1, 1, 1, 30], [5, 0, 28]])
+def test_all_is_sampled_where_there_is_no_more(sizes):
+    torch.manual_seed(10)
+    model, x = nn.Linear(4, 3), torch.randn(sum(sizes), 4)
+    factors = fit(model, batches(x, sizes=[size for size in sizes if size]), sample=40)
+    assert len(factors.checkpoints[0].sample) == len(x)
+
+
+def test_a_loader_without_a_length_is_sampled_as_well():
+    class Loader:
+        def __iter__(self):
+            return iter(batches(x, sizes=[2] * 20))
+
+    torch.manual_seed(10)
+    model, x = nn.Linear(4, 3), torch.randn(40, 4)
+    one, other = (
+        fit(model, loader, sample=6, examples=20)
+        for loader in (Loader(), batches(x, sizes=[2] * 20))
+    )
+    assert torch.equal(one.checkpoints[0].sample, other.checkpoints[0].sample)
+
+
+def test_the_first_passes_see_as_many_examples_as_asked():
+    model, x = nn.Linear(4, 3).double(), torch.randn(30, 4).double()
+    factors = fit(model, batches(x, sizes=[5] * 6), examples=10, sample=30)
+    assert factors.checkpoints[0].statistics.examples == [10, 10]
+    alone = fit(model, batches(x[:10], sizes=[5] * 2), sample=10)
+    assert torch.equal(
+        factors.eigenvalues()["weight", 0, "outer"], alone.eigenvalues()["weight", 0, "outer"]
+    )
