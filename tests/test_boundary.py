@@ -143,6 +143,23 @@ def test_encode_refuses(rows):
         _core.encode(rows, True)
 
 
+@pytest.mark.parametrize(
+    ("rows", "bits"),
+    [
+        (f4(2, 0), 4),
+        (np.full((2, 3), np.nan, "f4"), 4),
+        (np.full((2, 3), 3e38, "f4"), 8),
+        (f4(2, 3).astype("f8"), 4),
+        (f4(6), 4),
+        (f4(4, 4)[:, ::2], 4),
+        *((f4(2, 3), bits) for bits in (0, 3, 16, -1, BIG, 2**64, None)),
+    ],
+)
+def test_quantise_refuses(rows, bits):
+    with pytest.raises(ORDINARY):
+        _core.quantise(rows, bits)
+
+
 @pytest.fixture(scope="module")
 def core_rows(tmp_path_factory):
     return fill(tmp_path_factory.mktemp("m") / "s", random_rows(10)).core
@@ -194,6 +211,10 @@ def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
     for dim in (0, 2**46, 2**63):
         with pytest.raises(ORDINARY):
             _core.Rows([], dim, False, f4(0))
+    (tmp_path / "rows").write_bytes(bytes(8))
+    for dim, dtype in ((16, "int3"), (17, "int4"), (2**63, "int1"), (2**62, "int4")):
+        with pytest.raises(ORDINARY):
+            _core.Rows([(tmp_path / "rows", 0, 1)], dim, dtype, scales)
 
 
 def u4(*values):

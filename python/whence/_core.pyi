@@ -31,6 +31,7 @@ __all__ = [
     "graph_within_batches",
     "instruction_set",
     "norm_gradients",
+    "quantise",
     "shuffled",
 ]
 
@@ -66,6 +67,11 @@ def encode_factors(
     half: bool,
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Rows of factors of unit gradients, and the gradients' norms."""
+
+def quantise(
+    rows: NDArray[np.float32], bits: int
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]:
+    """[rows, bytes] codes, int8 or packed uint8; the scale and the relative error of each row."""
 
 def norm_gradients(
     values: NDArray[np.float32],

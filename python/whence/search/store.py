@@ -16,7 +16,10 @@ from whence.search.source import Source
 from whence.store import COMBINED, Reader
 
 ROUNDING = 1.001
-"""How much longer than 1 a stored unit row can be: a step of float16 and what is subnormal."""
+"""How much longer than 1 a stored unit row can be: a step of float16 and what is subnormal.
+
+The norms of quantised rows are read from what is stored, and only a sum of them is rounded.
+"""
 
 
 INFLUENCE = (
@@ -55,10 +58,12 @@ class Store(Reader, Source):
             what = f"preconditioned dim {sketch['dim']} of {sketch['coordinates']} coordinates"
         elif not self.manifest.is_factored:
             what = f"{sketch['kind']} dim {sketch['dim']} seed {sketch['seed']}"
+        error = self.quantisation_error
+        lost = "" if error is None else f", relative error {error:.3f}"
         return (
             f"<whence store {str(self.path)!r}: {len(self)} examples, "
             f"{len(names)} checkpoints {names}{' combined' * combined}, {what}, "
-            f"{self.manifest.dtype}>"
+            f"{self.manifest.dtype}{lost}>"
         )
 
     def search(
@@ -160,7 +165,7 @@ class Store(Reader, Source):
         if self.manifest.is_factored:
             return None
         numbers = self.row_numbers(missing="keep")
-        norms = np.where(numbers < 0, 0, self.scales.astype(np.float64)[numbers])
+        norms = np.where(numbers < 0, 0, self.row_norms.astype(np.float64)[numbers])
         norms *= weights[:, None].astype(np.float64)
         with np.errstate(over="ignore"):
             found: NDArray[np.float32] = np.sqrt((norms**2).sum(axis=0)).astype(np.float32)

@@ -3,11 +3,15 @@
 A store is a directory:
 
     manifest-00000002.json     what is there; the highest number counts
-    shard-00000001/rows.npy    unit rows, float16 or float32, [rows, dim]
-                   scales.npy  float32 [rows]; row = scale * unit row
+    shard-00000001/rows.npy    unit rows, float16 or float32, [rows, dim]; or levels, int8, [rows,
+                               dim]; or codes of 4, 2 or 1 bits, uint8, [rows, ceil(dim bits / 8)]
+                   scales.npy  float32 [rows]; row = scale * unit row, or scale * levels
                    ids.npy ... ids and columns
     map-00000001/map.json ...  of preconditioned rows: a checkpoint's eigenvectors and basis
     lock                       held while a writer is open
+
+Code c of b bits is the level 2 c - (2^b - 1); the codes of a row follow each other from the lowest
+bits of its first byte on (`whence.store.manifest.BITS`). The manifest says which type it is.
 
 Shards are written and synced first; then a manifest that names them appears under its final name
 in one step. What no manifest names was never confirmed, and is not read. This is format version 0,

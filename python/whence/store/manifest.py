@@ -21,8 +21,25 @@ READ_ATTEMPTS = 8
 KEPT = 2
 """Older manifests kept for readers that are just opening one."""
 
-DTYPES = {"float16": "<f2", "float32": "<f4"}
+DTYPES = {
+    "float16": "<f2",
+    "float32": "<f4",
+    "int8": "|i1",
+    "int4": "|u1",
+    "int2": "|u1",
+    "int1": "|u1",
+}
 """Types of stored rows, and what `.npy` calls them."""
+
+BITS = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
+"""Types of quantised rows, and the bits of a value.
+
+A value is its level times the scale of its row. Levels of int8 are the whole numbers from -127 to
+127, and lie there as they are. Those of the others are odd, `2 c - (2**bits - 1)` of the code c:
+-15, -13, ..., 15; -3, -1, 1, 3; -1, 1. The codes of a row lie in ceil(dim · bits / 8) bytes, the
+first in the lowest bits of the first byte; what is left of the last byte is 0. The scale is that of
+the least squared error, and 0 for a row of zeros.
+"""
 
 COLUMN_KINDS = {"bool": "|b1", "int64": "<i8", "float64": "<f8", "str": ""}
 """Types of columns, and what `.npy` calls them; strings have a form of their own."""
@@ -58,12 +75,21 @@ class Checkpoint:
 
 @dataclass
 class Shard:
-    """Rows of one checkpoint that were committed together."""
+    """Rows of one checkpoint that were committed together.
+
+    Attributes:
+        name: Of its folder.
+        checkpoint: The number of the checkpoint.
+        rows: How many.
+        files: name -> length and checksum.
+        error: Mean relative error of quantised rows; None for others, or if not known.
+    """
 
     name: str
     checkpoint: int
     rows: int
     files: dict[str, Written]
+    error: float | None = None
 
 
 @dataclass
@@ -74,7 +100,8 @@ class Manifest:
         sketch: The map of the rows: kind, dim, seed, hash_version and what else is not the
             default; for a map with a part of the row for each layer also their names; or
             layout="factored" and the segments of a row.
-        dtype: "float16" or "float32", the type of stored unit rows.
+        dtype: "float16" or "float32", the type of stored unit rows; "int8", "int4", "int2" or
+            "int1" for quantised ones.
         reduction: How the recorded loss combined its examples.
         model: digest and parameters of the recorded model.
         ids: "int64" or "str"; None until the first rows.
@@ -121,9 +148,22 @@ class Manifest:
         """Whether rows hold factors of gradients instead of sketches."""
         return self.sketch.get("layout") == "factored"
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether rows hold levels of few bits instead of unit rows."""
+        return self.dtype in BITS
+
+    @property
+    def row_width(self) -> int:
+        """How many values of its `.npy` type a stored row has."""
+        return -(-self.dim * BITS[self.dtype] // 8) if self.is_quantised else self.dim
+
     def save(self, folder: Path, number: int) -> None:
         """Commits: the manifest appears whole, or not at all."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        for shard in body["shards"]:
+            if shard["error"] is None:
+                del shard["error"]
         write_json(self.path(folder, number), body)
 
     @staticmethod
@@ -191,6 +231,7 @@ class Manifest:
                 checkpoint=each["checkpoint"],
                 rows=each["rows"],
                 files={name: Written(*written) for name, written in each["files"].items()},
+                error=each.get("error"),
             )
             for each in body["shards"]
         ]
@@ -206,6 +247,8 @@ class Manifest:
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
+        if self.is_quantised and self.is_factored:
+            raise ValueError(f"dtype must be a float for rows of factors, got {self.dtype!r}")
         if not 1 <= self.dim <= _core.MAX_DIM:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
         if self.ids not in (None, "int64", "str"):
@@ -221,13 +264,6 @@ class Manifest:
                 rate is None or (isinstance(rate, (int, float)) and 0 < rate < float("inf"))
             ):
                 raise ValueError(f"{checkpoint} must be one that a recorder writes")
-        if len({shard.name for shard in self.shards}) < len(self.shards):
-            raise ValueError("shards must have distinct names")
-        for shard in self.shards:
-            if not re.fullmatch(r"shard-\d{8}", shard.name):
-                raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
-            if type(shard.rows) is not int or shard.rows < 1:
-                raise ValueError(f"{shard.name} must have rows, got {shard.rows!r}")
             if (checkpoint.map is None) == self.is_preconditioned and checkpoint.first:
                 raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
             weight = checkpoint.weight
@@ -237,6 +273,17 @@ class Manifest:
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
         if self.rows not in ("per_checkpoint", COMBINED):
             raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("shards must have distinct names")
+        for shard in self.shards:
+            if not re.fullmatch(r"shard-\d{8}", shard.name):
+                raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
+            if type(shard.rows) is not int or shard.rows < 1:
+                raise ValueError(f"{shard.name} must have rows, got {shard.rows!r}")
+            if shard.error is not None and not (
+                isinstance(shard.error, (int, float)) and 0 <= shard.error <= 1
+            ):
+                raise ValueError(f"{shard.name}'s error must be from 0 to 1, got {shard.error!r}")
         known = range(len(self.row_sets))
         for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
             if type(index) is not int or index not in known:

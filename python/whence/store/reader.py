@@ -75,7 +75,10 @@ class Reader:
 
     @cached_property
     def scales(self) -> NDArray[np.float32]:
-        """[rows] the norm of each row, in the order of the shards."""
+        """[rows] what each stored row is multiplied with, in the order of the shards.
+
+        The norm of the row, unless rows are quantised.
+        """
         parts = [
             read_array(
                 self.path / shard.name / "scales.npy",
@@ -96,10 +99,29 @@ class Reader:
         files: list[Any] = []
         for shard in self.manifest.shards:
             path = self.path / shard.name / "rows.npy"
-            shape = (shard.rows, self.dim)
+            shape = (shard.rows, self.manifest.row_width)
             offset = data_offset(path, DTYPES[self.manifest.dtype], shape)
             files.append((path, offset, shard.rows))
         return _core.Rows(files, self.dim, self.manifest.dtype, self.scales)
+
+    @cached_property
+    def row_norms(self) -> NDArray[np.float32]:
+        """[rows] the norm of each row, in the order of the shards.
+
+        Of quantised rows read from them all, once, and rounded up.
+        """
+        if not self.manifest.is_quantised:
+            return self.scales
+        return self.core.norms(_arrays.threads(None))
+
+    @property
+    def quantisation_error(self) -> float | None:
+        """The mean over rows of |row - stored row| / |row|; None unless rows are quantised."""
+        shards = self.manifest.shards
+        errors = [shard.error for shard in shards if shard.error is not None]
+        if not shards or len(errors) < len(shards):
+            return None
+        return float(np.average(errors, weights=[shard.rows for shard in shards]))
 
     def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
         """[checkpoints, examples] the number of the row of each example; -1 where it has none.
@@ -156,14 +178,14 @@ class Reader:
     def norms(self, checkpoint: str | None = None) -> NDArray[np.float32]:
         """[examples] the norm of each row at one checkpoint: the square root of its self-influence.
 
-        NaN for an example that has no row there.
+        NaN for an example that has no row there. Reads quantised rows, once.
 
         Raises:
             CheckpointError: If the checkpoint is not in the store, or not named and not the only
                 one.
         """
         numbers = self.row_numbers(missing="keep")[self.checkpoint_index(checkpoint)]
-        norms: NDArray[np.float32] = self.scales[numbers]
+        norms: NDArray[np.float32] = self.row_norms[numbers]
         norms[numbers < 0] = np.nan
         return norms
 

@@ -22,7 +22,7 @@ from whence.errors import (
 )
 from whence.store.files import Written, store_errors, sync_directory, write_array, write_strings
 from whence.store.lock import Lock
-from whence.store.manifest import DTYPES, Checkpoint, Manifest, Shard
+from whence.store.manifest import BITS, DTYPES, Checkpoint, Manifest, Shard
 from whence.store.maps import StoredMap, next_number, write_map
 from whence.store.reader import read_ids
 
@@ -36,6 +36,10 @@ _OURS = ("shard-", "map-", "manifest-", "lock")
 """How the names in a store begin."""
 
 
+_Floats = NDArray[np.float32]
+_Batch = tuple[Ids, NDArray[Any], _Floats, _Floats | None, dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class _State:
     """What is confirmed, and what waits; replaced whole, so that an interrupt finds it whole.
@@ -43,12 +47,12 @@ class _State:
     Attributes:
         manifest: As last committed, but for what later rows will add.
         number: Of the manifest on disk; 0 if there is none.
-        waiting: (ids, unit rows, scales, columns) of batches that are not confirmed.
+        waiting: (ids, stored rows, scales, errors, columns) of batches that are not confirmed.
     """
 
     manifest: Manifest
     number: int
-    waiting: tuple[tuple[Ids, NDArray[Any], NDArray[np.float32], dict[str, Any]], ...] = ()
+    waiting: tuple[_Batch, ...] = ()
 
 
 class Writer:
@@ -205,13 +209,19 @@ class Writer:
             rows: [rows, dim] finite values of finite norm.
             columns: [rows] each, as `check_columns` returned them.
             scales: [rows] what the rows are to be multiplied with, if they are scaled already.
+
+        Raises:
+            NotFiniteError: If a value, or the norm of a row, is not finite.
         """
         if not len(ids):
             return
-        if scales is None:
-            stored, scales = _core.encode(rows, self.manifest.dtype == "float16")
+        dtype, errors = self.manifest.dtype, None
+        if scales is not None:
+            stored = rows.astype(dtype, copy=False)
+        elif self.manifest.is_quantised:
+            stored, scales, errors = _core.quantise(rows, BITS[dtype])
         else:
-            stored = rows.astype(self.manifest.dtype, copy=False)
+            stored, scales = _core.encode(rows, dtype == "float16")
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
         if self.manifest.columns is None:
@@ -222,7 +232,7 @@ class Writer:
         # way round it would let them in twice.
         self._known[self._checkpoint].add(ids)
         self._state = replace(
-            self._state, waiting=(*self._state.waiting, (ids, stored, scales, columns))
+            self._state, waiting=(*self._state.waiting, (ids, stored, scales, errors, columns))
         )
         self._waiting_bytes += stored.nbytes
         elapsed = time.monotonic() - self._last_commit
@@ -297,17 +307,17 @@ class Writer:
         self._state = _State(
             replace(state.manifest, shards=shards), number, state.waiting[covered:]
         )
-        self._waiting_bytes = sum(stored.nbytes for _, stored, _, _ in self._state.waiting)
+        self._waiting_bytes = sum(stored.nbytes for _, stored, *_ in self._state.waiting)
         self._changed = False
         self._last_commit = time.monotonic()
 
-    def _write_shard(self, waiting: tuple[Any, ...]) -> Shard:
+    def _write_shard(self, waiting: tuple[_Batch, ...]) -> Shard:
         """Writes rows to a folder of a name that was never used."""
         name = f"shard-{self._next_shard:08}"
         self._next_shard += 1
         folder = self.path / name
         folder.mkdir()
-        ids, stored, scales, columns = zip(*waiting, strict=True)
+        ids, stored, scales, errors, columns = zip(*waiting, strict=True)
         files: dict[str, Written] = {
             "rows.npy": write_array(folder / "rows.npy", *stored),
             "scales.npy": write_array(folder / "scales.npy", np.concatenate(scales)),
@@ -318,7 +328,10 @@ class Writer:
             files |= _write_column(folder, f"column-{index}", joined)
         sync_directory(folder)
         sync_directory(self.path)
-        return Shard(name, self._checkpoint, sum(map(len, ids)), files)
+        error = None
+        if self.manifest.is_quantised:
+            error = float(np.concatenate(errors).mean(dtype=np.float64))
+        return Shard(name, self._checkpoint, sum(map(len, ids)), files, error)
 
 
 class _KnownIds:

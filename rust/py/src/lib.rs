@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use super::sketch::{Sketch, instruction_set};
     #[pymodule_export]
-    use super::store::{crc32, encode, encode_factors};
+    use super::store::{crc32, encode, encode_factors, quantise};
     #[pymodule_export]
     use super::text::InvertedIndex;
 

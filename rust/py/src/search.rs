@@ -33,7 +33,10 @@ fn kind_of(dtype: &str) -> Result<Kind, Error> {
         "float32" => Ok(Kind::F32),
         "float16" => Ok(Kind::F16),
         "int8" => Ok(Kind::I8),
-        _ => Err(Error::argument("dtype", "float32, float16 or int8", dtype)),
+        "int4" => Ok(Kind::I4),
+        "int2" => Ok(Kind::I2),
+        "int1" => Ok(Kind::I1),
+        _ => Err(Error::argument("dtype", "float32, float16, int8, int4, int2 or int1", dtype)),
     }
 }
 

@@ -31,6 +31,26 @@ pub(crate) fn encode<'py>(
     }
 }
 
+/// Codes of few bits, scales and errors; see [`store::quantise`].
+#[pyfunction]
+pub(crate) fn quantise<'py>(
+    py: Python<'py>,
+    rows: PyReadonlyArray2<'py, f32>,
+    bits: usize,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<f32>>)> {
+    let [count, dim] = [rows.shape()[0], rows.shape()[1]];
+    let rows = values_of(py, "rows", &rows)?;
+    let made = compute(py, |asker| store::quantise(rows, dim, bits, asker))?;
+    let width = (dim * bits).div_ceil(8);
+    let packed = if bits == 8 {
+        let levels: Vec<i8> = made.packed.into_iter().map(u8::cast_signed).collect();
+        levels.into_pyarray(py).reshape([count, width])?.into_any()
+    } else {
+        made.packed.into_pyarray(py).reshape([count, width])?.into_any()
+    };
+    Ok((packed, made.scales.into_pyarray(py), made.errors.into_pyarray(py)))
+}
+
 type Side<'py> = PyReadonlyArray2<'py, f32>;
 
 /// Rows of factors and the norms of their gradients; see [`store::encode_factors`].

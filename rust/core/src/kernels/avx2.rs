@@ -4,13 +4,15 @@
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _mm_add_epi32, _mm_cvtsi128_si32, _mm_loadu_si128, _mm_shuffle_epi32,
     _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castpd_ps,
-    _mm256_castps_pd, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_load_si256, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_or_si256,
-    _mm256_permute2f128_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi16,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_setzero_si256,
-    _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_ps,
-    _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps, _mm256_xor_ps,
+    _mm256_castps_pd, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi32_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
+    _mm256_load_si256, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
+    _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2f128_ps,
+    _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi32,
+    _mm256_sllv_epi32, _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi32,
+    _mm256_sub_ps, _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps,
+    _mm256_xor_ps,
 };
 
 use half::{bf16, f16};
@@ -62,6 +64,28 @@ pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
         store(out, _mm256_cvtph_ps(load_16_bits(halves)));
     }
     scalar::widen(rest, rest_out);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn unpack<const B: usize>(bytes: &[u8], out: &mut [f32]) {
+    let bits = B as i32;
+    let (eights, rest) = bytes.as_chunks::<B>();
+    let (wide_out, rest_out) = out.as_chunks_mut::<WIDTH>();
+    let shifts =
+        _mm256_setr_epi32(0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits);
+    let top = _mm256_set1_epi32((1 << B) - 1);
+    let whole = wide_out.len();
+    for (codes, out) in eights.iter().zip(wide_out) {
+        let mut word = [0; 4];
+        word[..B].copy_from_slice(codes);
+        let word = _mm256_set1_epi32(i32::from_le_bytes(word));
+        let codes = _mm256_and_si256(_mm256_srlv_epi32(word, shifts), top);
+        let levels = _mm256_sub_epi32(_mm256_add_epi32(codes, codes), top);
+        store(out, _mm256_cvtepi32_ps(levels));
+    }
+    // Fewer than eight codes can fill as many bytes.
+    let rest = eights.get(whole..).and_then(<[_]>::first).map_or(rest, |codes| codes);
+    scalar::unpack::<B>(rest, rest_out);
 }
 
 #[target_feature(enable = "avx2")]

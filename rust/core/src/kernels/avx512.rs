@@ -43,6 +43,9 @@ fn load_16_bits<T: bytemuck::Pod>(values: &[T; LANES]) -> __m256i {
     unsafe { _mm256_loadu_si256(bits.as_ptr().cast()) }
 }
 
+/// Eight codes of 4 bits are a word that all lanes can share; of sixteen there is none.
+pub(super) use super::avx2::unpack;
+
 #[target_feature(enable = "avx512f")]
 pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
     let (wide, rest) = halves.as_chunks::<LANES>();

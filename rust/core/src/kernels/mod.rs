@@ -11,6 +11,9 @@ macro_rules! compiled_forms {
     ($features:literal) => {
         compiled_forms! { $features,
             fn widen_bytes(bytes: &[i8], out: &mut [f32]);
+            fn largest(row: &[f32]) -> f32;
+            fn fit_levels[B](sizes: &[f32], scale: f32) -> [f64; 3];
+            fn level_codes[B](row: &[f32], scale: f64, codes: &mut [u8]) -> f64;
             fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]);
             fn columns(key: u64, part: usize, nonzeros: usize, first: u64, columns: &mut [Column]);
             fn add_columns[L](
@@ -383,6 +386,39 @@ impl InstructionSet {
     pub fn widen_bytes(self, bytes: &[i8], out: &mut [f32]) {
         debug_assert_eq!(bytes.len(), out.len());
         in_set!(self, widen_bytes(bytes, out));
+    }
+
+    /// The levels of codes of `B` bits, 1, 2 or 4, the lowest of a byte first: `2 c - (2^B - 1)` of
+    /// code `c`. As many as fit into `out`, which `bytes` has codes for.
+    #[inline]
+    pub fn unpack<const B: usize>(self, bytes: &[u8], out: &mut [f32]) {
+        debug_assert_eq!((out.len() * B).div_ceil(8), bytes.len());
+        in_set!(self, unpack::<B>(bytes, out));
+    }
+
+    /// The largest size of a value that is a number; 0 of none.
+    #[inline]
+    #[must_use]
+    pub fn largest(self, row: &[f32]) -> f32 {
+        in_set!(self, largest(row))
+    }
+
+    /// Of the levels of `B` bits that are nearest to sizes at a scale: the squares of what they
+    /// lose, what is lost times the levels, and their squares; in lanes of f32 that are added up
+    /// now and then.
+    #[inline]
+    #[must_use]
+    pub fn fit_levels<const B: usize>(self, sizes: &[f32], scale: f32) -> [f64; 3] {
+        in_set!(self, fit_levels::<B>(sizes, scale))
+    }
+
+    /// The codes of the levels of `B` bits that are nearest to a row at a scale, of two the even
+    /// code; and the square of what is lost, in eight lanes that are added up in order. Of 8 bits
+    /// a code is its level, from -127 to 127; the slices are of one length.
+    #[inline]
+    pub fn level_codes<const B: usize>(self, row: &[f32], scale: f64, codes: &mut [u8]) -> f64 {
+        debug_assert_eq!(row.len(), codes.len());
+        in_set!(self, level_codes::<B>(row, scale, codes))
     }
 
     /// The slots of the chunks from `first` on of the stream `key`, for rows of width `dim`.
@@ -847,7 +883,66 @@ mod tests {
         }
     }
 
+    #[test]
+    fn every_code_is_unpacked_to_its_level_in_every_set() {
+        fn check<const B: usize>(set: InstructionSet, bytes: &[u8], count: usize) {
+            let mut out = vec![9.0; count];
+            set.unpack::<B>(&bytes[..(count * B).div_ceil(8)], &mut out);
+            for (index, found) in out.iter().enumerate() {
+                let (at, top) = (index * B, (1i16 << B) - 1);
+                let code = i16::from(bytes[at / 8] >> (at % 8)) & top;
+                assert_eq!(*found, f32::from(2 * code - top));
+            }
+        }
+        let bytes: Vec<u8> = (0..=u8::MAX).chain(0..9).rev().collect();
+        for set in InstructionSet::available() {
+            for count in (0..70).chain([8 * 256]) {
+                check::<1>(set, &bytes, count);
+                check::<2>(set, &bytes, count.min(4 * 256));
+                check::<4>(set, &bytes, count.min(2 * 256));
+            }
+        }
+    }
+
     proptest! {
+        #[test]
+        fn levels_are_the_nearest_in_every_set(
+            row in prop::collection::vec(-1f32..1.0, 1..700), scale in 0.004f64..0.9,
+        ) {
+            fn check<const B: usize>(row: &[f32], scale: f64) -> Result<(), TestCaseError> {
+                let all: Vec<f64> = if B == 8 {
+                    (-127..128).map(f64::from).collect()
+                } else {
+                    (0..1 << B).map(|code| f64::from(2 * code + 1 - (1 << B))).collect()
+                };
+                let sizes: Vec<f32> = row.iter().map(|value| value.abs()).collect();
+                let (mut codes, mut first) = (vec![9; row.len()], vec![9; row.len()]);
+                let scalar = InstructionSet::SCALAR;
+                let lost = scalar.level_codes::<B>(row, scale, &mut first);
+                let fit = scalar.fit_levels::<B>(&sizes, scale as f32);
+                let mut square = 0.0;
+                for (&value, &code) in row.iter().zip(&first) {
+                    let level = if B == 8 { f64::from(code.cast_signed()) } else { all[code as usize] };
+                    let off = |level: f64| (f64::from(value) - level * scale).abs();
+                    prop_assert!(all.iter().all(|&other| off(level) <= off(other) + 1e-12));
+                    square += off(level).powi(2);
+                }
+                prop_assert!((lost - square).abs() <= 1e-12 * square);
+                prop_assert!((fit[0] - lost).abs() <= 1e-4 * lost + 1e-9);
+                for set in InstructionSet::available() {
+                    prop_assert_eq!(set.level_codes::<B>(row, scale, &mut codes), lost);
+                    prop_assert_eq!(&codes, &first);
+                    prop_assert_eq!(set.fit_levels::<B>(&sizes, scale as f32), fit);
+                    prop_assert_eq!(set.largest(row), sizes.iter().fold(0f32, |a, &b| a.max(b)));
+                }
+                Ok(())
+            }
+            check::<1>(&row, scale)?;
+            check::<2>(&row, scale)?;
+            check::<4>(&row, scale)?;
+            check::<8>(&row, scale)?;
+        }
+
         #[test]
         fn scatter_is_the_same_in_every_set(
             chunks in prop::collection::vec((any::<u64>(), prop::array::uniform16(-1e3f32..1e3)), 0..40),

@@ -23,6 +23,113 @@ pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
     }
 }
 
+pub(super) fn unpack<const B: usize>(bytes: &[u8], out: &mut [f32]) {
+    let top = (1 << B) - 1;
+    // Eight codes lie in as many bytes as a code has bits.
+    for (bytes, out) in bytes.chunks(B).zip(out.chunks_mut(8)) {
+        let mut word = [0; 4];
+        word[..bytes.len()].copy_from_slice(bytes);
+        let word = i32::from_le_bytes(word);
+        for (index, out) in out.iter_mut().enumerate() {
+            *out = (2 * (word >> (index * B) & top) - top) as f32;
+        }
+    }
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn largest(row: &[f32]) -> f32 {
+    // Sizes are in the order of their bits.
+    let bits = |value: f32| value.to_bits() & 0x7FFF_FFFF;
+    f32::from_bits(row.iter().fold(0, |largest, &value| largest.max(bits(value))))
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn fit_levels<const B: usize>(sizes: &[f32], scale: f32) -> [f64; 3] {
+    const WHOLE: f32 = 1.5 / f32::EPSILON; // leaves no room for less than a whole
+    const STEP: usize = 512;
+    const WIDE: usize = 2 * LANES;
+    let (first, gap) = if B == 8 { (0.0, 1.0) } else { (1.0, 2.0) };
+    let last = ((1u32 << (B - 1)) - 1) as f32;
+    let inverse = (gap * scale).recip();
+    let mut sums = [0.0; 3];
+    let mut levels = [0f32; STEP];
+    for sizes in sizes.chunks(STEP) {
+        for (level, &size) in levels.iter_mut().zip(sizes) {
+            let index = size * inverse - first / 2.0;
+            let index = if index < last { index } else { last };
+            *level = (index + WHOLE - WHOLE) * gap + first;
+        }
+        let (chunks, rest) = sizes.as_chunks::<WIDE>();
+        let (level_chunks, level_rest) = levels[..sizes.len()].as_chunks::<WIDE>();
+        let [mut losses, mut along, mut squares] = [[0f32; WIDE]; 3];
+        for (sizes, levels) in chunks.iter().zip(level_chunks) {
+            for lane in 0..WIDE {
+                let lost = sizes[lane] - levels[lane] * scale;
+                losses[lane] += lost * lost;
+                along[lane] += lost * levels[lane];
+                squares[lane] += levels[lane] * levels[lane];
+            }
+        }
+        let mut rests = [0f32; 3];
+        for (&size, &level) in rest.iter().zip(level_rest) {
+            let lost = size - level * scale;
+            rests[0] += lost * lost;
+            rests[1] += lost * level;
+            rests[2] += level * level;
+        }
+        for ((sum, lanes), rest) in sums.iter_mut().zip([losses, along, squares]).zip(rests) {
+            let (low, high) = lanes.split_at(LANES);
+            let lanes = std::array::from_fn(|lane| low[lane] + high[lane]);
+            *sum += f64::from(sum_lanes(lanes) + rest);
+        }
+    }
+    sums
+}
+
+/// As `add_columns`.
+#[inline(always)]
+pub(super) fn level_codes<const B: usize>(row: &[f32], scale: f64, codes: &mut [u8]) -> f64 {
+    const WHOLE: f64 = 1.5 / f64::EPSILON;
+    const STEP: usize = 256;
+    let top = f64::from((1u32 << B) - 1);
+    let inverse = if B == 8 { scale.recip() } else { (2.0 * scale).recip() };
+    let mut lanes = [0.0; 8];
+    // The code in the lowest bits, as what is added leaves no room for less than a whole.
+    let mut raised = [0f64; STEP];
+    for (row, codes) in row.chunks(STEP).zip(codes.chunks_mut(STEP)) {
+        for (raised, &value) in raised.iter_mut().zip(row) {
+            let value = f64::from(value) * inverse;
+            *raised = if B == 8 {
+                value.clamp(-127.0, 127.0) + WHOLE
+            } else {
+                (value + top / 2.0).clamp(0.0, top) + WHOLE
+            };
+        }
+        for (code, raised) in codes.iter_mut().zip(&raised) {
+            *code = raised.to_bits() as u8;
+        }
+        let mut add = |lane: usize, value: f32, raised: f64| {
+            let code = raised - WHOLE;
+            let level = if B == 8 { code } else { 2.0 * code - top };
+            let lost = f64::from(value) - level * scale;
+            lanes[lane] += lost * lost;
+        };
+        let (chunks, rest) = row.as_chunks::<8>();
+        let (raised_chunks, raised_rest) = raised[..row.len()].as_chunks::<8>();
+        for (values, raised) in chunks.iter().zip(raised_chunks) {
+            for lane in 0..8 {
+                add(lane, values[lane], raised[lane]);
+            }
+        }
+        for (lane, (&value, &raised)) in rest.iter().zip(raised_rest).enumerate() {
+            add(lane, value, raised);
+        }
+    }
+    lanes.iter().sum()
+}
+
 /// Inlined into the vector forms too, whose compiler makes vectors of it: whole numbers only.
 #[inline(always)]
 pub(super) fn slots(key: u64, dim: usize, first: u64, slots: &mut [Slot]) {

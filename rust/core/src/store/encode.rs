@@ -54,15 +54,10 @@ pub fn encode<T: Stored>(rows: &[f32], dim: usize) -> Result<(Vec<T>, Vec<f32>),
     for (index, (row, stored)) in
         rows.chunks_exact(dim).zip(stored.chunks_exact_mut(dim)).enumerate()
     {
-        let squares = set.squares(row);
-        let scale = squares.sqrt() as f32;
+        let norm = set.squares(row).sqrt();
+        let scale = norm as f32;
         if !scale.is_finite() {
-            let column = row.iter().position(|value| !value.is_finite());
-            let place = column.map_or(format!("the norm of row {index}"), |column| {
-                format!("row {index}, column {column}")
-            });
-            let value = column.map_or(squares.sqrt(), |column| f64::from(row[column]));
-            return Err(Error::NotFinite { argument: "rows", place, value });
+            return Err(not_finite(row, index, norm));
         }
         scales.push(scale);
         if scale > 0.0 {
@@ -70,6 +65,16 @@ pub fn encode<T: Stored>(rows: &[f32], dim: usize) -> Result<(Vec<T>, Vec<f32>),
         }
     }
     Ok((stored, scales))
+}
+
+/// What is not finite of a row: a value, or its norm.
+pub(super) fn not_finite(row: &[f32], index: usize, norm: f64) -> Error {
+    let column = row.iter().position(|value| !value.is_finite());
+    let place = column.map_or(format!("the norm of row {index}"), |column| {
+        format!("row {index}, column {column}")
+    });
+    let value = column.map_or(norm, |column| f64::from(row[column]));
+    Error::NotFinite { argument: "rows", place, value }
 }
 
 /// One part of factored rows: the factors of a matrix, or a vector that is kept as it is.

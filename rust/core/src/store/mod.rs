@@ -1,12 +1,15 @@
-//! Rows as they are stored: unit rows of f16 or f32 beside one f32 scale each.
+//! Rows as they are stored: unit rows of f16 or f32, or levels of 8 bits and fewer, beside one f32
+//! scale each: `row = scale * stored`.
 //!
 //! Norms of gradients span decades, so a row is divided by its norm before it is rounded, and the
-//! norm is kept: `row = scale * stored`.
+//! norm is kept; the scale of levels is the one that loses least.
 
 mod encode;
+mod quantise;
 mod shard;
 
 pub use encode::{Part, Stored, encode, encode_factors};
+pub use quantise::{Quantised, quantise};
 pub use shard::{Cursor, Kind, Shard};
 
 /// The CRC-32 of bytes that follow others whose CRC-32 is `before`; 0 for the first.

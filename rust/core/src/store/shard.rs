@@ -18,17 +18,32 @@ pub enum Kind {
     F16,
     /// 8 bits: whole numbers.
     I8,
+    /// Codes of 4 bits, two a byte; see [`super::quantise`].
+    I4,
+    /// Codes of 2 bits, four a byte.
+    I2,
+    /// Codes of 1 bit, eight a byte.
+    I1,
 }
 
 impl Kind {
-    /// Bytes of a value.
+    /// Bits of a value.
     #[must_use]
-    pub fn size(self) -> usize {
+    pub fn bits(self) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::F16 => 2,
-            Self::I8 => 1,
+            Self::F32 => 32,
+            Self::F16 => 16,
+            Self::I8 => 8,
+            Self::I4 => 4,
+            Self::I2 => 2,
+            Self::I1 => 1,
         }
+    }
+
+    /// Bytes of a row of `dim` values, if that is a number: a row begins with a byte.
+    #[must_use]
+    pub fn row_bytes(self, dim: usize) -> Option<usize> {
+        Some(dim.checked_mul(self.bits())?.div_ceil(8))
     }
 }
 
@@ -38,6 +53,7 @@ pub struct Cursor {
     open: Option<(PathBuf, File)>,
     halves: Vec<f16>,
     bytes: Vec<i8>,
+    packed: Vec<u8>,
 }
 
 impl Cursor {
@@ -62,6 +78,8 @@ pub struct Shard {
     kind: Kind,
     rows: u64,
     dim: usize,
+    /// Bytes of a row.
+    width: usize,
 }
 
 /// Where rows are.
@@ -73,6 +91,8 @@ enum Place {
     F32(Vec<f32>),
     F16(Vec<f16>),
     I8(Vec<i8>),
+    /// Of any kind with fewer bits.
+    Packed(Vec<u8>),
 }
 
 impl Shard {
@@ -90,39 +110,43 @@ impl Shard {
     ) -> Result<Self, Error> {
         let io = |source| Error::Io { path: path.to_owned(), source };
         let length = std::fs::metadata(path).map_err(io)?.len();
-        let needed = (dim as u64)
-            .checked_mul(kind.size() as u64)
-            .and_then(|width| width.checked_mul(rows))
+        let width = kind.row_bytes(dim);
+        let needed = width
+            .and_then(|width| rows.checked_mul(width as u64))
             .and_then(|bytes| bytes.checked_add(offset));
-        if needed != Some(length) {
-            let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
-            return Err(Error::Damaged {
-                path: path.to_owned(),
-                what: format!("{rows} rows of {dim} need {needed} bytes, it has {length}"),
-            });
+        match width {
+            Some(width) if needed == Some(length) => {
+                Ok(Self { place: Place::File(path.to_owned(), offset), kind, rows, dim, width })
+            }
+            _ => {
+                let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
+                Err(Error::Damaged {
+                    path: path.to_owned(),
+                    what: format!("{rows} rows of {dim} need {needed} bytes, it has {length}"),
+                })
+            }
         }
-        Ok(Self { place: Place::File(path.to_owned(), offset), kind, rows, dim })
     }
 
     /// Rows in memory; what is left after whole rows is not looked at.
     #[must_use]
     pub fn in_memory(values: Vec<f32>, dim: usize) -> Self {
         let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
-        Self { place: Place::F32(values), kind: Kind::F32, rows, dim }
+        Self { place: Place::F32(values), kind: Kind::F32, rows, dim, width: 4 * dim }
     }
 
     /// As [`Shard::in_memory`], in 16 bits.
     #[must_use]
     pub fn halves_in_memory(values: Vec<f16>, dim: usize) -> Self {
         let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
-        Self { place: Place::F16(values), kind: Kind::F16, rows, dim }
+        Self { place: Place::F16(values), kind: Kind::F16, rows, dim, width: 2 * dim }
     }
 
     /// As [`Shard::in_memory`], whole numbers of 8 bits.
     #[must_use]
     pub fn bytes_in_memory(values: Vec<i8>, dim: usize) -> Self {
         let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
-        Self { place: Place::I8(values), kind: Kind::I8, rows, dim }
+        Self { place: Place::I8(values), kind: Kind::I8, rows, dim, width: dim }
     }
 
     /// The rows of shards one after the other in the order of their numbers, as they are stored,
@@ -135,7 +159,8 @@ impl Shard {
         rows: &[(usize, u64)],
         cursor: &mut Cursor,
     ) -> Result<Self, Error> {
-        let (kind, dim) = shards.first().map_or((Kind::F32, 1), |shard| (shard.kind, shard.dim));
+        let (kind, dim, width) =
+            shards.first().map_or((Kind::F32, 1, 4), |shard| (shard.kind, shard.dim, shard.width));
         if shards.iter().any(|shard| (shard.kind, shard.dim) != (kind, dim)) {
             return Err(Error::shape("shards", "of one kind and width", "several"));
         }
@@ -144,6 +169,7 @@ impl Shard {
             Kind::F32 => Place::F32(memory::filled(size, 0.0)),
             Kind::F16 => Place::F16(memory::filled(size, f16::ZERO)),
             Kind::I8 => Place::I8(memory::filled(size, 0)),
+            Kind::I4 | Kind::I2 | Kind::I1 => Place::Packed(memory::filled(rows.len() * width, 0)),
         };
         for (index, &(shard, row)) in rows.iter().enumerate() {
             let here = index * dim..(index + 1) * dim;
@@ -153,10 +179,13 @@ impl Shard {
                 Place::F32(values) => shard.stored(row, &mut values[here], cursor)?,
                 Place::F16(values) => shard.stored(row, &mut values[here], cursor)?,
                 Place::I8(values) => shard.stored(row, &mut values[here], cursor)?,
+                Place::Packed(bytes) => {
+                    shard.stored(row, &mut bytes[index * width..(index + 1) * width], cursor)?;
+                }
                 Place::File(..) => {}
             }
         }
-        Ok(Self { place: found, kind, rows: rows.len() as u64, dim })
+        Ok(Self { place: found, kind, rows: rows.len() as u64, dim, width })
     }
 
     /// The number of rows.
@@ -179,6 +208,7 @@ impl Shard {
             Place::F32(values) => 4 * values.len(),
             Place::F16(values) => 2 * values.len(),
             Place::I8(values) => values.len(),
+            Place::Packed(bytes) => bytes.len(),
         }
     }
 
@@ -214,8 +244,33 @@ impl Shard {
                 cursor.bytes = bytes;
                 done?;
             }
+            Kind::I4 => self.unpack::<4>(first, out, cursor)?,
+            Kind::I2 => self.unpack::<2>(first, out, cursor)?,
+            Kind::I1 => self.unpack::<1>(first, out, cursor)?,
         }
         Ok(())
+    }
+
+    /// Reads codes of `B` bits as levels.
+    fn unpack<const B: usize>(
+        &self,
+        first: u64,
+        out: &mut [f32],
+        cursor: &mut Cursor,
+    ) -> Result<(), Error> {
+        let mut packed = std::mem::take(&mut cursor.packed);
+        packed.resize(out.len() / self.dim * self.width, 0);
+        let done = self.stored(first, &mut packed, cursor);
+        let set = InstructionSet::best();
+        if self.dim * B == self.width * 8 {
+            set.unpack::<B>(&packed, out);
+        } else {
+            for (row, out) in packed.chunks_exact(self.width).zip(out.chunks_exact_mut(self.dim)) {
+                set.unpack::<B>(row, out);
+            }
+        }
+        cursor.packed = packed;
+        done
     }
 
     fn check(&self, first: u64, count: u64) -> Result<(), Error> {
@@ -239,7 +294,7 @@ impl Shard {
     ) -> Result<(), Error> {
         // The values lie as they do in memory: the crate compiles for little-endian targets only.
         let out: &mut [u8] = bytemuck::cast_slice_mut(out);
-        let at = first * (self.dim * self.kind.size()) as u64;
+        let at = first * self.width as u64;
         let bytes: &[u8] = match &self.place {
             Place::File(path, offset) => {
                 let io = |source| Error::Io { path: path.clone(), source };
@@ -249,6 +304,7 @@ impl Shard {
             Place::F32(values) => bytemuck::cast_slice(values),
             Place::F16(values) => bytemuck::cast_slice(values),
             Place::I8(values) => bytemuck::cast_slice(values),
+            Place::Packed(bytes) => bytes,
         };
         out.copy_from_slice(&bytes[at as usize..][..out.len()]);
         Ok(())
@@ -278,6 +334,43 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn packed_rows_come_back_as_levels_from_files_and_from_memory() {
+        let path = std::env::temp_dir().join(format!("whence-packed-{}", std::process::id()));
+        // Three rows of five codes; what is left of a row's last byte says nothing.
+        let codes = [[15u8, 0, 7, 8, 3], [1, 2, 4, 9, 14], [5, 6, 10, 11, 12]];
+        for (kind, bits, width) in [(Kind::I4, 4, 3), (Kind::I2, 2, 2), (Kind::I1, 1, 1)] {
+            let mask = (1 << bits) - 1;
+            let mut bytes = vec![0u8; 3 * width];
+            for (row, codes) in codes.iter().enumerate() {
+                for (at, code) in codes.iter().enumerate() {
+                    bytes[row * width + at * bits / 8] |= (code & mask) << (at * bits % 8);
+                }
+                bytes[(row + 1) * width - 1] |= 1 << 7;
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            let levels = |row: usize| {
+                codes[row].map(|code| f32::from(2 * i16::from(code & mask) - i16::from(mask)))
+            };
+            let cursor = &mut Cursor::default();
+            let mut out = [0.0; 10];
+            let rows = Shard::in_file(&path, 0, 3, 5, kind).unwrap();
+            rows.read(1, &mut out, cursor).unwrap();
+            assert_eq!(out[..5], levels(1));
+            assert_eq!(out[5..], levels(2));
+            let gathered = Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor).unwrap();
+            assert_eq!(gathered.bytes(), 2 * width);
+            gathered.read(0, &mut out, cursor).unwrap();
+            assert_eq!(out[..5], levels(2));
+            assert_eq!(out[5..], levels(0));
+            for (count, dim) in [(3, 5 + 8 / bits), (2, 5), (4, 5), (3, usize::MAX)] {
+                let found = Shard::in_file(&path, 0, count, dim, kind);
+                assert!(matches!(found, Err(Error::Damaged { .. })));
+            }
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
 
     #[test]
     fn rows_come_back_and_a_wrong_length_is_damage() {
