@@ -16,6 +16,7 @@ ORDER = [
     {"factored", "sklearn"},
     {"store"},
     {"search"},
+    {"interop"},
     {"gradients"},
     {"curvature"},
     {"attribution"},

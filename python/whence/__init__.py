@@ -10,6 +10,7 @@
     Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
     hashing       near rows, near duplicates and instances by random codes (numpy only)
     register_layer  teach whence a layer type of your own                 (needs torch)
+    interop       what trak and bergson have computed, searched here      (numpy only)
     evaluate      whether scores are right, beside baselines
 
 Positive score = helpful: training on the example lowers the query's loss.
@@ -17,7 +18,7 @@ Positive score = helpful: training on the example lowers the query's loss.
 
 from typing import TYPE_CHECKING, Any
 
-from whence import errors, evaluate, hashing, report
+from whence import errors, evaluate, hashing, interop, report
 from whence._core import HASH_VERSION
 from whence.errors import WhenceError
 from whence.search import Hits, Index, Matrix, Side, Store, open
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "fit_factors",
     "hashing",
+    "interop",
     "open",
     "query",
     "record",
