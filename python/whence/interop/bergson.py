@@ -12,7 +12,7 @@ source:
     hessians.pth           their second moments, where they were collected
     config.yaml            the run: how gradients were processed before they were stored
 
-Versions before 1 wrote a structured type as "dtype", whose fields lie in the same way.
+Earlier versions wrote a structured type as "dtype", whose fields lie in the same way.
 """
 
 from __future__ import annotations
