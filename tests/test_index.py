@@ -488,6 +488,24 @@ def test_matrices_have_ids_and_columns_of_ones_own():
         whence.Matrix(rows, columns={"label": [1]})
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), ",
+        b"{'descr': '<,4', 'fortran_order': False, 'shape': (3, 4), }",
+        b"{'descr': '<f4',B'fortran_order': False, 'shape': (3, 4), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-3, 4), }",
+    ],
+)
+def test_a_header_that_is_none_is_refused(tmp_path, wrong):
+    np.save(tmp_path / "rows.npy", np.zeros((3, 4), np.float32))
+    content = (tmp_path / "rows.npy").read_bytes()
+    header = wrong.ljust(117) + b"\n"
+    (tmp_path / "rows.npy").write_bytes(content[:10] + header + content[128:])
+    with pytest.raises(errors.StoreError, match=r"rows\.npy"):
+        whence.Matrix(tmp_path / "rows.npy")
+
+
 def test_files_that_are_no_matrix_are_refused(tmp_path):
     (tmp_path / "a.npy").write_bytes(b"nothing")
     np.save(tmp_path / "b.npy", np.zeros(4, np.float32))

@@ -11,6 +11,8 @@
     hashing       near rows, near duplicates and instances by random codes (numpy only)
     text          similarity of texts, a baseline and a filter        (numpy only)
     register_layer  teach whence a layer type of your own                 (needs torch)
+    methods       the methods of the literature behind one interface   (needs torch)
+    interop       what trak and bergson have computed, searched here      (numpy only)
     evaluate      whether scores are right, beside baselines
 
 Positive score = helpful: training on the example lowers the query's loss.
@@ -18,21 +20,25 @@ Positive score = helpful: training on the example lowers the query's loss.
 
 from typing import TYPE_CHECKING, Any
 
-from whence import errors, evaluate, hashing, report, text
+from whence import errors, evaluate, hashing, interop, report, text
 from whence._core import HASH_VERSION
 from whence.errors import WhenceError
 from whence.search import Hits, Index, Matrix, Side, Store, open
 from whence.sketch import Sketch
 
 if TYPE_CHECKING:
+    from whence import methods
     from whence.attribution import query
     from whence.curvature import Factors, compress, fit_factors
     from whence.gradients import Recorder, record, record_checkpoints, register_layer
+    from whence.gradients.moments import moments_of
 
 _NEED_TORCH = {
     "Factors": "whence.curvature",
     "compress": "whence.curvature",
     "fit_factors": "whence.curvature",
+    "methods": "whence.methods",
+    "moments_of": "whence.gradients.moments",
     "query": "whence.attribution",
     "record": "whence.gradients",
     "record_checkpoints": "whence.gradients",
@@ -56,6 +62,9 @@ __all__ = [
     "evaluate",
     "fit_factors",
     "hashing",
+    "interop",
+    "methods",
+    "moments_of",
     "open",
     "query",
     "record",
@@ -73,7 +82,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     try:
-        return getattr(import_module(_NEED_TORCH[name]), name)
+        found = import_module(_NEED_TORCH[name])
+        return found if name == "methods" else getattr(found, name)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

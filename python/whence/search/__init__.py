@@ -9,7 +9,7 @@
 
 from whence.search.hits import COSINE, METHOD, SIGN, Hits, Renderer, Show, Side
 from whence.search.index import Explanation, Index, Recall
-from whence.search.matrix import Matrix
+from whence.search.matrix import Matrix, Numbered
 from whence.search.source import SIDES, Source
 from whence.search.store import Store, open
 
@@ -22,6 +22,7 @@ __all__ = [
     "Hits",
     "Index",
     "Matrix",
+    "Numbered",
     "Recall",
     "Renderer",
     "Show",

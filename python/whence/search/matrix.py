@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,13 +17,75 @@ from whence._arrays import Ids
 from whence.errors import DtypeError, ShapeError, StoreError
 from whence.search.source import Source
 from whence.store import Places, eligible
-from whence.store.files import store_errors
+from whence.store.files import npy_header, stamp
 
 DTYPES = ("float32", "float16", "int8")
 """Types of values that are searched."""
 
 
-class Matrix(Source):
+class Numbered(Source):
+    """Examples in the order of their rows, with ids and columns that a caller gives.
+
+    Args:
+        count: How many examples there are.
+        ids: [examples] int64 or str, distinct; None for the numbers of the rows.
+        columns: name -> [examples] bool, int64, float64 or str, for filters and reports.
+
+    Raises:
+        DtypeError: If columns are no dict, or of another type.
+        ShapeError: If `ids` or `columns` do not have one value each.
+        IdError: If ids repeat, or are of no one kind.
+    """
+
+    def __init__(self, count: int, ids: Any, columns: Mapping[str, Any] | None) -> None:
+        self._ids = np.arange(count, dtype=np.int64) if ids is None else _arrays.ids("ids", ids)
+        if len(self._ids) != count:
+            raise ShapeError(f"ids must be one for each of {count} rows, got {len(self._ids)}")
+        if not isinstance(columns, (Mapping, type(None))):
+            raise DtypeError(f"columns must be a dict, got {_arrays.describe(columns)}")
+        self._columns = MappingProxyType(
+            {
+                name: _arrays.column(f"columns[{name!r}]", column, count)
+                for name, column in (columns or {}).items()
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def ids(self) -> Ids:
+        """[examples] int64 or str."""
+        return self._ids
+
+    @property
+    def columns(self) -> Mapping[str, NDArray[Any]]:
+        """[examples] each."""
+        return self._columns
+
+    def positions(self, name: str, ids: Ids) -> NDArray[np.int64]:
+        """[ids] the number of the example of each id.
+
+        Raises:
+            IdError: If an id is of the wrong kind, or not there.
+        """
+        return self._places.of(name, ids)
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places(self._ids)
+
+    def eligible(self, where: Any) -> NDArray[np.bool_]:
+        """[examples] whether each passes a filter, as in `Store.search`.
+
+        Raises:
+            WhenceError: As `Store.search`.
+        """
+        kinds = {name: _arrays.kind_of_array(column) for name, column in self._columns.items()}
+        return eligible(where, len(self), self._columns, kinds, self.positions)
+
+
+class Matrix(Numbered):
     """The rows of a matrix, whose inner products with queries are the scores.
 
     Args:
@@ -52,8 +113,8 @@ class Matrix(Source):
         self.path: Path | None = None
         if isinstance(rows, (str, os.PathLike)):
             self.path = _arrays.path("rows", rows)
-            shape, kind, offset = _header(self.path)
-            self._stamp = _stamp(self.path)
+            shape, kind, offset = npy_header(self.path)
+            self._stamp = stamp(self.path)
         else:
             rows = _arrays.array("rows", rows)
             shape, kind, offset = rows.shape, rows.dtype, 0
@@ -72,34 +133,11 @@ class Matrix(Source):
             self._core = _core.Rows(files, self._dim, dtype, scales)
         else:
             self._core = _core.Rows.of(np.require(rows, requirements=["C", "A"]))
-        self._ids = np.arange(count, dtype=np.int64) if ids is None else _arrays.ids("ids", ids)
-        if len(self._ids) != count:
-            raise ShapeError(f"ids must be one for each of {count} rows, got {len(self._ids)}")
-        if not isinstance(columns, (Mapping, type(None))):
-            raise DtypeError(f"columns must be a dict, got {_arrays.describe(columns)}")
-        self._columns = MappingProxyType(
-            {
-                name: _arrays.column(f"columns[{name!r}]", column, count)
-                for name, column in (columns or {}).items()
-            }
-        )
-
-    def __len__(self) -> int:
-        return len(self._ids)
+        super().__init__(count, ids, columns)
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else repr(str(self.path))
         return f"<whence matrix {where}: {len(self)} examples of {self.dim}>"
-
-    @property
-    def ids(self) -> Ids:
-        """[examples] int64 or str."""
-        return self._ids
-
-    @property
-    def columns(self) -> Mapping[str, NDArray[Any]]:
-        """[examples] each."""
-        return self._columns
 
     @property
     def dim(self) -> int:
@@ -134,67 +172,13 @@ class Matrix(Source):
         Raises:
             StoreError: If it is not: of another size, or written since.
         """
-        if self.path is not None and _stamp(self.path) != self._stamp:
+        if self.path is not None and stamp(self.path) != self._stamp:
             raise StoreError(f"{self.path} must stay as it was opened, got one written since")
 
     def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
         """[1, examples] the numbers of the rows: those of the examples."""
         return np.arange(len(self), dtype=np.int64)[None]
 
-    def positions(self, name: str, ids: Ids) -> NDArray[np.int64]:
-        """[ids] the number of the example of each id.
-
-        Raises:
-            IdError: If an id is of the wrong kind, or not there.
-        """
-        return self._places.of(name, ids)
-
-    @cached_property
-    def _places(self) -> Places:
-        return Places(self._ids)
-
-    def eligible(self, where: Any) -> NDArray[np.bool_]:
-        """[examples] whether each passes a filter, as in `Store.search`.
-
-        Raises:
-            WhenceError: As `Store.search`.
-        """
-        kinds = {name: _arrays.kind_of_array(column) for name, column in self._columns.items()}
-        return eligible(where, len(self), self._columns, kinds, self.positions)
-
     def weights(self) -> tuple[NDArray[np.float32], str]:
         """[1] one, and the unit of the score."""
         return np.ones(1, np.float32), "inner product"
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file does."""
-    with store_errors(path):
-        found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape, type and offset of the values of a `.npy` file.
-
-    Raises:
-        StoreError: If it is none, or not in C order.
-    """
-    with store_errors(path), path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }.get(version)
-            if read is None:
-                raise ValueError(f"npy version must be 1.0 or 2.0, got {version}")
-            shape, fortran, dtype = read(file)
-        except ValueError as error:
-            raise StoreError(f"{path} must be a .npy file, got another: {error}") from None
-        if fortran and min(shape, default=0) > 1:
-            raise StoreError(f"{path} must be in C order, got Fortran order")
-        size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or size > path.stat().st_size - file.tell():
-            raise StoreError(f"{path} is damaged: {shape} values of {dtype} are not in it")
-        return shape, dtype, file.tell()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 
 from whence import _core
 from whence.errors import StoreError
+
+NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
+"""What numpy's parser ends in where there is no header of a `.npy` file."""
 
 
 class Written(NamedTuple):
@@ -196,6 +200,39 @@ def data_offset(path: Path, kind: str, shape: tuple[int, ...]) -> int:
         return _npy_header(path, file, kind, shape)
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    with store_errors(path):
+        found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, type and offset of the values of a `.npy` file.
+
+    Raises:
+        StoreError: If it is none, or not in C order.
+    """
+    with store_errors(path), path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read is None:
+                raise ValueError(f"npy version must be 1.0 or 2.0, got {version}")
+            shape, fortran, dtype = read(file)
+        except NO_HEADER as error:
+            raise StoreError(f"{path} must be a .npy file, got another: {error}") from None
+        if fortran and min(shape, default=0) > 1:
+            raise StoreError(f"{path} must be in C order, got Fortran order")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size > path.stat().st_size - file.tell():
+            raise StoreError(f"{path} is damaged: {shape} values of {dtype} are not in it")
+        return shape, dtype, file.tell()
+
+
 def _npy_header(path: Path, file: BinaryIO, kind: str, shape: tuple[int, ...]) -> int:
     """Where the header of a `.npy` file ends, once it says what it should."""
     try:
@@ -203,7 +240,7 @@ def _npy_header(path: Path, file: BinaryIO, kind: str, shape: tuple[int, ...]) -
         if version != (1, 0):
             raise StoreError(f"{path} is damaged: npy version must be 1.0, got {version}")
         found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except ValueError as error:
+    except NO_HEADER as error:
         raise StoreError(f"{path} is damaged: {error}") from None
     if dtype.str != kind or found != shape or fortran:
         raise StoreError(
