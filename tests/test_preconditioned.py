@@ -53,7 +53,7 @@ def recorded(path, model, factors, loss, *columns, sizes=(3, 4, 2), ids=None, **
 
 
 def coordinates(factors, exact, checkpoint=0):
-    """[examples, coordinates] by the definition: of largest share, block by block, in their order."""
+    """[examples, coordinates] by the definition: of largest share, block by block in order."""
     statistics = factors.checkpoints[checkpoint].statistics
     blocks = {key: each.block for key, each in statistics.known.items()}
     damped = factors.damped(checkpoint)

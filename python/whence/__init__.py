@@ -29,7 +29,7 @@ from whence.sketch import Sketch
 if TYPE_CHECKING:
     from whence import methods
     from whence.attribution import query
-    from whence.curvature import Factors, compress, fit_factors
+    from whence.curvature import Factors, compress, fit_factors, suggest_checkpoints
     from whence.gradients import Recorder, record, record_checkpoints, register_layer
     from whence.gradients.moments import moments_of
 
@@ -44,6 +44,7 @@ _NEED_TORCH = {
     "record_checkpoints": "whence.gradients",
     "Recorder": "whence.gradients",
     "register_layer": "whence.gradients",
+    "suggest_checkpoints": "whence.curvature",
 }
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "record_checkpoints",
     "register_layer",
     "report",
+    "suggest_checkpoints",
     "text",
 ]
 

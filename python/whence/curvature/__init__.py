@@ -5,11 +5,13 @@ statistics  what passes over the data gather of each block
 factors     K-FAC and EK-FAC factors of checkpoints: saved, merged, made into maps
 basis       the directions that a sample of the training data spans most of
 fit         `fit_factors`: the passes
+checkpoints which checkpoints of a run to keep
 compression coordinates kept at several checkpoints, to one short row an example
 """
 
+from whence.curvature.checkpoints import suggest_checkpoints
 from whence.curvature.compression import compress
 from whence.curvature.factors import Factors
 from whence.curvature.fit import fit_factors
 
-__all__ = ["Factors", "compress", "fit_factors"]
+__all__ = ["Factors", "compress", "fit_factors", "suggest_checkpoints"]

@@ -73,8 +73,8 @@ def bases(
 
     Args:
         samples: [examples, coordinates] of each checkpoint.
-        weights: Of each checkpoint; their roots are in the matrices, so that the inner product of
-            two rows Σ_c z_c V_c is a weighted sum over checkpoints.
+        weights: Of each checkpoint. Side by side the coordinates are times their roots, and the
+            directions have another: so both are in the matrices.
         spectrum: Of the samples.
         dim: How many directions.
         drawn: [draws, examples] products of rows with drawn labels and the samples; None to leave
@@ -112,6 +112,6 @@ def bases(
         after = after @ torch.from_numpy(orthogonal * np.sign(np.diag(upper)))
     whole = mixed @ after.float()
     return [
-        np.ascontiguousarray((weight**0.5 * (sample.T @ whole)).numpy())
+        np.ascontiguousarray((weight * (sample.T @ whole)).numpy())
         for sample, weight in zip(samples, weights, strict=True)
     ]

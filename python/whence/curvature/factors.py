@@ -197,6 +197,8 @@ class Factors:
         """
         weights = [at.weight for at in self.checkpoints]
         spec: dict[str, Any] = {"layout": LAYOUT, "method": self.method, **asdict(self.settings)}
+        if len(weights) == 1:
+            spec["residuals"] = "own"  # which the mean over one checkpoint is
         seed = 0 if seed is None else seed
         bases: list[NDArray[np.float32] | None] = [None] * len(weights)
         if sketch is not None:
@@ -216,7 +218,7 @@ class Factors:
             dim = self.suggested_dim if dim is None else dim
             bases = list(self.bases(dim, seed if turned else None))
             spec |= {"dim": dim, "basis": "learnt", "seed": seed, "turned": turned}
-            spec |= {"residuals": self.settings.residuals, "refined": self.drawn is not None}
+            spec |= {"refined": self.drawn is not None}
         prepared = []
         for at, chosen, basis in zip(self.checkpoints, self.maps, bases, strict=True):
             identity = {"weights": at.digest, "labels": self.labels, **spec}
@@ -253,6 +255,50 @@ class Factors:
     def rank(self) -> int:
         """How many directions the sample spans: the widest rows that a learnt basis has."""
         return len(self._spectrum.values)
+
+    def explain(self) -> str:
+        """What was chosen and why, in words: checkpoints, weights, damping, coordinates, width."""
+        kept = {"averaged": "averaged over checkpoints", "own": "each checkpoint's own"}
+        lines = [
+            f"{self.method} factors by {self.checkpoints[0].statistics.examples[0]:,} examples, "
+            f"labels {self.labels}, up to {self.stage}",
+            "checkpoints  "
+            + ", ".join(f"{at.name} (weight {at.weight:.3g})" for at in self.checkpoints),
+            f"residuals    {kept[self.settings.residuals]}",
+        ]
+        if STAGES.index(self.stage) >= STAGES.index("eigenvalues"):
+            held = [self._held(index) for index in range(len(self.checkpoints))]
+            dampings = [value for _, value in self.damped(len(held) - 1).values()]
+            lines += [
+                f"damping      {self.settings.damping:g} of each layer's mean eigenvalue: "
+                f"{min(dampings):.3g} to {max(dampings):.3g} at the last checkpoint",
+                f"coordinates  {max(each.width for each in self.maps):,}, which hold "
+                f"{min(held):.0%} to {max(held):.0%} of the whitened gradients' energy",
+            ]
+        if self.stage == "basis":
+            shares = ", ".join(
+                f"{dim} columns {self.energy(dim):.0%}"
+                for dim in (128, 256, 512, 1024, 2048)
+                if dim <= self.rank
+            )
+            lines.append(
+                f"width        {self.suggested_dim} columns by default; of a sample of "
+                f"{len(self._samples()[0][0]):,} training examples hold {shares or 'all'}"
+            )
+        return "\n".join(lines)
+
+    def _held(self, checkpoint: int) -> float:
+        """The share of Σ Λ / (Λ + damping) that the chosen coordinates hold."""
+        damped = self.damped(checkpoint)
+        whole = sum(
+            float((values / (values + damping)).sum()) for values, damping in damped.values()
+        )
+        kept = 0.0
+        for choice in self.maps[checkpoint].choices:
+            _, damping = damped[choice.block.key]
+            # A scale is (Λ + damping)^-1/2, so Λ / (Λ + damping) is 1 - damping · scale².
+            kept += float((1 - damping * choice.scales.double().square()).sum())
+        return kept / whole if whole else 1.0
 
     def energy(self, dim: int) -> float:
         """The share of the sample's unit rows that the leading `dim` directions hold."""

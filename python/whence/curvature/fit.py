@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -113,7 +114,7 @@ def fit_factors(
         until: "covariance", "eigenvalues" or "basis": where to end.
         path: A folder to save each checkpoint's factors in as they are found, and to go on from
             where an earlier call was killed; None for none.
-        progress: Whether to show a bar.
+        progress: Whether to show a bar, and to say at the end what was chosen and why.
 
     Returns:
         Factors, for `record(..., precondition=...)`.
@@ -204,7 +205,11 @@ def fit_factors(
                     kept.keep(number, done)
             found.append(saved)
     factors = Factors(described, reduction, labels, settings, found, stage)
-    return fitting.basis(factors, loaded) if until == "basis" else factors
+    if until == "basis":
+        factors = fitting.basis(factors, loaded)
+    if progress:
+        tqdm.write(factors.explain(), file=sys.stderr)
+    return factors
 
 
 def shares_of(weights: Mapping[str, float] | None, names: Sequence[str]) -> dict[str, float]:
@@ -394,8 +399,6 @@ class _Fitting:
             capture = Capture(self.structure, statistics, None, self._task.unbatched)
             capture, factor = self._task.run(self._hooks, capture, batch, mode)
             self._refuse_bad(capture)
-            if mode is not None:
-                mode.check()
             statistics.fold(capture.accumulator, factor)
             seen, number = seen + capture.batch, number + 1
         else:

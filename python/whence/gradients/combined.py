@@ -36,6 +36,9 @@ from whence.store import COMBINED, Checkpoint, Manifest, Writer
 TOGETHER = 4096
 """Examples whose batches are kept while all checkpoints see them in turn."""
 
+RESIDUAL_BYTES = 1 << 28
+"""Residuals of so many bytes at most are kept meanwhile; of more, fewer examples go together."""
+
 
 def record_checkpoints(
     model: nn.Module,
@@ -58,8 +61,8 @@ def record_checkpoints(
 ) -> Path:
     """Records each example once, its preconditioned rows summed over the checkpoints of a run.
 
-    y_i = Σ_c √w_c z_ic V_c, so that y_i · y_j = Σ_cc' of both's coordinates as far as the joint
-    basis keeps them: bytes do not grow with checkpoints. Takes `TOGETHER` examples at a time
+    y_i = Σ_c w_c z_ic V_c, and y_i · y_j is Σ_c w_c z_ic · z_jc as far as the joint basis V keeps
+    it: bytes do not grow with checkpoints. Takes `TOGETHER` examples at a time
     through all checkpoints, sums in float32, rounds once and commits once: a second call goes on
     where the first ended or was killed, and no partial sum is ever seen.
 
@@ -144,7 +147,7 @@ def record_checkpoints(
             check_identity(checkpoint, each)
         threads = torch.get_num_threads()
         maps = [map_of_store(writer.path, writer.manifest, each, threads) for each in found]
-        averaged = spec.get("residuals") == "averaged"
+        averaged = spec["residuals"] == "averaged"
         recording = _Recording(model, structure, task, writer, loaded, maps, nonfinite, averaged)
         recording.run(loader, _Keys(ids, columns), progress)
     finally:
@@ -254,21 +257,28 @@ class _Recording:
             known |= np.isin(ids, np.array(sorted(self._writer.left_out), ids.dtype))
             if not known.all():
                 kept.append((place, ids, columns))
-        if not kept:
-            return
+        if kept:
+            self._record_known(batches, kept)
+
+    def _record_known(
+        self, batches: list[Any], kept: list[tuple[int, Ids, dict[str, NDArray[Any]]]]
+    ) -> None:
+        """The rows of batches whose ids are known."""
         sums: dict[int, NDArray[np.float32]] = {}
         bad: dict[int, dict[int, str]] = {place: {} for place, _, _ in kept}
         residuals = Residuals()
         if self._averaged:
             for _ in self._checkpoints(residuals, batches, kept):
-                pass
+                if residuals.nbytes > RESIDUAL_BYTES and len(kept) > 1:
+                    middle = kept[len(kept) // 2][0]  # the two halves one after the other
+                    self._record_known(batches, [each for each in kept if each[0] < middle])
+                    self._record_known(batches, [each for each in kept if each[0] >= middle])
+                    return
         for rows in self._checkpoints(None, batches, kept):
             for place, ids, _ in kept:
                 capture = Capture(self._structure, rows, None, self._task.unbatched)
                 mode = residuals.replaying(place) if self._averaged else None
                 capture, factor = self._task.run(self._hooks, capture, batches[place], mode)
-                if mode is not None:
-                    mode.check()
                 if capture.batch != len(ids):
                     raise ShapeError(
                         f"loader must give batches whose first tensor is as long as the model's, "

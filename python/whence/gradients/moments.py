@@ -64,7 +64,9 @@ def moments_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Moments:
             continue
         state, group = optimizer.state.get(tensor, {}), groups.get(id(tensor), {})
         epsilon = group.get("eps", 1e-8)
-        epsilon = epsilon[0] ** 0.5 if isinstance(epsilon, (tuple, list)) else epsilon or 1e-8
+        if isinstance(epsilon, (tuple, list)):  # Adafactor's first is of squares
+            epsilon = None if epsilon[0] is None else epsilon[0] ** 0.5
+        epsilon = epsilon or 1e-8
         if "exp_avg_sq" in state:
             step = float(state.get("step", 1))
             decay = group["betas"][1] if "betas" in group else 0.0

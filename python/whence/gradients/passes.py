@@ -98,7 +98,7 @@ class Task:
             hooks: The hooks of the model, installed.
             capture: What gathers.
             batch: What the loader gave.
-            mode: Entered while the loss runs.
+            mode: Entered while the loss runs; if it has a `check`, that is called afterwards.
         """
         arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
 
@@ -107,6 +107,8 @@ class Task:
                 return self.loss(*arguments)
 
         backward(hooks, capture, closure, "loss")
+        if hasattr(mode, "check"):
+            mode.check()
         counts = None if self.tokens is None else self.tokens(*arguments)
         return capture, own_loss_factor(self.reduction, capture.batch, counts)
 

@@ -10,6 +10,7 @@ stored       EkfacStored: the same from short rows; TwoStage: exact for candidat
 sketched     DampedGram, Trak: random sketches and their Gram matrix
 margins      the stable margin that TRAK attributes
 less         Less: cosines of gradients as Adam sees them
+suspicion    suspicion: wrong labels by loss and self-influence together
 representer  RepresenterPoints: the last layer's logits as a sum over examples
 """
 
@@ -23,6 +24,7 @@ from whence.methods.representer import RepresenterPoints
 from whence.methods.run import Run
 from whence.methods.sketched import DampedGram, Trak
 from whence.methods.stored import EkfacStored, TwoStage
+from whence.methods.suspicion import suspicion
 
 __all__ = [
     "DampedGram",
@@ -39,4 +41,5 @@ __all__ = [
     "Trak",
     "TwoStage",
     "stable_margin",
+    "suspicion",
 ]

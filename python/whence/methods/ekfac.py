@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,21 +71,7 @@ class Ekfac(Method):
         """Finds the factors, if they were not given, and averages residuals."""
         self.factors = self._given
         if self.factors is None:
-            self.factors = fit_factors(
-                run.model,
-                run.loader,
-                run.task.loss,
-                states={name: state for name, state in run.states.items() if state is not None}
-                or None,
-                reduction=run.task.reduction,
-                tokens=run.task.tokens,
-                layers=run.layers,
-                uncovered=run.uncovered,
-                unbatched=run.task.unbatched,
-                damping=self._damping,
-                until="eigenvalues",
-                progress=run.progress,
-            )
+            self.factors = fitted_factors(run, damping=self._damping, until="eigenvalues")
         names = [at.name for at in self.factors.checkpoints]
         if names != list(run.states):
             raise CheckpointError(
@@ -168,6 +155,34 @@ class Ekfac(Method):
             found = rows if not found else [a + b for a, b in zip(found, rows, strict=True)]
         return [each.astype(np.float32) for each in found]
 
+    def by_query_token(self, closure: Closure) -> NDArray[np.float32]:
+        """Every score, position by position of the query: which part of it asked for the example.
+
+        Returns:
+            [queries, positions, examples]; over positions they add up to the scores of the layers
+            that see positions: weights and tables whose biases come with them.
+
+        Raises:
+            ArgumentError: If layers see different numbers of positions.
+            WhenceError: As `scores`.
+        """
+        self._average(None)
+        total: NDArray[np.float64] | None = None
+        for place in range(len(self.run.states)):
+            found: list[NDArray[np.float64]] = []
+
+            def take(
+                seen: ProductsAccumulator, factor: float, found: list[NDArray[np.float64]] = found
+            ) -> None:
+                joined = torch.stack(list(seen.parts.values())).double().sum(0)
+                found.append(joined.numpy() * factor)
+
+            terms = self._at(place, closure, take, apart=True)
+            joined = np.concatenate(found, axis=1)
+            joined = joined.reshape(-1, terms, joined.shape[1])
+            total = joined if total is None else total + joined
+        return np.asarray(total, np.float32)
+
     def _at(
         self,
         place: int,
@@ -175,15 +190,17 @@ class Ekfac(Method):
         take: Callable[[ProductsAccumulator, float], None],
         *,
         by_token: bool = False,
+        apart: bool = False,
         chosen: NDArray[np.int64] | None = None,
-    ) -> None:
-        """One pass over the training data at a checkpoint."""
+    ) -> int:
+        """One pass over the training data at a checkpoint; returns the queries' positions."""
         run, factors = self.run, self.factors
         if factors is None:
             raise ArgumentError("factors must be fitted, got None")
         at, name = factors.checkpoints[place], list(run.states)[place]
         with run.at(name):
             whole = Whole(at.statistics.longest, at.statistics.pairs)
+            whole.by_token = apart
             asked = run.queries(whole, closure)
             queries = asked.capture.accumulator
             if not isinstance(queries, WholeAccumulator):
@@ -196,12 +213,31 @@ class Ekfac(Method):
                 if not isinstance(found, ProductsAccumulator):
                     raise TypeError("examples must be products")
                 take(found, seen.factor * asked.factor * at.weight)
+        return queries.terms
 
     def _training(self, rows: Products, chosen: NDArray[np.int64] | None) -> Iterator[Seen]:
         kept = self._kept
         if kept is None:
             return self.run.training(rows, chosen=chosen)
         return self.run.training(rows, kept.replaying, chosen=chosen)
+
+
+def fitted_factors(run: Run, **settings: Any) -> Factors:
+    """The factors of a run, by `fit_factors` with these settings."""
+    states = {name: state for name, state in run.states.items() if state is not None}
+    return fit_factors(
+        run.model,
+        run.loader,
+        run.task.loss,
+        states=states or None,
+        reduction=run.task.reduction,
+        tokens=run.task.tokens,
+        layers=run.layers,
+        uncovered=run.uncovered,
+        unbatched=run.task.unbatched,
+        progress=run.progress,
+        **settings,
+    )
 
 
 def averaged_residuals(

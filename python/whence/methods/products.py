@@ -18,13 +18,20 @@ import torch
 from torch import Tensor
 
 from whence.curvature.statistics import Statistics
+from whence.errors import ArgumentError
 from whence.gradients.blocks import LOOKUP, OUTER, Block, BlockAccumulator
 
 Key = tuple[str, int, str]
 
 
 class Whole(Statistics):
-    """A map that keeps each sample's gradient whole, block by block, with its bias at the end."""
+    """A map that keeps each sample's gradient whole, block by block, with its bias beside it.
+
+    Attributes:
+        by_token: Whether each position is a sample of its own; of weights and tables alone.
+    """
+
+    by_token = False
 
     def accumulator(self, batch: int, names: Any = None) -> WholeAccumulator:
         """Zeros for a batch."""
@@ -46,9 +53,29 @@ class WholeAccumulator(BlockAccumulator):
         super().__init__(blocks, batch)
         self.weights: dict[Key, Tensor] = {}
         self.biases: dict[Key, Tensor] = {}
+        self.terms = 1
+        self._apart = blocks.by_token
+
+    def _take_apart(self, *values: Tensor) -> list[Tensor]:
+        """[batch, terms, ...] as [batch · terms, 1, ...].
+
+        Raises:
+            ArgumentError: If another layer saw other positions.
+        """
+        terms = values[0].shape[1]
+        if self.weights and terms != self.terms:
+            raise ArgumentError(
+                "the model must have layers that all see the same positions for scores by token, "
+                f"got {self.terms} and {terms}"
+            )
+        if not self.weights:
+            self.terms, self.batch = terms, self.batch * terms
+        return [each.flatten(0, 1)[:, None] for each in values]
 
     def outer(self, block: Block, left: Tensor, right: Tensor, first: int, *, bias: bool) -> None:
         """Forms the product of both factors."""
+        if self._apart:
+            left, right = self._take_apart(left, right)
         formed = left.mT @ right
         if first or len(left) < self.batch:
             whole = formed.new_zeros(self.batch, *formed.shape[1:])
@@ -62,10 +89,13 @@ class WholeAccumulator(BlockAccumulator):
 
     def bias(self, block: Block, values: Tensor) -> None:
         """Keeps it."""
-        self._add(self.biases, block, values)
+        if not self._apart:
+            self._add(self.biases, block, values)
 
     def lookup(self, block: Block, indices: Tensor, values: Tensor) -> None:
         """Sums over equal rows of the table."""
+        if self._apart:
+            indices, values = self._take_apart(indices, values)
         rows = block.shape[0]
         mask = indices >= 0
         sample = torch.arange(self.batch)[:, None].expand_as(indices)
@@ -74,8 +104,9 @@ class WholeAccumulator(BlockAccumulator):
         self._add(self.weights, block, formed.reshape(self.batch, *block.shape))
 
     def formed(self, block: Block, values: Tensor) -> None:
-        """Keeps it."""
-        self._add(self.weights, block, values.reshape(len(values), *block.shape))
+        """Keeps it; not where positions are kept apart, which it does not tell apart."""
+        if not self._apart:
+            self._add(self.weights, block, values.reshape(len(values), *block.shape))
 
     @staticmethod
     def _add(into: dict[Key, Tensor], block: Block, values: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from whence import _arrays
 from whence.errors import ArgumentError, LayerError
-from whence.gradients.blocks import Block, BlockAccumulator, BlockMap
+from whence.gradients.blocks import LOOKUP, OUTER, Block, BlockAccumulator, BlockMap
 from whence.methods.method import Closure, Method
 from whence.methods.run import Run
 from whence.sketch import canonical_name
@@ -88,7 +90,13 @@ class _Factors(BlockMap):
         shape: tuple[int, int],
         bias: tuple[str, list[int], int] | None,
     ) -> Block:
-        return Block(name, start, "outer", shape)
+        return Block(name, start, OUTER, shape)
+
+    def table_of(self, name: str, shape: Sequence[int]) -> Block:
+        return Block(name, 0, LOOKUP, (shape[0], shape[1]))
+
+    def vector_of(self, name: str, shape: Sequence[int]) -> Block | None:
+        return None
 
 
 class _Accumulator(BlockAccumulator):

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from whence import _arrays
 from whence.attribution import query_rows
-from whence.curvature import Factors, fit_factors
+from whence.curvature import Factors
 from whence.gradients import record_checkpoints
-from whence.methods.ekfac import INFLUENCE, Ekfac
+from whence.methods.ekfac import INFLUENCE, Ekfac, fitted_factors
 from whence.methods.method import Closure, Method, hits_of
 from whence.methods.run import Run
 from whence.search import Hits, Index, Store
@@ -56,18 +56,7 @@ class EkfacStored(Method):
         states = {name: state for name, state in run.states.items() if state is not None} or None
         self.factors = self._given
         if self.factors is None:
-            self.factors = fit_factors(
-                run.model,
-                run.loader,
-                run.task.loss,
-                states=states,
-                reduction=run.task.reduction,
-                tokens=run.task.tokens,
-                layers=run.layers,
-                uncovered=run.uncovered,
-                unbatched=run.task.unbatched,
-                progress=run.progress,
-            )
+            self.factors = fitted_factors(run)
         run.examples = run.examples or sum(1 for _, _, each in run.batches() for _ in each)
         record_checkpoints(
             run.model,
