@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -58,7 +59,7 @@ class Ekfac:
         self._factor_arguments = FactorArguments(strategy="ekfac")
         self._score_arguments = ScoreArguments(damping_factor=None)
         with quiet():
-            model = prepare_model(case.model, Own())
+            model = prepare_model(copy.deepcopy(case.model), Own())
             self._analyzer = Analyzer(
                 "case", model, Own(), cpu=True, output_dir=str(folder), disable_tqdm=True
             )
