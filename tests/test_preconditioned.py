@@ -220,3 +220,175 @@ def test_the_leading_directions_are_those_of_the_unit_rows(tmp_path):
         kept = np.linalg.eigvalsh(unit @ unit.T)[::-1]
         assert np.allclose(kept[:dim], values[:dim], rtol=1e-3)
         assert factors.energy(dim) == pytest.approx(values[:dim].sum() / values.sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("sketch", ["rademacher", "gaussian", "chunked_sjlt", "tensorsketch"])
+def test_a_random_sketch_is_a_linear_map_of_the_coordinates(tmp_path, sketch):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    plain = recorded(tmp_path / "plain", model, factors, loss, x, rotate=False).rows()
+    store = recorded(
+        tmp_path / "s", model, factors, loss, x, sketch=sketch, dim=24, seed=3, weight_gradients=False
+    )
+    random = whence.Sketch(sketch, dim=24, seed=3)({"0": plain})
+    assert store.rows().shape == (9, 24)
+    assert error(store.rows(), torch.from_numpy(random)) < 1e-5
+    whole = whence.Sketch(sketch, dim=24, seed=3)
+    again = recorded(tmp_path / "t", model, factors, loss, x, sketch=whole)
+    assert np.array_equal(again.rows(), store.rows())
+
+
+# Scores
+
+
+def perturbed(model, seed):
+    torch.manual_seed(seed)
+    found = {
+        name: value + 0.3 * torch.randn_like(value) for name, value in model.state_dict().items()
+    }
+    return found
+
+
+def at(model, state):
+    model.load_state_dict(state)
+    return model
+
+
+MAPS = [
+    {"rotate": False},
+    {"dim": 9},
+    {"sketch": "rademacher", "dim": 2048},
+]
+
+
+@pytest.mark.parametrize("options", MAPS)
+@pytest.mark.parametrize("name", ["perceptron", "conv2d", "tied"])
+def test_scores_of_queries_are_preconditioned_products(tmp_path, name, options):
+    model, loss, x = single(name)
+    factors = fitted(name)
+    store = recorded(tmp_path / "store", model, factors, loss, x, **options)
+    asked = x[2:5]
+    hits = whence.query(model, store, lambda: loss(model, asked), k=9)
+    z = coordinates(factors, exact_gradients(model, loss, x))
+    expected = (z[2:5] @ z.T).numpy()
+    tolerance = 0.2 if "sketch" in options else 2e-3
+    for query, (ids, scores) in enumerate(
+        zip(hits.helpful.ids, hits.helpful.scores, strict=True)
+    ):
+        assert np.abs(scores - expected[query, ids]).max() < tolerance * expected.max()
+        rows = store.rows()
+        assert np.allclose(scores, (rows[ids] @ rows[2 + query]), rtol=1e-4, atol=1e-5)
+    assert "influence" in hits.method
+    assert "EK-FAC" in hits.method
+
+
+def checkpoints_of(model, loader, loss, count=2):
+    """States of a run, and the factors of each and of all."""
+    states = {f"c{number}": perturbed(model, number) for number in range(count)}
+    alone = {
+        name: fit(at(model, state), loader, loss, states={name: state})
+        for name, state in states.items()
+    }
+    return states, alone
+
+
+@pytest.mark.parametrize("options", [{"rotate": False}, {"sketch": "gaussian", "dim": 12}])
+def test_each_checkpoint_has_a_map_of_its_own(tmp_path, options):
+    model, loss, x = single("perceptron")
+    states, alone = checkpoints_of(model, batches(x), loss)
+    expected = []
+    with whence.record(
+        model, tmp_path / "s", precondition=alone["c0"], dtype="float32", **options
+    ) as rec:
+        for name in states:
+            at(model, states[name])
+            rec.checkpoint(name, precondition=alone[name])
+            with rec.batch(range(9)) as done:
+                loss(model, x).backward()
+            z = coordinates(alone[name], exact_gradients(model, loss, x))
+            if "sketch" in options:
+                sketch = whence.Sketch("gaussian", dim=12)
+                z = torch.from_numpy(sketch({name: z.float().numpy()})).double()
+            assert error(done.rows, z) < 2e-4
+            expected.append(z)
+        at(model, states["c0"])  # and back
+        rec.checkpoint("c0", precondition=alone["c0"])
+        with rec.batch([9]) as done:
+            loss(model, x[:1]).backward()
+        assert error(done.rows, expected[0][:1]) < 2e-4
+        at(model, states["c1"])
+        rec.checkpoint("c1", precondition=alone["c1"])
+        with rec.batch([9]):
+            loss(model, x[:1]).backward()
+    store = whence.open(tmp_path / "s")
+    assert store.checkpoints == ["c0", "c1"]
+    hits = whence.query(model, store, lambda: loss(model, x[:2]), states=states, k=10)
+    scores = sum((z[:2] @ z.T).numpy() / 2 for z in expected)  # averaged over checkpoints
+    for query, (ids, found) in enumerate(zip(hits.helpful.ids, hits.helpful.scores, strict=True)):
+        assert np.allclose(found, scores[query, np.where(ids == 9, 0, ids)], rtol=1e-3, atol=1e-3)
+
+
+def test_recording_goes_on_with_the_map_of_the_store(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    options = {"dtype": "float32", "dim": 4, "on_duplicate": "skip"}
+    for first in (0, 3):
+        with (
+            whence.record(model, tmp_path / "s", precondition=factors, **options) as rec,
+            rec.batch(range(first, first + 6)),
+        ):
+            loss(model, x[first : first + 6]).backward()
+    store = whence.open(tmp_path / "s")
+    whole = recorded(tmp_path / "t", model, factors, loss, x, dim=4)
+    assert np.allclose(store.rows(), whole.rows(), rtol=1e-4, atol=1e-5)
+    assert len(list((tmp_path / "s").glob("map-*"))) == 1
+
+
+def test_other_factors_of_a_checkpoint_that_is_there_change_nothing(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    other = fit(model, batches(x[:6], sizes=(3, 3)), loss)
+    options = {"dtype": "float32", "sketch": "rademacher", "dim": 16}
+    with whence.record(model, tmp_path / "s", precondition=factors, **options) as rec:
+        with rec.batch(range(9)) as before:
+            loss(model, x).backward()
+        rec.checkpoint("0", precondition=other)
+        with rec.batch(range(9, 18)) as after:
+            loss(model, x).backward()
+    assert error(after.rows, torch.from_numpy(before.rows)) < 1e-5
+
+
+def test_verify_compares_coordinates_with_exact_gradients(tmp_path):
+    for name in ("perceptron", "conv2d", "layer norm", "tied", "attention"):
+        model, loss, x = single(name)
+        factors = fitted(name)
+        for options in ({"rotate": False}, {"dim": 3}, {"sketch": "rademacher", "dim": 16}):
+            path = tmp_path / f"{name}{len(options)}{options.get('dim')}"
+            with whence.record(model, path, precondition=factors, **options) as rec:
+                found = rec.verify(lambda x, model=model, loss=loss: loss(model, x), [x[:2]])
+                assert found.gradient < 1e-4
+                wrong = lambda x, model=model, loss=loss: loss(model, x) * len(x)  # noqa: E731
+                with pytest.raises(errors.LayerError, match="reduction must fit the loss"):
+                    rec.verify(wrong, [x[:2]])
+
+
+def test_examples_whose_gradient_is_not_finite_are_named_or_left_out(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    x = x.clone()
+    x[4] = torch.inf
+    with pytest.raises(errors.NotFiniteError, match="id 4 "):
+        recorded(tmp_path / "s", model, factors, loss, x, rotate=False)
+    store = recorded(tmp_path / "t", model, factors, loss, x, rotate=False, nonfinite="skip")
+    assert store.ids.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert store.skipped == [("0", 4)]
+    with pytest.raises(errors.NotFiniteError, match="query 1 "):
+        whence.query(model, store, lambda: loss(model, x[3:6]))
+
+
+def test_stores_that_are_not_preconditioned_have_no_map(tmp_path):
+    model, loss, x = single("perceptron")
+    recorded(tmp_path / "s", model, None, loss, x, dim=16)
+    found = whence.open(tmp_path / "s")
+    assert found.manifest.checkpoints[0].map is None
+    assert "EK-FAC" not in found.method

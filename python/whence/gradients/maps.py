@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from whence import _arrays
 from whence._core import MAX_DIM
 from whence.errors import ArgumentError, DtypeError, LayerError, MismatchError
@@ -109,7 +111,10 @@ def map_of_store(
     found = from_arrays(described, arrays)
     if spec.get("sketch") is not None:
         random = Sketch.from_spec(spec["sketch"], threads=threads)
-        found = found.rotated(random_basis(random, checkpoint.name, found.width))
+        basis = random_basis(random, checkpoint.name, found.width)
+        if checkpoint.weight is not None:  # of a sum over checkpoints; a learnt basis has it in it
+            basis *= np.float32(checkpoint.weight**0.5)
+        found = found.rotated(basis)
     if found.dim != manifest.dim:
         raise MismatchError(
             f"the map of checkpoint {checkpoint.name!r} must have rows of {manifest.dim}, got "

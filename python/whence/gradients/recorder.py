@@ -275,7 +275,7 @@ class Recorder:
                 self._versions = weights
             raise
         if prepared is not None:
-            self._prepared, self._map = prepared, prepared.map
+            self._prepared, self._map, self._mapped = prepared, prepared.map, None
 
     def commit(self) -> None:
         """Confirms all rows so far: when it returns, a crash or power cut keeps them.
@@ -444,7 +444,6 @@ class Recorder:
         if checkpoint.map is None:
             described, arrays = stored_arrays(prepared.map, self._writer.manifest.sketch)
             checkpoint.map = self._writer.write_map(prepared.identity, described, arrays)
-            return
         check_identity(checkpoint, prepared)
         threads = torch.get_num_threads()
         self._map = map_of_store(self.path, self._writer.manifest, checkpoint, threads)
