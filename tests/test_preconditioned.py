@@ -1,11 +1,11 @@
 """Preconditioned rows and scores against dense matrices of exact gradients."""
 
+import shutil
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from curvature_oracle import (
     NAMES,
     batches,
@@ -22,6 +22,7 @@ from torch import nn
 import whence
 from whence import errors
 from whence.gradients.blocks import Block
+from whence.store import Writer
 
 
 def fit(model, loader, loss=squares, **options):
@@ -55,7 +56,7 @@ def recorded(path, model, factors, loss, *columns, sizes=(3, 4, 2), ids=None, **
 
 
 def coordinates(factors, exact, checkpoint=0):
-    """[examples, coordinates] by the definition: of largest share, block by block, in their order."""
+    """[examples, coordinates] by the definition: those of largest share, block by block."""
     statistics = factors.checkpoints[checkpoint].statistics
     blocks = {key: each.block for key, each in statistics.known.items()}
     damped = factors.damped(checkpoint)
@@ -228,7 +229,15 @@ def test_a_random_sketch_is_a_linear_map_of_the_coordinates(tmp_path, sketch):
     factors = fitted("perceptron")
     plain = recorded(tmp_path / "plain", model, factors, loss, x, rotate=False).rows()
     store = recorded(
-        tmp_path / "s", model, factors, loss, x, sketch=sketch, dim=24, seed=3, weight_gradients=False
+        tmp_path / "s",
+        model,
+        factors,
+        loss,
+        x,
+        sketch=sketch,
+        dim=24,
+        seed=3,
+        weight_gradients=False,
     )
     random = whence.Sketch(sketch, dim=24, seed=3)({"0": plain})
     assert store.rows().shape == (9, 24)
@@ -272,9 +281,7 @@ def test_scores_of_queries_are_preconditioned_products(tmp_path, name, options):
     z = coordinates(factors, exact_gradients(model, loss, x))
     expected = (z[2:5] @ z.T).numpy()
     tolerance = 0.2 if "sketch" in options else 2e-3
-    for query, (ids, scores) in enumerate(
-        zip(hits.helpful.ids, hits.helpful.scores, strict=True)
-    ):
+    for query, (ids, scores) in enumerate(zip(hits.helpful.ids, hits.helpful.scores, strict=True)):
         assert np.abs(scores - expected[query, ids]).max() < tolerance * expected.max()
         rows = store.rows()
         assert np.allclose(scores, (rows[ids] @ rows[2 + query]), rtol=1e-4, atol=1e-5)
@@ -392,3 +399,344 @@ def test_stores_that_are_not_preconditioned_have_no_map(tmp_path):
     found = whence.open(tmp_path / "s")
     assert found.manifest.checkpoints[0].map is None
     assert "EK-FAC" not in found.method
+
+
+# One row an example for all checkpoints
+
+
+def together(path, model, factors, loss, loader, **options):
+    options = {"dtype": "float32", "progress": False, **options}
+    whence.record_checkpoints(
+        model, path, loader, lambda *batch: loss(model, *batch), precondition=factors, **options
+    )
+    return whence.open(path)
+
+
+def weighted_products(model, loss, x, states, factors):
+    """[examples, examples] Σ_c w_c z_ic · z_jc, by the definition."""
+    total = 0.0
+    for number, point in enumerate(factors.checkpoints):
+        at(model, states[point.name])
+        z = coordinates(factors, exact_gradients(model, loss, x), number)
+        total = total + point.weight * (z @ z.T)
+    return total.numpy()
+
+
+WEIGHTS = [None, {"c0": 1.0, "c1": 3.0}]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", ["perceptron", "conv2d", "embedding"])
+def test_rows_of_a_run_give_the_weighted_sum_over_its_checkpoints(tmp_path, name, weights):
+    model, loss, x = single(name)
+    states, _ = checkpoints_of(model, batches(x), loss)
+    factors = fit(model, batches(x), loss, states=states, weights=weights)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    most = len(factors._spectrum[0])
+    other_order = dict(reversed(states.items()))
+    store = together(tmp_path / "s", model, factors, loss, batches(x), states=other_order, dim=most)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    rows = store.rows()
+    assert rows.shape == (9, most)
+    expected = weighted_products(model, loss, x, states, factors)
+    assert np.abs(rows @ rows.T - expected).max() < 5e-3 * np.abs(expected).max()
+    hits = whence.query(model, store, lambda: loss(model, x[:2]), states=states, k=9)
+    for query, (ids, scores) in enumerate(zip(hits.helpful.ids, hits.helpful.scores, strict=True)):
+        assert np.allclose(scores, rows[ids] @ rows[query], rtol=1e-4, atol=1e-4)
+    assert "c0, c1" in hits.method
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rows_of_a_run_can_be_sketched(tmp_path, weights):
+    model, loss, x = single("perceptron")
+    states, _ = checkpoints_of(model, batches(x), loss)
+    factors = fit(model, batches(x), loss, states=states, weights=weights)
+    store = together(
+        tmp_path / "s", model, factors, loss, batches(x), states=states, sketch="gaussian", dim=16
+    )
+    expected = 0.0
+    for number, point in enumerate(factors.checkpoints):
+        at(model, states[point.name])
+        z = coordinates(factors, exact_gradients(model, loss, x), number).float().numpy()
+        sketch = whence.Sketch("gaussian", dim=16)
+        expected = expected + point.weight**0.5 * sketch({point.name: z})
+    assert error(store.rows(), torch.from_numpy(expected)) < 2e-4
+
+
+def test_a_run_of_one_checkpoint_is_as_record(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    one = together(tmp_path / "one", model, factors, loss, batches(x), dim=5)
+    other = recorded(tmp_path / "other", model, factors, loss, x, dim=5)
+    assert error(one.rows(), torch.from_numpy(other.rows())) < 1e-5
+    assert one.ids.tolist() == list(range(9))
+    assert one.manifest.rows == "combined"
+
+
+def test_ids_and_columns_of_a_run(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    names = np.array([f"n{i}" for i in range(9)])
+    loader = [(part, chosen) for (part,), chosen in zip(batches(x), np.split(names, [3, 7]))]  # noqa: B905
+
+    def own(model, x, names):
+        return loss(model, x)
+
+    store = together(
+        tmp_path / "s",
+        model,
+        factors,
+        own,
+        loader,
+        ids=lambda x, names: names,
+        columns=lambda x, names: {"first": x[:, 0], "name": list(names)},
+    )
+    assert store.ids.tolist() == names.tolist()
+    assert np.allclose(store.columns["first"], x[:, 0])
+    assert store.columns["name"].tolist() == names.tolist()
+    listed = together(tmp_path / "t", model, factors, own, loader, ids=list(names))
+    assert listed.ids.tolist() == names.tolist()
+    assert np.array_equal(listed.rows(), store.rows())
+
+
+def test_a_second_call_records_what_is_not_there(tmp_path):
+    model, loss, x = single("perceptron")
+    states, _ = checkpoints_of(model, batches(x), loss)
+    factors = fit(model, batches(x), loss, states=states)
+    options = {"states": states, "dim": 6}
+    whole = together(tmp_path / "whole", model, factors, loss, batches(x), **options)
+    runs = []
+
+    def counted(model, x):
+        runs.append(1)
+        return loss(model, x)
+
+    together(tmp_path / "s", model, factors, counted, batches(x)[:2], **options)
+    assert len(runs) == 4
+    store = together(tmp_path / "s", model, factors, counted, batches(x), **options)
+    assert len(runs) == 6
+    assert store.ids.tolist() == list(range(9))
+    assert np.array_equal(store.rows(), whole.rows())
+    assert len(list((tmp_path / "s").glob("map-*"))) == 2
+
+
+def test_examples_without_a_finite_gradient_at_every_checkpoint_are_left_out(tmp_path):
+    model, loss, x = single("perceptron")
+    states, _ = checkpoints_of(model, batches(x), loss)
+    factors = fit(model, batches(x), loss, states=states)
+    ids = [f"n{i}" for i in [0, 1, 2, 3, 10, 5, 6, 7, 8]]
+    options = {"states": states, "dim": 6, "ids": ids}
+    with pytest.raises(errors.NotFiniteError, match="'n10'"):
+        together(tmp_path / "s", model, factors, naughty(x, states), batches(x), **options)
+    options["nonfinite"] = "skip"
+    store = together(tmp_path / "t", model, factors, naughty(x, states), batches(x), **options)
+    assert store.ids.tolist() == [id_ for id_ in ids if id_ != "n10"]
+    assert store.skipped == [("combined", "n10")]
+    fine = naughty(x, states, factor=1.0)
+    whole = together(tmp_path / "u", model, factors, fine, batches(x), states=states, dim=6)
+    good = [place for place in range(9) if place != 4]
+    assert error(store.rows(), torch.from_numpy(whole.rows()[good])) < 1e-5
+    again = together(tmp_path / "t", model, factors, naughty(x, states), batches(x), **options)
+    assert len(again) == 8  # what was left out is not tried again
+
+
+def test_an_id_is_not_one_that_was_left_out_cut_short(tmp_path):
+    model, loss, x = single("perceptron")
+    states, _ = checkpoints_of(model, batches(x), loss)
+    factors = fit(model, batches(x), loss, states=states)
+    options = {"states": states, "dim": 6, "nonfinite": "skip"}
+    bad = naughty(x, states)
+    together(tmp_path / "s", model, factors, bad, [(x[4:5],)], ids=["n10"], **options)
+    store = together(tmp_path / "s", model, factors, bad, [(x[:1],)], ids=["n1"], **options)
+    assert store.ids.tolist() == ["n1"]
+
+
+def naughty(x, states, factor=torch.inf):
+    """A loss whose gradient is infinite for the fifth example at the second checkpoint."""
+
+    def loss(model, batch):
+        second = torch.equal(model[0].weight.detach(), states["c1"]["0.weight"])
+        far = (batch == x[4]).all(1) & second
+        out = model(batch)
+        return ((out - 0.3).square().sum(1) * torch.where(far, factor, 1.0)).mean()
+
+    return loss
+
+
+def test_weights_must_stay_what_the_factors_are_of(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def move():
+        with torch.no_grad():
+            model[0].weight += 1
+
+    with whence.record(model, tmp_path / "s", precondition=factors, dim=4) as rec:
+        with rec.batch(range(3)):
+            loss(model, x[:3]).backward()
+        move()
+        with pytest.raises(errors.WeightsError, match="got others"), rec.batch(range(3, 6)):
+            pass
+        rec.checkpoint("0")
+        with pytest.raises(errors.WeightsError, match="got others"), rec.batch(range(3, 6)):
+            pass
+        rec.checkpoint("1")
+        with (
+            pytest.raises(errors.WeightsError, match="precondition must be fitted"),
+            rec.batch([3]),
+        ):
+            pass
+        model.load_state_dict(state)
+        rec.checkpoint("0")
+        with rec.batch(range(3, 6)):
+            loss(model, x[3:6]).backward()
+    assert whence.open(tmp_path / "s").rows(checkpoint="0").shape == (6, 4)
+    move()
+    options = {"dim": 4, "weights": "moving"}
+    with whence.record(model, tmp_path / "t", precondition=factors, **options) as rec:
+        for first in (0, 3):
+            with rec.batch(range(first, first + 3)):
+                loss(model, x[first : first + 3]).backward()
+            move()
+    assert len(whence.open(tmp_path / "t")) == 6
+
+
+# Coordinates of several checkpoints to one short row
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A store of coordinates at two checkpoints, and what they were recorded with."""
+    model, loss, x = single("perceptron")
+    path = tmp_path_factory.mktemp("staged") / "s"
+    loader = batches(x)
+    states, alone = checkpoints_of(model, loader, loss)
+    options = {"dtype": "float32", "rotate": False}
+    with whence.record(model, path, precondition=alone["c0"], **options) as rec:
+        for name in states:
+            at(model, states[name])
+            rec.checkpoint(name, precondition=alone[name])
+            for (part,), ids in zip(loader, np.split(np.arange(9), [3, 7]), strict=True):
+                with rec.batch(ids, label=ids % 3):
+                    loss(model, part).backward()
+    return path, model, loss, x, states
+
+
+def compressed(source, path, **options):
+    options = {"dtype": "float32", "dim": 7, "progress": False, **options}
+    whence.compress(source, path, **options)
+    return whence.open(path)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_compressed_rows_are_those_recorded_together(tmp_path, staged, weights):
+    path, model, loss, x, states = staged
+    store = compressed(path, tmp_path / "s", weights=weights)
+    factors = fit(model, batches(x), loss, states=states, weights=weights)
+    at(model, states["c0"])
+    whole = together(tmp_path / "t", model, factors, loss, batches(x), states=states, dim=7)
+    one, other = store.rows(), whole.rows()
+    assert np.abs(one @ one.T - other @ other.T).max() < 1e-4 * np.abs(other @ other.T).max()
+    assert store.ids.tolist() == list(range(9))
+    assert store.columns["label"].tolist() == [i % 3 for i in range(9)]
+    closure = lambda: loss(model, x[4:6])  # noqa: E731
+    hits = [
+        whence.query(model, each, closure, states=states, k=9).helpful for each in (store, whole)
+    ]
+    assert np.array_equal(hits[0].ids, hits[1].ids)
+    assert np.allclose(hits[0].scores, hits[1].scores, rtol=1e-3, atol=1e-3)
+    assert np.allclose(hits[0].scores[0], one[hits[0].ids[0]] @ one[4], rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_call_compresses_what_is_not_there(tmp_path, staged, monkeypatch):
+    whole = compressed(staged[0], tmp_path / "whole")
+    monkeypatch.setattr("whence.curvature.compression.CHUNK", 2)
+    written = []
+    append = Writer.append
+
+    def stopping(self, ids, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(ids.tolist())
+        append(self, ids, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            compressed(staged[0], tmp_path / "s")
+    assert written == [[0, 1], [2, 3]]
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3]
+    store = compressed(staged[0], tmp_path / "s")
+    assert store.ids.tolist() == list(range(9))
+    assert error(store.rows(), torch.from_numpy(whole.rows())) < 1e-5
+    assert len(list((tmp_path / "s").glob("map-*"))) == 2
+
+
+def test_examples_that_lack_a_checkpoint_are_named_or_left_out(tmp_path, staged):
+    path, model, loss, x, states = staged
+    shutil.copytree(path, tmp_path / "lacking")
+    at(model, states["c1"])
+    factors = fit(model, batches(x), loss, states={"c1": states["c1"]})
+    with (
+        whence.record(
+            model, tmp_path / "lacking", precondition=factors, rotate=False, dtype="float32"
+        ) as rec,
+        rec.batch([9], label=[0]),
+    ):
+        loss(model, x[:1]).backward()
+    with pytest.raises(errors.IdError, match="got 9 without one"):
+        compressed(tmp_path / "lacking", tmp_path / "s")
+    store = compressed(tmp_path / "lacking", tmp_path / "s", missing="drop")
+    assert store.ids.tolist() == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "match"),
+    [
+        ({"dim": 0}, errors.ArgumentError, "dim must be"),
+        ({"dim": 10}, errors.ArgumentError, "dim must be at most 9"),
+        ({"dim": 5, "sample": 4}, errors.ArgumentError, "dim must be at most 4"),
+        ({"dim": 1.5}, errors.DtypeError, "dim must be an integer"),
+        ({"sample": 1}, errors.ArgumentError, "sample must be"),
+        ({"seed": -1}, errors.ArgumentError, "seed must be"),
+        ({"missing": "keep"}, errors.ArgumentError, "missing must be"),
+        ({"dtype": "float64"}, errors.ArgumentError, "dtype must be"),
+        ({"weights": {"c0": 1}}, errors.CheckpointError, "weights must be one for each"),
+        ({"weights": {"c0": 1, "c1": 0}}, errors.ArgumentError, "positive"),
+    ],
+)
+def test_wrong_arguments_of_compress_leave_no_store(tmp_path, staged, options, kind, match):
+    with pytest.raises(kind, match=match):
+        compressed(staged[0], tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"dim": 6}, {"weights": {"c0": 1, "c1": 2}}, {"dtype": "float16"}, {"seed": 1}]
+)
+def test_other_settings_do_not_go_on(tmp_path, staged, options):
+    before = compressed(staged[0], tmp_path / "s").rows()
+    with pytest.raises(errors.MismatchError):
+        compressed(staged[0], tmp_path / "s", **options)
+    assert np.array_equal(whence.open(tmp_path / "s").rows(), before)
+
+
+def test_only_coordinates_as_they_are_can_be_compressed(tmp_path, staged):
+    path, model, loss, x, states = staged
+    at(model, states["c0"])
+    factors = fit(model, batches(x), loss, states={"c0": states["c0"]})
+    stores = [
+        recorded(tmp_path / "plain", model, None, loss, x, dim=16),
+        recorded(tmp_path / "rotated", model, factors, loss, x, dim=4),
+        compressed(path, tmp_path / "compressed"),
+    ]
+    for store in stores:
+        with pytest.raises(errors.MismatchError, match="store must hold coordinates"):
+            compressed(store, tmp_path / "t")
+    other = recorded(tmp_path / "other", model, factors, loss, x, rotate=False)
+    compressed(other, tmp_path / "t", dim=4)
+    less = fit(model, batches(x[:7], sizes=(3, 4)), loss, states={"c0": states["c0"]})
+    other = recorded(tmp_path / "less", model, less, loss, x, rotate=False)
+    with pytest.raises(errors.MismatchError, match="path must be new or begun from"):
+        compressed(other, tmp_path / "t", dim=4)

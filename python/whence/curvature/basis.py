@@ -54,8 +54,9 @@ def bases(
 
     Args:
         samples: [examples, coordinates] of each checkpoint.
-        weights: Of each checkpoint; their roots are in the matrices, so that the inner product of
-            two rows Σ_c z_c V_c is the weighted sum over checkpoints.
+        weights: Of each checkpoint. The directions V are orthonormal in [√w_c z_c], side by side
+            over checkpoints, and the matrices are √w_c V_c: so the inner product of two rows
+            Σ_c √w_c z_c V_c is the weighted sum over checkpoints, as far as V keeps it.
         found: What `spectrum` returned for them.
         dim: How many directions.
         turn: Seed of an orthogonal matrix that spreads what the directions hold evenly over the
@@ -74,9 +75,7 @@ def bases(
             f"{len(samples[0])} training examples spans, got {dim}"
         )
     mixed = (inverse[:, None] * vectors[:, :dim] / values[:dim].sqrt()).float()
-    turned = [
-        weight**0.5 * (sample.T @ mixed) for sample, weight in zip(samples, weights, strict=True)
-    ]
+    turned = [weight * (sample.T @ mixed) for sample, weight in zip(samples, weights, strict=True)]
     if turn is not None:
         random = np.random.default_rng(turn).standard_normal((dim, dim))
         orthogonal, upper = np.linalg.qr(random)

@@ -182,7 +182,9 @@ class Manifest:
             raise ValueError(f"version must be {VERSION}, got {version}")
         manifest = cls(**body)
         manifest.checkpoints = [
-            Checkpoint(**{**each, "map": each.get("map") and checked_map(each["map"])})
+            Checkpoint(
+                **{**each, "map": None if (it := each.get("map")) is None else checked_map(it)}
+            )
             for each in body["checkpoints"]
         ]
         manifest.shards = [
@@ -208,6 +210,8 @@ class Manifest:
             raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
         if not 1 <= self.dim <= _core.MAX_DIM:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
+        if self.is_preconditioned and not {"basis", "coordinates"} <= set(self.sketch):
+            raise ValueError("sketch must say how rows are preconditioned")
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
@@ -221,6 +225,13 @@ class Manifest:
                 rate is None or (isinstance(rate, (int, float)) and 0 < rate < float("inf"))
             ):
                 raise ValueError(f"{checkpoint} must be one that a recorder writes")
+            if checkpoint.first and (checkpoint.map is None) == self.is_preconditioned:
+                raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
+            weight = checkpoint.weight
+            if (weight is None) != (self.rows == "per_checkpoint") or not (
+                weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
+            ):
+                raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("shards must have distinct names")
         for shard in self.shards:
@@ -228,13 +239,6 @@ class Manifest:
                 raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
             if type(shard.rows) is not int or shard.rows < 1:
                 raise ValueError(f"{shard.name} must have rows, got {shard.rows!r}")
-            if (checkpoint.map is None) == self.is_preconditioned and checkpoint.first:
-                raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
-            weight = checkpoint.weight
-            if (weight is None) != (self.rows == "per_checkpoint") or not (
-                weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
-            ):
-                raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
         if self.rows not in ("per_checkpoint", COMBINED):
             raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
         known = range(len(self.row_sets))
