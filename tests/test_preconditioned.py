@@ -1,7 +1,14 @@
 """Preconditioned rows and scores against dense matrices of exact gradients."""
 
+import json
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import zlib
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +24,14 @@ from curvature_oracle import (
     squares,
     wide,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import whence
 from whence import errors
 from whence.gradients.blocks import Block
+from whence.sketch import KINDS
 from whence.store import Writer
 
 
@@ -223,7 +233,7 @@ def test_the_leading_directions_are_those_of_the_unit_rows(tmp_path):
         assert factors.energy(dim) == pytest.approx(values[:dim].sum() / values.sum(), rel=1e-3)
 
 
-@pytest.mark.parametrize("sketch", ["rademacher", "gaussian", "chunked_sjlt", "tensorsketch"])
+@pytest.mark.parametrize("sketch", KINDS)
 def test_a_random_sketch_is_a_linear_map_of_the_coordinates(tmp_path, sketch):
     model, loss, x = single("perceptron")
     factors = fitted("perceptron")
@@ -740,3 +750,292 @@ def test_only_coordinates_as_they_are_can_be_compressed(tmp_path, staged):
     other = recorded(tmp_path / "less", model, less, loss, x, rotate=False)
     with pytest.raises(errors.MismatchError, match="path must be new or begun from"):
         compressed(other, tmp_path / "t", dim=4)
+
+
+# Kills, damage and wrong arguments
+
+
+@pytest.mark.parametrize("what", ["record_checkpoints", "fit_factors"])
+def test_a_killed_run_goes_on(tmp_path, what):
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_preconditioned as tests
+        import whence.gradients.combined
+        whence.gradients.combined.TOGETHER = 3
+        tests.killed({str(tmp_path)!r}, {what!r})
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    model, loss, x, states = run_of_two()
+    if what == "fit_factors":
+        assert [path.name for path in tmp_path.glob("fit/checkpoint-*")] == [
+            "checkpoint-0000-basis"
+        ]
+        again = fit(model, batches(x), loss, states=states, path=tmp_path / "fit")
+        whole = fit(model, batches(x), loss, states=states)
+        for number in range(2):
+            one, other = (each.checkpoints[number].sample for each in (again, whole))
+            assert torch.equal(one, other)
+        return
+    assert whence.open(tmp_path / "s").ids.tolist() == list(range(7))
+    factors = whence.Factors.load(tmp_path / "factors")
+    store = together(tmp_path / "s", model, factors, loss, batches(x), states=states, dim=6)
+    whole = together(tmp_path / "whole", model, factors, loss, batches(x), states=states, dim=6)
+    assert store.ids.tolist() == list(range(9))
+    assert error(store.rows(), torch.from_numpy(whole.rows())) < 1e-6
+
+
+def run_of_two():
+    model, loss, x = single("perceptron")
+    states = {f"c{number}": perturbed(model, number) for number in range(2)}
+    return model, loss, x, states
+
+
+def killed(path, what):
+    """What a child does until it is killed: in a second checkpoint, with batches still to come."""
+    model, loss, x, states = run_of_two()
+    last = {"fit_factors": 14, "record_checkpoints": 6}[what]
+    runs = []
+
+    def waiting(model, x):
+        runs.append(1)
+        if len(runs) == last:
+            print("ready", flush=True)  # noqa: T201
+            sys.stdin.read()
+        return loss(model, x)
+
+    if what == "fit_factors":
+        fit(model, batches(x), waiting, states=states, path=Path(path) / "fit")
+    factors = fit(model, batches(x), loss, states=states)
+    factors.save(Path(path) / "factors")
+    together(Path(path) / "s", model, factors, waiting, batches(x), states=states, dim=6)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_damaged_maps_are_named(staged, data):
+    path, model, loss, x, states = staged
+    files = sorted(path.glob("map-*/*"))
+    file = data.draw(st.sampled_from(files))
+    content = file.read_bytes()
+    kind = data.draw(st.sampled_from(["bit", "cut", "gone", "longer"]))
+    place = data.draw(st.integers(0, len(content) - 1))
+    damaged = {
+        "bit": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+        "cut": content[:place],
+        "longer": content + b"\0",
+    }
+    try:
+        if kind == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(damaged[kind])
+        with pytest.raises(errors.StoreError, match=file.parent.name):
+            whence.query(model, path, lambda: loss(model, x), states=states)
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body["checkpoints"][0].update(map=None),
+        lambda body: body["checkpoints"][0].update(map={}),
+        lambda body: body["checkpoints"][0].update(map=[]),
+        lambda body: body["checkpoints"][0]["map"].update(name="../map-00000001"),
+        lambda body: body["checkpoints"][0]["map"]["files"].update({"../x.npy": [1, 2]}),
+        lambda body: body["checkpoints"][0].update(weight=0.5),
+        lambda body: body.update(rows="combined"),
+        lambda body: body.update(rows="sideways"),
+        lambda body: body.update(checkpoints=[]),
+        lambda body: body["sketch"].pop("basis"),
+        lambda body: body["sketch"].pop("layout"),
+    ],
+)
+def test_hostile_manifests_of_preconditioned_rows_are_refused(tmp_path, staged, change):
+    shutil.copytree(staged[0], tmp_path / "s")
+    newest = max((tmp_path / "s").glob("manifest-*.json"))
+    body = json.loads(newest.read_text().splitlines()[0])
+    change(body)
+    text = json.dumps(body).encode()
+    newest.write_bytes(text + f"\n{zlib.crc32(text):08x}\n".encode())
+    with pytest.raises(errors.StoreError, match="damaged"):
+        whence.open(tmp_path / "s")
+
+
+def files_of(path):
+    return {each: each.read_bytes() for each in sorted(path.rglob("*")) if each.is_file()}
+
+
+WRONG = [
+    ({"precondition": "factors"}, errors.DtypeError, "precondition must be factors"),
+    ({"dim": 0}, errors.ArgumentError, "dim must be"),
+    ({"dim": 10}, errors.ArgumentError, "dim must be at most 9"),
+    ({"dim": 2.5}, errors.DtypeError, "dim must be an integer"),
+    ({"seed": -1}, errors.ArgumentError, "seed must be"),
+    ({"sketch": "unheard of"}, errors.ArgumentError, "unheard of"),
+    ({"sketch": 3}, errors.DtypeError, "sketch must be"),
+    ({"sketch": whence.Sketch(dim=4), "dim": 4}, errors.ArgumentError, "dim must be None"),
+    ({"sketch": whence.Sketch(dim=4, layout="per_layer")}, errors.ArgumentError, "global"),
+    ({"dtype": "float64"}, errors.ArgumentError, "dtype must be"),
+    ({"nonfinite": "keep"}, errors.ArgumentError, "nonfinite must be"),
+    ({"unbatched": 3}, errors.DtypeError, "unbatched must be"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "match"),
+    [
+        *WRONG,
+        ({"rotate": "no"}, errors.DtypeError, "rotate must be"),
+        ({"rotate": False, "dim": 4}, errors.ArgumentError, "dim must be None"),
+        ({"rotate": False, "seed": 4}, errors.ArgumentError, "seed must be None"),
+        ({"rotate": False, "sketch": "gaussian"}, errors.ArgumentError, "sketch must be None"),
+        ({"layout": "global"}, errors.ArgumentError, "layout must be None"),
+        ({"reduction": "sum"}, errors.MismatchError, "reduction must be 'mean'"),
+        ({"layers": "0"}, errors.MismatchError, "precondition must be factors of the recorded"),
+        ({"precondition": None, "rotate": False}, errors.ArgumentError, "rotate must be True"),
+    ],
+)
+def test_wrong_arguments_of_record_leave_the_store_as_it_was(tmp_path, options, kind, match):
+    model = single("perceptron")[0]
+    options = {"precondition": fitted("perceptron"), "dtype": "float32", **options}
+    with pytest.raises(kind, match=match):
+        whence.record(model, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "match"),
+    [
+        *WRONG,
+        ({"states": {"0": {}}}, errors.CheckpointError, "states"),
+        ({"states": {"1": None}}, errors.CheckpointError, "states must be those"),
+        ({"states": [1]}, errors.DtypeError, "states must be a dict"),
+        ({"columns": 3}, errors.DtypeError, "columns must be a function"),
+        ({"columns": lambda x: 3}, errors.DtypeError, "columns must return a dict"),
+        ({"columns": lambda x: {"a": [1]}}, errors.ShapeError, "a must be one value"),
+        ({"ids": [1, 1]}, errors.IdError, "distinct"),
+        ({"ids": [1, "a"]}, errors.IdError, "all integers or all strings"),
+        ({"ids": [1, 2]}, errors.ShapeError, "ids must be one for each"),
+        ({"ids": lambda x: range(len(x))}, errors.IdError, "in two batches"),
+        ({"ids": lambda x: [1]}, errors.ShapeError, "ids must be one for each"),
+        ({"tokens": 3}, errors.DtypeError, "tokens must be a function"),
+        ({"tokens": lambda x: x}, errors.ArgumentError, "tokens must be a function"),
+        ({"loss": 3}, errors.DtypeError, "loss must be a function"),
+        ({"loss": lambda x: x}, errors.DtypeError, "loss must return the loss"),
+        ({"loader": []}, errors.ArgumentError, "at least one batch"),
+        ({"loader": iter([])}, errors.DtypeError, "read several times"),
+        ({"loader": [["a", "b"]]}, errors.ArgumentError, "batches of tensors"),
+        ({"loader": [3]}, errors.ArgumentError, "batches of tensors"),
+        ({"model": 3}, errors.DtypeError, "model must be an nn.Module"),
+        ({"model": nn.Linear(2, 2)}, errors.MismatchError, "model must be"),
+    ],
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_wrong_arguments_of_record_checkpoints_leave_the_store_as_it_was(
+    tmp_path, there, options, kind, match
+):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    path = tmp_path / "s"
+    if there:
+        together(path, model, factors, loss, batches(x)[:2], dim=4)
+    before = files_of(path) if there else {}
+    given = {
+        "model": model,
+        "loader": batches(x),
+        "loss": lambda x: loss(model, x),
+        "precondition": factors,
+        "dim": 4,
+        "dtype": "float32",
+        "progress": False,
+        **options,
+    }
+    if "sketch" in options and "dim" not in options:
+        del given["dim"]
+    with pytest.raises(kind, match=match):
+        whence.record_checkpoints(path=path, **given)
+    if there:
+        assert files_of(path).items() >= before.items()
+        assert whence.open(path).ids.tolist() == list(range(7))
+    else:
+        assert not list(path.glob("manifest-*")) if path.exists() else True
+
+
+def test_several_checkpoints_are_for_record_checkpoints(tmp_path):
+    model, loss, x, states = run_of_two()
+    factors = fit(model, batches(x), loss, states=states)
+    with pytest.raises(errors.ArgumentError, match="record_checkpoints records them all"):
+        whence.record(model, tmp_path / "s", precondition=factors)
+    with pytest.raises(errors.CheckpointError, match="states must have the weights of each"):
+        together(tmp_path / "s", model, factors, loss, batches(x), dim=4)
+    wrong = {name: states["c0"] for name in states}
+    with pytest.raises(errors.WeightsError, match="checkpoint 'c1'"):
+        together(tmp_path / "s", model, factors, loss, batches(x), states=wrong, dim=4)
+    store = together(tmp_path / "s", model, factors, loss, batches(x), states=states, dim=4)
+    with pytest.raises(errors.WeightsError, match="checkpoint 'c1'"):
+        whence.query(model, store, lambda: loss(model, x), states=wrong)
+    with pytest.raises(errors.CheckpointError, match="states must have"):
+        whence.query(model, store, lambda: loss(model, x))
+
+
+def test_stores_of_other_rows_do_not_mix(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    together(tmp_path / "s", model, factors, loss, batches(x), dim=4)
+    recorded(tmp_path / "t", model, factors, loss, x, dim=4)
+    recorded(tmp_path / "u", model, None, loss, x, dim=4)
+    before = [files_of(tmp_path / name) for name in "stu"]
+    plain = {"precondition": factors, "dim": 4, "dtype": "float32"}
+    for name in "su":
+        with pytest.raises(errors.MismatchError):
+            whence.record(model, tmp_path / name, **plain)
+    for name in "tu":
+        with pytest.raises(errors.MismatchError):
+            together(tmp_path / name, model, factors, loss, batches(x), dim=4)
+    for options in ({"dim": 5}, {"dtype": "float16"}, {"seed": 1}, {"dim": None, "rotate": False}):
+        with pytest.raises(errors.MismatchError):
+            whence.record(model, tmp_path / "t", **{**plain, **options})
+    other = fit(model, batches(x), loss, damping=0.3)
+    with pytest.raises(errors.MismatchError, match=r"damping must be 0\.1"):
+        whence.record(model, tmp_path / "t", **{**plain, "precondition": other})
+    with pytest.raises(errors.MismatchError):
+        whence.record(model, tmp_path / "t", dim=4, dtype="float32")
+    assert [files_of(tmp_path / name) for name in "stu"] == before
+
+
+def test_checkpoints_with_other_factors_are_refused_and_change_nothing(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    with whence.record(model, tmp_path / "s", precondition=factors, dim=4, dtype="float32") as rec:
+        with rec.batch(range(3)):
+            loss(model, x[:3]).backward()
+        for other, kind in (
+            (fit(model, batches(x), loss, damping=0.3), errors.MismatchError),
+            (fit(model, batches(x), loss, layers="0"), errors.MismatchError),
+            (fit(model, batches(x), loss, until="eigenvalues"), errors.ArgumentError),
+            (3, errors.DtypeError),
+        ):
+            with pytest.raises(kind):
+                rec.checkpoint("1", precondition=other)
+        with rec.batch(range(3, 9)):
+            loss(model, x[3:]).backward()
+    store = whence.open(tmp_path / "s")
+    assert store.checkpoints == ["0"]
+    assert len(store) == 9
+    with (
+        whence.record(model, tmp_path / "plain", dim=4) as rec,
+        pytest.raises(errors.ArgumentError, match="must be given to whence"),
+    ):
+        rec.checkpoint("1", precondition=factors)

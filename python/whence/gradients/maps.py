@@ -218,6 +218,10 @@ def prepared_maps(
                 )
         if sketch.layout != "global" or sketch.spec.get("normalize", False):
             raise ArgumentError("sketch must be global and not normalized for precondition=")
+    elif sketch is not None and not isinstance(sketch, str):
+        raise DtypeError(
+            f"sketch must be the name of a kind or a Sketch, got {_arrays.describe(sketch)}"
+        )
     if seed is not None:
         seed = _arrays.integer("seed", seed, 0)
     turned = dtype not in ("float16", "float32")
