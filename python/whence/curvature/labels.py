@@ -61,6 +61,18 @@ class DrawnLabels(TorchFunctionMode):
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
 
+    def state(self) -> dict[torch.device, Tensor]:
+        """Where the draws are."""
+        return {device: each.get_state() for device, each in self._generators.items()}
+
+    def restore(self, state: dict[torch.device, Tensor]) -> None:
+        """Puts the draws back."""
+        for device in list(self._generators):
+            if device in state:
+                self._generators[device].set_state(state[device])
+            else:
+                del self._generators[device]
+
     def check(self) -> None:
         """Nothing, if labels were drawn.
 

@@ -18,7 +18,7 @@ from torch.utils.data import (
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.gradients.capture import Capture
-from whence.gradients.hooks import Hooks
+from whence.gradients.hooks import Draws, Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.weights import preserved
 
@@ -27,7 +27,11 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def backward(
-    hooks: Hooks, capture: Capture, closure: Callable[[], Tensor], name: str = "closure"
+    hooks: Hooks,
+    capture: Capture,
+    closure: Callable[[], Tensor],
+    name: str = "closure",
+    draws: Draws | None = None,
 ) -> None:
     """Runs a closure and its backward pass, and lets the capture see them.
 
@@ -36,7 +40,8 @@ def backward(
         LayerError: If what it returns cannot be differentiated, or no gradient was seen.
         CoverageError: If a gradient was seen that no rule accounts for.
     """
-    with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
+    capturing = hooks.capturing(capture, weight_gradients=False, draws=draws)
+    with capturing, torch.enable_grad():
         loss = closure()
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise DtypeError(
@@ -95,7 +100,7 @@ class Task:
             hooks: The hooks of the model, installed.
             capture: What gathers.
             batch: What the loader gave.
-            mode: Entered while the loss runs.
+            mode: Entered while the loss runs, with random numbers of its own.
         """
         arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
 
@@ -103,7 +108,7 @@ class Task:
             with mode if mode is not None else nullcontext():
                 return self.loss(*arguments)
 
-        backward(hooks, capture, closure, "loss")
+        backward(hooks, capture, closure, "loss", mode)
         counts = None if self.tokens is None else self.tokens(*arguments)
         return capture, own_loss_factor(self.reduction, capture.batch, counts)
 
