@@ -190,6 +190,10 @@ DRAWS = {
         lambda out: F.mse_loss(out, NUMBERS, reduction="sum"),
         lambda out: F.mse_loss(out, 0 * out, reduction="sum"),
     ),
+    "mse_loss of the label first": (
+        lambda out: F.mse_loss(NUMBERS, out, reduction="sum"),
+        lambda out: F.mse_loss(out, 0 * out, reduction="sum"),
+    ),
     "mse_loss, the mean over outputs": (
         lambda out: len(out) * F.mse_loss(out, NUMBERS),
         lambda out: F.mse_loss(out, 0 * out),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from curvature_oracle import (
     NAMES,
+    Conv1D,
     batches,
     block_gradients,
     case,
@@ -1039,3 +1040,149 @@ def test_checkpoints_with_other_factors_are_refused_and_change_nothing(tmp_path)
         pytest.raises(errors.ArgumentError, match="must be given to whence"),
     ):
         rec.checkpoint("1", precondition=factors)
+
+
+# Together with the rest
+
+
+def test_an_index_answers_as_the_store(tmp_path, staged):
+    path, model, loss, x, states = staged
+    for source in (whence.open(path), compressed(path, tmp_path / "s")):
+        index = whence.Index(source)
+        hits = [
+            whence.query(model, each, lambda: loss(model, x[:3]), states=states, k=4)
+            for each in (source, index)
+        ]
+        assert np.array_equal(hits[0].helpful.ids, hits[1].helpful.ids)
+        assert np.array_equal(hits[0].harmful.ids, hits[1].harmful.ids)
+        assert np.allclose(hits[0].helpful.scores, hits[1].helpful.scores, rtol=1e-5)
+        assert hits[0].method == hits[1].method
+        assert hits[0].unit == hits[1].unit
+
+
+def test_self_influence_is_the_product_of_an_example_with_itself(staged):
+    path, model, loss, x, states = staged
+    store = whence.open(path)
+    hits = whence.query(model, store, lambda: loss(model, x), states=states, k=9)
+    own = [
+        scores[ids.tolist().index(query)]
+        for query, (ids, scores) in enumerate(
+            zip(hits.helpful.ids, hits.helpful.scores, strict=True)
+        )
+    ]
+    assert np.allclose(store.self_influence(), own, rtol=1e-4)
+
+
+def test_chosen_layers_are_those_of_the_factors(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fit(model, batches(x), loss, layers="2")
+    expected = coordinates(factors, exact_gradients(model, loss, x))
+    alone = recorded(tmp_path / "s", model, factors, loss, x, rotate=False, layers="2")
+    assert error(alone.rows(), expected) < 1e-4
+    store = together(tmp_path / "t", model, factors, loss, batches(x), dim=3)
+    assert {each["name"] for each in store.manifest.model["parameters"]} == {"2.bias", "2.weight"}
+    other = recorded(tmp_path / "u", model, factors, loss, x, dim=3, layers="2")
+    assert error(store.rows(), torch.from_numpy(other.rows())) < 1e-5
+    for parameter in model.parameters():  # frozen since: what was fitted is recorded
+        parameter.requires_grad_(False)
+    frozen = together(tmp_path / "v", model, factors, loss, batches(x), dim=3)
+    assert error(frozen.rows(), torch.from_numpy(store.rows())) < 1e-6
+
+
+def test_float16_rows_are_those_of_float32_but_for_rounding(tmp_path):
+    model, loss, x = single("perceptron")
+    factors = fitted("perceptron")
+    one, other = (
+        together(tmp_path / dtype, model, factors, loss, batches(x), dim=6, dtype=dtype)
+        for dtype in ("float16", "float32")
+    )
+    assert error(one.rows(), torch.from_numpy(other.rows())) < 1e-3
+
+
+def test_several_backward_passes_are_summed(tmp_path):
+    model, loss, x = single("conv2d")
+    factors = fitted("conv2d")
+    whole = recorded(tmp_path / "s", model, factors, loss, x, rotate=False)
+    options = {"precondition": factors, "rotate": False, "dtype": "float32"}
+    with whence.record(model, tmp_path / "t", **options) as rec, rec.batch(range(9)):
+        for share in (0.25, 0.75):
+            (share * loss(model, x)).backward()
+    assert error(whence.open(tmp_path / "t").rows(), torch.from_numpy(whole.rows())) < 1e-5
+
+
+def test_saved_factors_make_the_same_rows(tmp_path):
+    model, loss, x = single("tied")
+    factors = fitted("tied", coordinates=40)
+    factors.save(tmp_path / "factors")
+    again = whence.Factors.load(tmp_path / "factors")
+    one, other = (
+        together(tmp_path / name, model, each, loss, batches(x), dim=6)
+        for name, each in (("s", factors), ("t", again))
+    )
+    assert np.array_equal(one.rows(), other.rows())
+    assert files_of(tmp_path / "s").keys() == {
+        tmp_path / "s" / path.relative_to(tmp_path / "t") for path in files_of(tmp_path / "t")
+    }
+
+
+@st.composite
+def models(draw):
+    """A model of one of several kinds and sizes, and inputs of six examples."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    kind = draw(st.sampled_from(["linear", "conv", "transposed", "table"]))
+    wide_, narrow, terms = (draw(st.integers(1, 7)) for _ in range(3))
+    bias = draw(st.booleans())
+    if kind == "linear":
+        shape = (6, terms, wide_) if draw(st.booleans()) else (6, wide_)
+        model, x = nn.Linear(wide_, narrow, bias=bias), torch.randn(shape)
+    elif kind == "conv":
+        groups = draw(st.sampled_from([1, 2]))
+        model = nn.Conv2d(2 * wide_, 2 * narrow, 2, groups=groups, padding=1, bias=bias)
+        x = torch.randn(6, 2 * wide_, terms, 3)
+    elif kind == "transposed":
+        model, x = Conv1D(narrow, wide_), torch.randn(6, terms, wide_)
+    else:
+        model = nn.Embedding(wide_ + 1, narrow, padding_idx=0 if bias else None)
+        x = torch.randint(0, wide_ + 1, (6, terms))
+        x[0] = wide_
+    return nn.Sequential(wide(model).float(), nn.Tanh()), x
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    given_model=models(),
+    longest=st.integers(1, 9),
+    width=st.integers(1, 60),
+    corrected=st.booleans(),
+    weight_gradients=st.booleans(),
+)
+def test_rows_of_any_model_are_whitened_coordinates(
+    tmp_path_factory, given_model, longest, width, corrected, weight_gradients
+):
+    model, x = given_model
+    factors = fit(
+        model,
+        batches(x, sizes=(2, 4)),
+        longest=longest,
+        coordinates=width,
+        corrected=corrected,
+        sample=6,
+    )
+    store = recorded(
+        tmp_path_factory.mktemp("any") / "s",
+        model,
+        factors,
+        squares,
+        x,
+        sizes=(1, 2, 3),
+        rotate=False,
+        weight_gradients=weight_gradients,
+    )
+    expected = coordinates(factors, exact_gradients(model, squares, x))
+    found = torch.from_numpy(store.rows()).double()
+    assert found.shape == expected.shape
+    # Of equal eigenvalues any order is right, and rounding may choose another.
+    whole, other = (each.square().sum(1) for each in (found, expected))
+    assert float((whole - other).abs().max()) <= 1e-3 * float(other.max())

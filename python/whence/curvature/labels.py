@@ -50,6 +50,9 @@ class DrawnLabels(TorchFunctionMode):
                 )
         if "label_smoothing" in given:  # has no share in the curvature, but would in drawn labels
             given["label_smoothing"] = 0.0
+        swapped = given["target"].requires_grad and not given["input"].requires_grad
+        if function is F.mse_loss and swapped:  # which of the two is the label makes no difference
+            given["input"], given["target"] = given["target"], given["input"]
         values: Tensor = given["input"]
         with torch.no_grad():
             given["target"] = draw(values.detach(), given, self._generator(values.device))

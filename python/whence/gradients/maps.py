@@ -225,7 +225,12 @@ def prepared_maps(
     if seed is not None:
         seed = _arrays.integer("seed", seed, 0)
     turned = dtype not in ("float16", "float32")
-    return precondition.prepared(dim, sketch, seed, turned=turned)
+    prepared, spec = precondition.prepared(dim, sketch, seed, turned=turned)
+    if spec["dim"] > MAX_DIM:
+        raise ArgumentError(
+            f"coordinates must be at most {MAX_DIM} for rotate=False, got factors of {spec['dim']}"
+        )
+    return prepared, spec
 
 
 def stored_arrays(
