@@ -190,6 +190,10 @@ DRAWS = {
         lambda out: F.mse_loss(out, NUMBERS, reduction="sum"),
         lambda out: F.mse_loss(out, 0 * out, reduction="sum"),
     ),
+    "mse_loss of the label first": (
+        lambda out: F.mse_loss(NUMBERS, out, reduction="sum"),
+        lambda out: F.mse_loss(out, 0 * out, reduction="sum"),
+    ),
     "mse_loss, the mean over outputs": (
         lambda out: len(out) * F.mse_loss(out, NUMBERS),
         lambda out: F.mse_loss(out, 0 * out),
@@ -878,3 +882,251 @@ def test_the_first_passes_see_as_many_examples_as_asked():
     assert torch.equal(
         factors.eigenvalues()["weight", 0, "outer"], alone.eigenvalues()["weight", 0, "outer"]
     )
+
+
+# Models as people have them
+
+
+class Positions(nn.Module):
+    """Positions by arange, a tied head, and a loss of its own if it is given labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Embedding(13, 8)
+        self.position = nn.Embedding(6, 8)
+        self.middle = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 13, bias=False)
+        self.head.weight = self.token.weight
+
+    def forward(self, x, y=None):
+        h = self.token(x) + self.position(torch.arange(x.shape[1]))
+        out = self.head(torch.tanh(self.middle(h)))
+        return out if y is None else F.cross_entropy(out.transpose(1, 2), y)
+
+
+def test_labels_are_drawn_where_a_model_computes_its_own_loss():
+    torch.manual_seed(11)
+    model = Positions()
+    x, y = torch.randint(0, 13, (9, 6)), torch.randint(0, 13, (9, 6))
+    inside, outside, told = (
+        fit(model, batches(x, y), loss, labels="sampled", unbatched=unbatched)
+        for loss, unbatched in (
+            (lambda m, x, y: m(x, y), ()),
+            (lambda m, x, y: F.cross_entropy(m(x).transpose(1, 2), y), ()),
+            # With which the model is not run a second time to see what positions are.
+            (lambda m, x, y: m(x, y), ["position"]),
+        )
+    )
+    assert same(inside, outside)
+    assert same(inside, told)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "token_mean"])
+def test_every_reduction_gives_the_factors_of_own_losses(reduction):
+    model, _, x = case("tied")
+    y = x.clone()
+    y[1, 3:] = y[4, 2:] = -100
+    counts = (y != -100).sum(1)
+
+    def loss(model, x, y):
+        each = F.cross_entropy(model(x).transpose(1, 2), y, reduction="none").sum(1)
+        if reduction == "token_mean":
+            return each.sum() / (y != -100).sum()
+        return each.mean() if reduction == "mean" else each.sum()
+
+    tokens = (lambda x, y: (y != -100).sum(1)) if reduction == "token_mean" else None
+    assert counts.min() < counts.max()
+    factors = fit(model, batches(x, y), loss, reduction=reduction, tokens=tokens)
+
+    def own(model, x, y):
+        return F.cross_entropy(model(x).transpose(1, 2), y, reduction="sum")
+
+    exact = exact_gradients(model, own, x, y)
+    for key, values in factors.eigenvalues().items():
+        gradients = rotated_gradients(exact[key[2]], known(factors)[key].block)
+        assert close(values, gradients.square().mean(0))
+
+
+def test_a_batch_is_unpacked_if_it_is_a_list_or_tuple():
+    model, loss, x = case("perceptron")
+    wanted = fit(model, batches(x), loss)
+    dicts = [{"x": part} for (part,) in batches(x)]
+    assert same(fit(model, dicts, lambda m, batch: loss(m, batch["x"])), wanted)
+    alone = [part for (part,) in batches(x)]
+    assert same(fit(model, alone, loss), wanted)
+    rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=3)
+    assert same(fit(model, rows, loss), fit(model, batches(x, sizes=(3, 3, 3)), loss))
+
+
+def test_states_may_be_files(tmp_path):
+    model, loss, x = case("perceptron")
+    states = {name: wide(case("perceptron")[0]).state_dict() for name in "ab"}
+    for name, state in states.items():
+        torch.save(state, tmp_path / name)
+    paths = {name: tmp_path / name for name in states}
+    assert same(
+        fit(model, batches(x), loss, states=paths), fit(model, batches(x), loss, states=states)
+    )
+
+
+def test_what_fails_leaves_the_model_as_it_was():
+    model, loss, x = case("perceptron")
+    model.train()
+    before = [value.clone() for value in model.state_dict().values()]
+    calls = []
+
+    def failing(model, x):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyError("the user's own")
+        return loss(model, x)
+
+    states = {"a": wide(case("perceptron")[0]).state_dict()}
+    with pytest.raises(KeyError, match="the user's own"):
+        fit(model, batches(x), failing, states=states)
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert model.training
+    assert not model[0]._forward_hooks
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_parts_of_a_batch_give_the_same(monkeypatch):
+    model, loss, x = case("conv2d grouped")
+    wanted = fit(model, batches(x), loss)
+    monkeypatch.setattr("whence.curvature.statistics.PRODUCTS", 1)
+    monkeypatch.setattr("whence.gradients.coordinates.FORMED_VALUES", 1)
+    monkeypatch.setattr("whence.gradients.layers.UNFOLDED_VALUES", 1)
+    found = fit(model, batches(x), loss)
+    for key, values in found.eigenvalues().items():
+        assert close(values, wanted.eigenvalues()[key], 1e-6)
+    one, other = (each.checkpoints[0].sample for each in (found, wanted))
+    assert close(one @ one.T, other @ other.T, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "match"),
+    [
+        ({"damping": 0}, errors.ArgumentError, "damping must be"),
+        ({"damping": float("nan")}, errors.ArgumentError, "damping must be"),
+        ({"damping": "much"}, errors.DtypeError, "damping must be"),
+        ({"coordinates": 0}, errors.ArgumentError, "coordinates must be"),
+        ({"leading": 0}, errors.ArgumentError, "leading must be"),
+        ({"leading": 1.5}, errors.ArgumentError, "leading must be at most 1"),
+        ({"corrected": 1}, errors.DtypeError, "corrected must be"),
+        ({"longest": 0}, errors.ArgumentError, "longest must be"),
+        ({"examples": 0}, errors.ArgumentError, "examples must be"),
+        ({"sample": 1}, errors.ArgumentError, "sample must be"),
+        ({"seed": -1}, errors.ArgumentError, "seed must be"),
+        ({"seed": 1 << 64}, errors.ArgumentError, "seed must be"),
+        ({"until": "the end"}, errors.ArgumentError, "until must be one of"),
+        ({"labels": "guessed"}, errors.ArgumentError, "labels must be one of"),
+        ({"reduction": "max"}, errors.ArgumentError, "reduction must be one of"),
+        ({"reduction": "token_mean"}, errors.ArgumentError, "tokens must be a function"),
+        ({"tokens": lambda x: x}, errors.ArgumentError, "tokens must be a function"),
+        ({"states": {}}, errors.DtypeError, "states must be"),
+        ({"states": {"a": {}}}, errors.CheckpointError, "must fit the model"),
+        ({"states": {1: {}}}, errors.ArgumentError, "states must be named"),
+        ({"weights": {"0": 0}}, errors.ArgumentError, "positive"),
+        ({"weights": {"a": 1}}, errors.CheckpointError, "weights must be one for each"),
+        ({"layers": "zzz"}, errors.ArgumentError, "layers must each match"),
+        ({"uncovered": "keep"}, errors.ArgumentError, "uncovered must be"),
+        ({"unbatched": 3}, errors.DtypeError, "unbatched must be"),
+        ({"start": 3}, errors.DtypeError, "start must be Factors"),
+        ({"path": 3}, errors.DtypeError, "path must be a path"),
+        ({"loader": None}, errors.DtypeError, "loader must be batches"),
+        ({"loader": iter([])}, errors.DtypeError, "loader must be batches"),
+        ({"loader": []}, errors.ArgumentError, "at least one batch"),
+        ({"model": "model"}, errors.DtypeError, "model must be an nn.Module"),
+        ({"loss": "loss"}, errors.DtypeError, "loss must be a function"),
+        ({"loss": lambda x: None}, errors.DtypeError, "loss must return the loss"),
+        ({"loss": lambda x: x.sum()}, errors.LayerError, "loss must return a loss of the"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_named(options, kind, match):
+    model, loss, x = case("perceptron")
+    arguments = {
+        "model": model,
+        "loader": batches(x),
+        "loss": lambda x: loss(model, x),
+        "labels": "empirical",
+        "progress": False,
+        **options,
+    }
+    with pytest.raises(kind, match=match):
+        whence.fit_factors(**arguments)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda data: {"shuffle": True},
+        lambda data: {"sampler": torch.utils.data.SubsetRandomSampler(range(len(data)))},
+        lambda data: {"sampler": torch.utils.data.WeightedRandomSampler([1.0] * len(data), 9)},
+        lambda data: {
+            "batch_sampler": torch.utils.data.BatchSampler(
+                torch.utils.data.RandomSampler(data), 3, drop_last=False
+            )
+        },
+    ],
+)
+def test_loaders_of_another_order_each_time_are_refused(sampler):
+    model, loss, x = case("perceptron")
+    data = torch.utils.data.TensorDataset(x)
+    with pytest.raises(errors.ArgumentError, match="in one order"):
+        fit(model, torch.utils.data.DataLoader(data, **sampler(data)), loss)
+
+
+def test_a_loss_of_no_gradient_has_no_factors():
+    model, _, x = case("perceptron")
+    with pytest.raises(errors.ArgumentError, match="eigenvalues above zero"):
+        fit(model, batches(x), lambda m, x: (m(x) * 0).sum())
+
+
+def test_what_was_not_fitted_is_not_there():
+    model, loss, x = case("perceptron")
+    factors = fit(model, batches(x), loss, until="covariance")
+    with pytest.raises(errors.ArgumentError, match="up to 'eigenvalues'"):
+        factors.eigenvalues()
+    factors = fit(model, batches(x), loss, until="eigenvalues")
+    with pytest.raises(errors.ArgumentError, match="up to 'basis'"):
+        factors.energy(3)
+    with pytest.raises(errors.ArgumentError, match="checkpoint must be"):
+        factors.eigenvalues(1)
+    with pytest.raises(errors.DtypeError, match="parts must be a list"):
+        whence.Factors.merge(factors)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row"),
+    [("float32", 404), ("float16", 204), ("int8", 104), ("int4", 54), ("int1", 17)],
+)
+def test_the_cost_of_rows_is_what_they_take(tmp_path, dtype, row):
+    model, loss, x = case("perceptron")
+    factors = fit(model.float(), batches(x.float()), loss)
+    cost = factors.cost(100, dtype)
+    assert cost.row == row
+    assert cost.each(1000) == pytest.approx(row + cost.shared / 1000)
+    with pytest.raises(errors.ArgumentError, match="dtype must be"):
+        factors.cost(100, "int3")
+    with pytest.raises(errors.ArgumentError, match="dim must be"):
+        factors.cost(0)
+
+
+def test_the_shared_cost_is_what_a_store_keeps_of_its_map(tmp_path):
+    model, loss, x = case("perceptron")
+    model, x = model.float(), x.float()
+    factors = fit(model, batches(x), loss, states={name: model.state_dict() for name in "ab"})
+    whence.record_checkpoints(
+        model,
+        tmp_path / "s",
+        batches(x),
+        lambda x: loss(model, x),
+        precondition=factors,
+        states={name: model.state_dict() for name in "ab"},
+        dim=5,
+        dtype="float32",
+        progress=False,
+    )
+    arrays = [np.load(path) for path in (tmp_path / "s").glob("map-*/*.npy")]
+    assert factors.cost(5).shared == sum(array.nbytes for array in arrays)

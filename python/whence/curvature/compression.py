@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from whence import _arrays
+from whence._core import MAX_DIM
 from whence.curvature.basis import Spectrum, bases
 from whence.curvature.fit import shares_of
 from whence.errors import ArgumentError, IdError, MismatchError
 from whence.gradients.coordinates import from_arrays, to_arrays
 from whence.search import Store
 from whence.store import COMBINED, Checkpoint, Manifest, Writer, read_map
+from whence.store.files import Written
 
 CHUNK = 1024
 """Examples that are read, summed and written at a time."""
@@ -70,8 +72,9 @@ def compress(
             "store must hold coordinates as they are, of record(..., precondition=..., "
             f"rotate=False), got {source!r}"
         )
-    dim = _arrays.integer("dim", dim, 1)
+    dim = _arrays.integer("dim", dim, 1, MAX_DIM)
     sample = _arrays.integer("sample", sample, 2)
+    seed = _arrays.integer("seed", seed, 0)
     _arrays.choice("missing", missing, ("error", "drop"))
     names = source.checkpoints
     shares = shares_of(weights, names)
@@ -105,10 +108,12 @@ def compress(
                 writer.manifest.checkpoints.append(
                     _rotated(source, writer, each, basis, shares[each.name])
                 )
-            writer.touch()
-        there = [(each.name, each.first, each.weight) for each in writer.manifest.checkpoints]
-        if there != [(each.name, each.first, shares[each.name]) for each in manifest.checkpoints]:
-            raise MismatchError(f"path must be new or begun from {source!r}, got another there")
+        there = [(each.name, each.weight, _files(each)) for each in writer.manifest.checkpoints]
+        here = [(each.name, shares[each.name], _files(each)) for each in manifest.checkpoints]
+        if there != here:
+            raise MismatchError(
+                f"path must be new or begun from {source!r} with these weights, got another there"
+            )
         matrices = [
             read_map(writer.path, each.map)[1]["basis"]
             for each in writer.manifest.checkpoints
@@ -160,6 +165,12 @@ def _rotated(
         weight=weight,
         map=writer.write_map(identity, described, arrays),
     )
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, Written]:
+    """The files of a map, with their checksums, without what a basis adds."""
+    files = {} if checkpoint.map is None else checkpoint.map.files
+    return {name: files[name] for name in files if name not in ("basis.npy", "map.json")}
 
 
 def _read(source: Store, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -59,7 +59,7 @@ class Settings:
     Attributes:
         damping: What is added to the eigenvalues of a block, as a share of their mean.
         coordinates: How many are kept at each checkpoint.
-        leading: The share of each side's eigenvectors that may be used.
+        leading: The share of the eigenvectors of both sides of weights that may be used.
         corrected: Whether eigenvalues are EK-FAC's second moments, or K-FAC's products.
         residuals: "averaged" over checkpoints, or each checkpoint's "own".
     """

@@ -90,15 +90,17 @@ def fit_factors(
         reduction: How the loss combines the examples of a batch, as in `record`.
         tokens: (*batch) -> [batch] counted tokens, for reduction="token_mean".
         labels: "sampled": curvature of the model's own distribution, the Gauss-Newton matrix:
-            while the loss runs, torch's losses see labels drawn from their input. "empirical": the
-            true labels, for losses of another kind.
+            while the loss runs, torch's losses see labels drawn from their input. Times a number
+            that is one for all, where a loss is not a negative log-likelihood but a mean of several
+            (over positions). "empirical": the true labels, for losses of another kind.
         layers: As in `record`, with uncovered and unbatched.
         uncovered: See layers.
         unbatched: See layers.
         damping: What is added to the eigenvalues of a layer, as a share of their mean.
         coordinates: How many whitened coordinates are kept, those of the largest share
             Λ / (Λ + damping).
-        leading: The share of each side's eigenvectors that may be used: less is quicker to record.
+        leading: The share of the eigenvectors of both sides of weights that may be used: less is
+            quicker to record.
         corrected: Whether to use EK-FAC's eigenvalues, or K-FAC's.
         residuals: Whose residuals the training examples' rows have, where there are several
             checkpoints: "averaged" over all, see `whence.gradients.residuals`, or each
@@ -110,10 +112,11 @@ def fit_factors(
         sample: How many examples the third pass sees, spread evenly; at least as many as a row is
             to be wide.
         seed: Of the drawn labels.
-        start: Factors to go on from, such as those of several shards that were merged.
+        start: Factors to go on from, such as those of several shards that were merged; of the same
+            labels, reduction, layers and longest.
         until: "covariance", "eigenvalues" or "basis": where to end.
         path: A folder to save each checkpoint's factors in as they are found, and to go on from
-            where an earlier call was killed; None for none.
+            where an earlier call with the same arguments was killed; None for none.
         progress: Whether to show a bar, and to say at the end what was chosen and why.
 
     Returns:
@@ -122,7 +125,8 @@ def fit_factors(
     Raises:
         ArgumentError: If an argument is out of range, or the loader gives nothing.
         CheckpointError: If a state does not fit the model.
-        LayerError: If no layer has a rule, or labels cannot be drawn for the loss.
+        LayerError: If labels cannot be drawn for the loss.
+        CoverageError: If a later pass reaches layers that the first did not.
         NotFiniteError: If a gradient is NaN or infinite.
         MismatchError: If `start`, or what is at `path`, is of another model or setting.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from whence.errors import LayerError
+from whence.gradients.residuals import Calls
 
 
 class DrawnLabels(TorchFunctionMode):
@@ -58,15 +59,31 @@ class DrawnLabels(TorchFunctionMode):
                     f"loss must be without {name} for labels='sampled', got one; pass "
                     "labels='empirical' to use the true labels"
                 )
-        values: Tensor = call.arguments["input"]
+        given = call.arguments
+        swapped = given["target"].requires_grad and not given["input"].requires_grad
+        if function is F.mse_loss and swapped:  # which of the two is the label makes no difference
+            given["input"], given["target"] = given["target"], given["input"]
+        values: Tensor = given["input"]
         with torch.no_grad():
             generator = self._generator(values.device)
-            return _LOSSES[function](values.detach(), call.arguments, generator)
+            return _LOSSES[function](values.detach(), given, generator)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
+
+    def state(self) -> dict[torch.device, Tensor]:
+        """Where the draws are."""
+        return {device: each.get_state() for device, each in self._generators.items()}
+
+    def restore(self, state: dict[torch.device, Tensor]) -> None:
+        """Puts the draws back."""
+        for device in list(self._generators):
+            if device in state:
+                self._generators[device].set_state(state[device])
+            else:
+                del self._generators[device]
 
     def check(self) -> None:
         """Nothing, if labels were drawn.
@@ -85,7 +102,11 @@ class DrawnLabels(TorchFunctionMode):
 def given_labels(function: Any, args: Any, kwargs: Any, labels: Tensor) -> inspect.BoundArguments:
     """A call of one of torch's losses with other labels, which are not smoothed."""
     call = inspect.signature(function).bind(*args, **(kwargs or {}))
-    call.arguments["target"] = labels
+    given = call.arguments
+    swapped = given["target"].requires_grad and not given["input"].requires_grad
+    if function is F.mse_loss and swapped:
+        given["input"] = given["target"]
+    given["target"] = labels
     if "label_smoothing" in call.arguments:  # has no share in the curvature
         call.arguments["label_smoothing"] = 0.0
     return call
@@ -116,21 +137,22 @@ class Mixture:
         return _Given(self.targets[batch])
 
 
-class _Given(TorchFunctionMode):
+class _Given(Calls):
     def __init__(self, targets: list[Tensor]) -> None:
         super().__init__()
-        self._targets = iter(targets)
+        self._targets = targets
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function not in _LOSSES:
             return function(*args, **(kwargs or {}))
-        call = given_labels(function, args, kwargs, next(self._targets))
+        call = given_labels(function, args, kwargs, self._targets[self.calls])
+        self.calls += 1
         return function(*call.args, **call.kwargs)
 
 
-class _Drawing(TorchFunctionMode):
+class _Drawing(Calls):
     def __init__(
         self,
         targets: list[Tensor],
@@ -143,7 +165,6 @@ class _Drawing(TorchFunctionMode):
         self._draws = draws
         self._checkpoint = checkpoint
         self._generator = generator
-        self._call = 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -151,15 +172,15 @@ class _Drawing(TorchFunctionMode):
         if function not in _LOSSES:
             return function(*args, **(kwargs or {}))
         drawn = self._draws.draw(function, args, kwargs)
-        if self._call == len(self._targets):
+        if self.calls == len(self._targets):
             self._targets.append(drawn)
         else:
-            before = self._targets[self._call]
+            before = self._targets[self.calls]
             examples = torch.rand(len(drawn), generator=self._generator)
             new = (examples < 1 / (self._checkpoint + 1)).to(drawn.device)
             shape = (-1, *([1] * (drawn.dim() - 1)))
-            self._targets[self._call] = torch.where(new.reshape(shape), drawn, before)
-        self._call += 1
+            self._targets[self.calls] = torch.where(new.reshape(shape), drawn, before)
+        self.calls += 1
         return function(*args, **(kwargs or {}))
 
 

@@ -15,7 +15,14 @@ from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._arrays import Ids
-from whence.errors import CheckpointError, DtypeError, ShapeError, WeightsError
+from whence.errors import (
+    ArgumentError,
+    CheckpointError,
+    DtypeError,
+    IdError,
+    ShapeError,
+    WeightsError,
+)
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.coordinates import Coordinates, Preconditioner
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
@@ -99,10 +106,10 @@ def record_checkpoints(
     """
     loader = reread("loader", loader)
     _arrays.choice("nonfinite", nonfinite, ("error", "skip"))
-    names = [
-        each["name"] for each in getattr(precondition, "model", {"parameters": []})["parameters"]
-    ]
-    if not names:
+    keys = _Keys(ids, columns)
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
+    if not hasattr(precondition, "prepared"):
         raise DtypeError(
             "precondition must be factors of whence.fit_factors, got "
             f"{_arrays.describe(precondition)}"
@@ -136,7 +143,6 @@ def record_checkpoints(
                         map=stored,
                     )
                 )
-            writer.touch()
         found = writer.manifest.checkpoints
         if [each.name for each in found] != [each.name for each in prepared]:
             raise CheckpointError(
@@ -149,7 +155,7 @@ def record_checkpoints(
         maps = [map_of_store(writer.path, writer.manifest, each, threads) for each in found]
         averaged = spec["residuals"] == "averaged"
         recording = _Recording(model, structure, task, writer, loaded, maps, nonfinite, averaged)
-        recording.run(loader, _Keys(ids, columns), progress)
+        recording.run(loader, keys, progress)
     finally:
         writer.close()
     return writer.path
@@ -185,7 +191,13 @@ class _Keys:
         self._function = ids if callable(ids) else None
         self._all = None if ids is None or callable(ids) else _arrays.ids("ids", ids)
         self._columns = columns
+        self._seen: set[Any] = set()
         self._at = 0
+
+    @property
+    def count(self) -> int:
+        """How many examples were given so far."""
+        return self._at
 
     def of(self, batch: Any, count: int) -> tuple[Ids, dict[str, NDArray[Any]]]:
         """[count] ids of a batch, and its columns."""
@@ -193,6 +205,10 @@ class _Keys:
         first, self._at = self._at, self._at + count
         if self._function is not None:
             ids = _arrays.ids("ids", self._function(*arguments))
+            given_ids = set(ids.tolist())
+            if twice := given_ids & self._seen:
+                raise IdError(f"ids must be distinct, got {min(twice)!r} in two batches")
+            self._seen |= given_ids
         elif self._all is not None:
             ids = self._all[first : self._at]
         else:
@@ -245,6 +261,8 @@ class _Recording:
                         together, counted = [], 0
                 if together:
                     self._record(together, keys)
+                if not keys.count:
+                    raise ArgumentError("loader must give at least one batch, got none")
             finally:
                 self._hooks.remove()
 
@@ -253,9 +271,7 @@ class _Recording:
         kept: list[tuple[int, Ids, dict[str, NDArray[Any]]]] = []
         for place, batch in enumerate(batches):
             ids, columns = keys.of(batch, length_of(batch))
-            known = self._writer.has(ids)
-            known |= np.isin(ids, np.array(sorted(self._writer.left_out), ids.dtype))
-            if not known.all():
+            if not self._known(ids).all():
                 kept.append((place, ids, columns))
         if kept:
             self._record_known(batches, kept)
@@ -317,6 +333,11 @@ class _Recording:
                         self._task.loss(*arguments)
             yield rows
 
+    def _known(self, ids: Ids) -> NDArray[np.bool_]:
+        """[ids] whether each is recorded, or was left out."""
+        left_out = self._writer.left_out
+        return self._writer.has(ids) | np.array([id_ in left_out for id_ in ids.tolist()], np.bool_)
+
     def _append(
         self,
         ids: Ids,
@@ -325,8 +346,7 @@ class _Recording:
         bad: dict[int, str],
     ) -> None:
         """Hands the new rows of a batch to the writer."""
-        good = ~self._writer.has(ids)
-        good &= ~np.isin(ids, np.array(sorted(self._writer.left_out), ids.dtype))
+        good = ~self._known(ids)
         bad = {row: where for row, where in bad.items() if good[row]}
         if bad and self._nonfinite == "error":
             raise not_finite([f"id {id_!r}" for id_ in ids.tolist()], bad)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -79,6 +79,16 @@ class _FromSamples(torch.autograd.Function):
         return (*ctx.gradients(ctx, delta), None, None)
 
 
+class Draws(Protocol):
+    """What draws random numbers of its own while a model runs."""
+
+    def state(self) -> Any:
+        """Where its random numbers are."""
+
+    def restore(self, state: Any) -> None:
+        """Puts them back there."""
+
+
 class _Before:
     """What a forward pass may change, as it was before: to run the pass once more.
 
@@ -86,9 +96,12 @@ class _Before:
         model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
+        draws: What else draws meanwhile.
     """
 
-    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any, draws: Draws | None) -> None:
+        self._draws = draws
+        self._drawn = None if draws is None else draws.state()
         self.args = tuple(_shallow(each) for each in args)
         self.kwargs = {name: _shallow(each) for name, each in kwargs.items()}
         self._buffers = [
@@ -103,6 +116,7 @@ class _Before:
     def again(self, model: nn.Module) -> Iterator[None]:
         """Puts it back for a while."""
         now = random.getstate(), np.random.get_state()  # noqa: NPY002
+        drawn = None if self._draws is None else self._draws.state()
         try:
             with preserved(model, weights=False), torch.no_grad():
                 # Other tensors, not other values: backward may still need those that are there.
@@ -111,8 +125,12 @@ class _Before:
                 torch.set_rng_state(self._random[0])
                 random.setstate(self._random[1])
                 np.random.set_state(self._random[2])  # noqa: NPY002
+                if self._draws is not None:
+                    self._draws.restore(self._drawn)
                 yield
         finally:
+            if self._draws is not None:
+                self._draws.restore(drawn)
             random.setstate(now[0])
             np.random.set_state(now[1])  # noqa: NPY002
 
@@ -146,6 +164,7 @@ class Hooks:
         self._harmless: set[str] = set()
         self._batches: set[str] = set()
         self._start: _Before | None = None
+        self._draws: Draws | None = None
         self._prints: list[tuple[str, tuple[int, ...], float]] = []
         self._again = False
         self._quiet = False
@@ -186,7 +205,9 @@ class Hooks:
         self._stack.close()
 
     @contextmanager
-    def capturing(self, capture: Capture, *, weight_gradients: bool) -> Iterator[Capture]:
+    def capturing(
+        self, capture: Capture, *, weight_gradients: bool, draws: Draws | None = None
+    ) -> Iterator[Capture]:
         """Lets the hooks feed `capture` for a while.
 
         Args:
@@ -194,6 +215,8 @@ class Hooks:
             weight_gradients: Whether the pass computes the batch's own gradients into `.grad`;
                 if not, `.grad` is what it was, and their computation is skipped, but for a pass
                 that is checked.
+            draws: What draws random numbers of its own meanwhile, where the loss is computed inside
+                the model: the same again, if the model is run again.
 
         Raises:
             WhenceError: If this thread is capturing already.
@@ -210,7 +233,7 @@ class Hooks:
             if not weight_gradients:
                 stack.enter_context(kept_gradients(self._model))
             self._without = not weight_gradients and capture.check == "no"
-            self._capture = capture
+            self._capture, self._draws = capture, draws
             _busy.yes = True
             try:
                 yield capture
@@ -222,7 +245,7 @@ class Hooks:
                 raise
             finally:
                 _busy.yes = False
-                self._capture = self._start = None
+                self._capture = self._start = self._draws = None
                 self._prints = []
                 while self._running:
                     self._let_go()
@@ -241,7 +264,7 @@ class Hooks:
                     capture.set_batch(value.shape[0])
                     break
         unknown = self._tables - self._harmless - self._batches
-        self._start = _Before(module, args, kwargs) if unknown else None
+        self._start = _Before(module, args, kwargs, self._draws) if unknown else None
         self._prints = []
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from whence import _arrays
 from whence._core import MAX_DIM
 from whence.errors import ArgumentError, DtypeError, LayerError, MismatchError
@@ -109,7 +111,10 @@ def map_of_store(
     found = from_arrays(described, arrays)
     if spec.get("sketch") is not None:
         random = Sketch.from_spec(spec["sketch"], threads=threads)
-        found = found.rotated(random_basis(random, checkpoint.name, found.width))
+        basis = random_basis(random, checkpoint.name, found.width)
+        if checkpoint.weight is not None:  # of a sum over checkpoints; a learnt basis has it in it
+            basis *= np.float32(checkpoint.weight**0.5)
+        found = found.rotated(basis)
     if found.dim != manifest.dim:
         raise MismatchError(
             f"the map of checkpoint {checkpoint.name!r} must have rows of {manifest.dim}, got "
@@ -213,10 +218,19 @@ def prepared_maps(
                 )
         if sketch.layout != "global" or sketch.spec.get("normalize", False):
             raise ArgumentError("sketch must be global and not normalized for precondition=")
+    elif sketch is not None and not isinstance(sketch, str):
+        raise DtypeError(
+            f"sketch must be the name of a kind or a Sketch, got {_arrays.describe(sketch)}"
+        )
     if seed is not None:
         seed = _arrays.integer("seed", seed, 0)
     turned = dtype not in ("float16", "float32")
-    return precondition.prepared(dim, sketch, seed, turned=turned)
+    prepared, spec = precondition.prepared(dim, sketch, seed, turned=turned)
+    if spec["dim"] > MAX_DIM:
+        raise ArgumentError(
+            f"coordinates must be at most {MAX_DIM} for rotate=False, got factors of {spec['dim']}"
+        )
+    return prepared, spec
 
 
 def stored_arrays(

@@ -21,7 +21,7 @@ from torch.utils.data import (
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.gradients.capture import Capture
-from whence.gradients.hooks import Hooks
+from whence.gradients.hooks import Draws, Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.weights import preserved
 
@@ -30,7 +30,11 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def backward(
-    hooks: Hooks, capture: Capture, closure: Callable[[], Tensor], name: str = "closure"
+    hooks: Hooks,
+    capture: Capture,
+    closure: Callable[[], Tensor],
+    name: str = "closure",
+    draws: Draws | None = None,
 ) -> None:
     """Runs a closure and its backward pass, and lets the capture see them.
 
@@ -39,7 +43,8 @@ def backward(
         LayerError: If what it returns cannot be differentiated, or no gradient was seen.
         CoverageError: If a gradient was seen that no rule accounts for.
     """
-    with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
+    capturing = hooks.capturing(capture, weight_gradients=False, draws=draws)
+    with capturing, torch.enable_grad():
         loss = closure()
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise DtypeError(
@@ -98,7 +103,8 @@ class Task:
             hooks: The hooks of the model, installed.
             capture: What gathers.
             batch: What the loader gave.
-            mode: Entered while the loss runs; if it has a `check`, that is called afterwards.
+            mode: Entered while the loss runs, with a place of its own in what it gives; if it has a
+                `check`, that is called afterwards.
         """
         arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
 
@@ -106,7 +112,7 @@ class Task:
             with mode if mode is not None else nullcontext():
                 return self.loss(*arguments)
 
-        backward(hooks, capture, closure, "loss")
+        backward(hooks, capture, closure, "loss", mode)
         if hasattr(mode, "check"):
             mode.check()
         counts = None if self.tokens is None else self.tokens(*arguments)
@@ -182,7 +188,8 @@ def length_of(batch: Any) -> int:
         for each in batch:
             if isinstance(each, (Tensor, np.ndarray, Mapping)):
                 return length_of(each)
-        return len(batch[0]) if batch and isinstance(batch[0], (tuple, list)) else 0
+        if batch and isinstance(batch[0], (tuple, list)):
+            return len(batch[0])
     raise ArgumentError(f"loader must give batches of tensors, got {_arrays.describe(batch)}")
 
 

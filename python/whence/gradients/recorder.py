@@ -281,7 +281,7 @@ class Recorder:
                 self._versions = weights
             raise
         if prepared is not None:
-            self._prepared, self._map = prepared, prepared.map
+            self._prepared, self._map, self._mapped = prepared, prepared.map, None
 
     def commit(self) -> None:
         """Confirms all rows so far: when it returns, a crash or power cut keeps them.
@@ -450,7 +450,6 @@ class Recorder:
         if checkpoint.map is None:
             described, arrays = stored_arrays(prepared.map, self._writer.manifest.sketch)
             checkpoint.map = self._writer.write_map(prepared.identity, described, arrays)
-            return
         check_identity(checkpoint, prepared)
         threads = torch.get_num_threads()
         self._map = map_of_store(self.path, self._writer.manifest, checkpoint, threads)
@@ -544,6 +543,8 @@ class Recorder:
                 checkpoint.first = current
                 checkpoint.weights = self._weights or "fixed"
                 self._mapped = checkpoint
+            elif current != checkpoint.first and self._must_stay:
+                raise self._moved(checkpoint)
             elif checkpoint.weights == "fixed" and current != checkpoint.first:
                 # A run that was killed may have moved the weights after its last commit.
                 killed = checkpoint.last is None and self._weights is None
@@ -561,10 +562,15 @@ class Recorder:
             checkpoint.last = None
             self._versions = now
         elif now != self._versions:
-            if self._weights == "fixed":
+            if self._weights == "fixed" or self._must_stay:
                 raise self._moved(checkpoint)
             checkpoint.weights = "moving"
             self._versions = now
+
+    @property
+    def _must_stay(self) -> bool:
+        """Whether factors must be of all weights that are recorded."""
+        return self._prepared is not None and self._weights != "moving"
 
     def _end_checkpoint(self, *, failing: bool = False) -> None:
         """Notes the last weights of the current checkpoint."""
@@ -677,7 +683,8 @@ def record(
         precondition: What `whence.fit_factors` found at these weights: rows are then whitened
             coordinates of the gradient, and a score is EK-FAC influence. They are rotated onto a
             basis learnt from the training data, of `dim` columns, or as many as hold nine tenths
-            of it for None; with `sketch` they are sketched instead, by a seed and no basis.
+            of it for None; with `sketch` they are sketched instead, by a seed and no basis. Weights
+            that move meanwhile are an error, but for weights="moving".
         rotate: False keeps the coordinates as they are, for `whence.compress`; then without dim,
             seed and sketch.
         threads: How many threads the sketch uses; None means as many as torch.

@@ -33,6 +33,28 @@ LOSSES = {
 """Losses whose residuals are known: functions of an input, the model's output, and a target."""
 
 
+class Calls(TorchFunctionMode):
+    """Counts the losses that are called while it is entered.
+
+    A pass that is run once more from its start, to see that it answers the same, is counted once.
+
+    Attributes:
+        calls: How many so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def state(self) -> int:
+        """Where it is."""
+        return self.calls
+
+    def restore(self, state: int) -> None:
+        """Puts it back there."""
+        self.calls = state
+
+
 class Residuals:
     """The residuals of batches, summed over checkpoints.
 
@@ -58,13 +80,12 @@ class Residuals:
         return _Replaying(self._sums.get(batch, []))
 
 
-class _Collecting(TorchFunctionMode):
+class _Collecting(Calls):
     def __init__(self, sums: list[Tensor], share: float, targets: list[Tensor] | None) -> None:
         super().__init__()
         self._sums = sums
         self._share = share
         self._targets = targets
-        self._call = 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -77,26 +98,25 @@ class _Collecting(TorchFunctionMode):
             leaf = values.detach().requires_grad_()
             call.arguments["input"] = leaf
             if self._targets is not None:
-                call.arguments["target"] = self._targets[self._call]
+                call.arguments["target"] = self._targets[self.calls]
             loss = function(*call.args, **call.kwargs)
             (found,) = torch.autograd.grad(loss.sum(), leaf)
         if function is F.nll_loss:  # of log-probabilities; seen from before the softmax
             classes = min(1, values.dim() - 1)
             found = found - leaf.detach().exp() * found.sum(classes, keepdim=True)
         found = found * self._share
-        if self._call == len(self._sums):
+        if self.calls == len(self._sums):
             self._sums.append(found)
         else:
-            self._sums[self._call] = self._sums[self._call] + found
-        self._call += 1
+            self._sums[self.calls] = self._sums[self.calls] + found
+        self.calls += 1
         return loss.detach()
 
 
-class _Replaying(TorchFunctionMode):
+class _Replaying(Calls):
     def __init__(self, sums: list[Tensor]) -> None:
         super().__init__()
         self._sums = sums
-        self._call = 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -105,13 +125,13 @@ class _Replaying(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         call = inspect.signature(function).bind(*args, **(kwargs or {}))
         values: Tensor = call.arguments["input"]
-        if self._call >= len(self._sums) or self._sums[self._call].shape != values.shape:
+        if self.calls >= len(self._sums) or self._sums[self.calls].shape != values.shape:
             raise LayerError(
                 "loss must call the same losses of torch on the same shapes each time it is run on "
                 "a batch, got others; pass residuals='own'"
             )
-        found = values * self._sums[self._call]
-        self._call += 1
+        found = values * self._sums[self.calls]
+        self.calls += 1
         # An elementwise loss has its own gradient elementwise; a reduced one sums to it.
         return found if call.arguments.get("reduction") == "none" else found.sum()
 
@@ -121,7 +141,7 @@ class _Replaying(TorchFunctionMode):
         Raises:
             LayerError: If not: the loss was computed by other means.
         """
-        if not self._call:
+        if not self.calls:
             raise LayerError(
                 "loss must be computed by torch's cross_entropy, nll_loss, mse_loss or another "
                 "loss of torch.nn.functional for residuals='averaged', got none; pass "

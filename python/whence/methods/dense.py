@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from whence import _arrays
 from whence.errors import ArgumentError, LayerError
 from whence.gradients.passes import pairs_of
+from whence.gradients.residuals import Calls
 from whence.methods.gradient import LONGEST
 from whence.methods.method import Closure, Method
 from whence.methods.products import Whole, WholeAccumulator
@@ -117,7 +117,7 @@ class GaussNewton(Method):
         return flat * seen.factor
 
 
-class _Label(TorchFunctionMode):
+class _Label(Calls):
     """While it is entered, cross_entropy sees one label for all examples."""
 
     def __init__(self, label: int) -> None:
@@ -139,6 +139,8 @@ class _Label(TorchFunctionMode):
                 f"classes], got {list(logits.shape)}"
             )
         self.classes = logits.shape[1]
+        del self._shares[self.calls :]
+        self.calls += 1
         self._shares.append(logits.detach().double().softmax(1)[:, self._label])
         call.arguments["target"] = torch.full((len(logits),), self._label, device=logits.device)
         return function(*call.args, **call.kwargs)
@@ -149,9 +151,8 @@ class _Label(TorchFunctionMode):
         Raises:
             LayerError: If the loss is no cross-entropy.
         """
-        if len(self._shares) != 1:
+        if self.calls != 1:
             raise LayerError(
-                "loss must call torch's cross_entropy once for GaussNewton, got "
-                f"{len(self._shares)} calls"
+                f"loss must call torch's cross_entropy once for GaussNewton, got {self.calls} calls"
             )
         return self._shares[0].cpu()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from whence.errors import ArgumentError, LayerError
+from whence.gradients.residuals import Calls
 
 
 def stable_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def stable_margin(logits: Tensor, labels: Tensor) -> Tensor:
     return own - others.logsumexp(1)
 
 
-class Margins(TorchFunctionMode):
+class Margins(Calls):
     """While it is entered, cross_entropy is minus the margin, averaged or summed as it would be.
 
     Attributes:
@@ -53,6 +53,8 @@ class Margins(TorchFunctionMode):
                 f"got {list(logits.shape)}"
             )
         margins = stable_margin(logits.float(), labels)
+        del self.doubts[self.calls :]
+        self.calls += 1
         self.doubts.append((-margins.detach()).sigmoid())
         # Minus, as a loss has it: rows then have the loss's sign, and products are the same.
         if given["reduction"] == "mean":

@@ -23,6 +23,7 @@ from whence.gradients.moments import Divided
 from whence.gradients.passes import Task, backward, evaluating, length_of, reread, taken
 from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor
+from whence.gradients.residuals import Calls
 from whence.gradients.structure import structure_of
 from whence.gradients.weights import State, load, put
 from whence.sketch import Sketch
@@ -199,7 +200,7 @@ class Run:
         self,
         rows: Sketch | BlockMap | Divided,
         closure: Callable[[], Tensor],
-        mode: AbstractContextManager[Any] | None = None,
+        mode: Calls | None = None,
     ) -> Seen:
         """The queries of a closure, at the present weights."""
         if not callable(closure):
@@ -216,7 +217,7 @@ class Run:
                 return closure()
 
         state = torch.get_rng_state()
-        backward(self._hooks, capture, run)
+        backward(self._hooks, capture, run, draws=mode)
         torch.set_rng_state(state)
         if self.task.reduction == "token_mean":
             raise ArgumentError(

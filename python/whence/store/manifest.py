@@ -222,7 +222,9 @@ class Manifest:
             raise ValueError(f"version must be {VERSION}, got {version}")
         manifest = cls(**body)
         manifest.checkpoints = [
-            Checkpoint(**{**each, "map": each.get("map") and checked_map(each["map"])})
+            Checkpoint(
+                **{**each, "map": None if (it := each.get("map")) is None else checked_map(it)}
+            )
             for each in body["checkpoints"]
         ]
         manifest.shards = [
@@ -251,6 +253,8 @@ class Manifest:
             raise ValueError(f"dtype must be a float for rows of factors, got {self.dtype!r}")
         if not 1 <= self.dim <= _core.MAX_DIM:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
+        if self.is_preconditioned and not {"basis", "coordinates"} <= set(self.sketch):
+            raise ValueError("sketch must say how rows are preconditioned")
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
@@ -264,7 +268,7 @@ class Manifest:
                 rate is None or (isinstance(rate, (int, float)) and 0 < rate < float("inf"))
             ):
                 raise ValueError(f"{checkpoint} must be one that a recorder writes")
-            if (checkpoint.map is None) == self.is_preconditioned and checkpoint.first:
+            if checkpoint.first and (checkpoint.map is None) == self.is_preconditioned:
                 raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
             weight = checkpoint.weight
             if (weight is None) != (self.rows == "per_checkpoint") or not (

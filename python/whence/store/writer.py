@@ -64,6 +64,7 @@ class Writer:
             and model.
 
     Raises:
+        ArgumentError: If the type of its rows is not known.
         LockedError: If another writer has it open.
         MismatchError: If the store is of another model, sketch or setting.
         StoreError: If `path` is a file, a folder of something else, damaged, or not writable.
@@ -71,6 +72,7 @@ class Writer:
 
     def __init__(self, path: Path, wanted: Manifest) -> None:
         self.path = path = _arrays.path("path", path)
+        _arrays.choice("dtype", wanted.dtype, DTYPES)
         with store_errors(path):
             if path.exists() and not path.is_dir():
                 raise StoreError(f"path must be a folder, got the file {path}")
