@@ -66,7 +66,7 @@ def test_a_tenth_of_the_stored_labels_is_flipped_and_the_rest_is_true(done):
 
 def test_self_influence_finds_flipped_labels_far_above_chance(done, results):
     # A second way: the scores as stored, the truth as scikit-learn has it, and its own AUC.
-    store = whence.open(done[0] / "store")
+    store = whence.open(done[0] / "preconditioned")
     wrong = store.columns["label"] != load_digits().target[store.ids]
     influence = store.self_influence()
     found = results["rankings"][demo.SELF]
@@ -110,7 +110,7 @@ def test_the_page_stands_alone_and_shows_images(page):
     assert "https://" not in page
     images = [a for name, a in elements if name == "img"]
     assert len(images) == demo.SUSPECTS + 2 * demo.QUERIES * (1 + 2 * demo.SHOWN)
-    assert sum(name == "polyline" for name, _ in elements) == 7
+    assert sum(name == "polyline" for name, _ in elements) == len(demo.DRAWN)
 
 
 def test_the_page_marks_exactly_the_flipped_digits_among_its_hits(done, page):

@@ -65,6 +65,7 @@ MADE_BY = "whence demo"
 SELF, TEST, ERRORS = "self-influence", "harm to all test digits", "harm to the wrongly predicted"
 PLAIN_SELF, PLAIN_TEST = "self-influence, plain", "harm to all test digits, plain"
 LOSS, PATH_LOSS = "last loss (baseline)", "mean loss (baseline)"
+DRAWN = (SELF, TEST, PLAIN_SELF, PATH_LOSS, LOSS)  # the curves of the page's picture
 
 Suspicion: TypeAlias = dict[str, NDArray[np.float64]]
 """Ranking -> [TRAIN] numbers, high where a label looks wrong."""
@@ -446,7 +447,7 @@ def _labels_section(evidence: Evidence, results: dict[str, Any]) -> Section:
     chance = f"{_chance(results):.0%}"
     wrong = evidence.digits.wrong
     drawn = chart.curves(
-        {name: _found(scores, wrong) for name, scores in evidence.suspicion.items()},
+        {name: _found(evidence.suspicion[name], wrong) for name in DRAWN},
         title="Share of the flipped labels found, by share of the training digits inspected",
         across="share of training digits inspected, most suspicious first",
         up="share of flipped labels found",
