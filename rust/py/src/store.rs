@@ -31,13 +31,15 @@ pub(crate) fn encode<'py>(
     }
 }
 
+type Numbers<'py> = Bound<'py, PyArray1<f32>>;
+
 /// Codes of few bits, scales and errors; see [`store::quantise`].
 #[pyfunction]
 pub(crate) fn quantise<'py>(
     py: Python<'py>,
     rows: PyReadonlyArray2<'py, f32>,
     bits: usize,
-) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<f32>>)> {
+) -> PyResult<(Bound<'py, PyAny>, Numbers<'py>, Numbers<'py>)> {
     let [count, dim] = [rows.shape()[0], rows.shape()[1]];
     let rows = values_of(py, "rows", &rows)?;
     let made = compute(py, |asker| store::quantise(rows, dim, bits, asker))?;

@@ -7,12 +7,12 @@ use std::arch::x86_64::{
     _mm256_castps_pd, _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtepi32_ps,
     _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
     _mm256_load_si256, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
-    _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2f128_ps,
-    _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi32,
-    _mm256_sllv_epi32, _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi32,
-    _mm256_sub_ps, _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps,
-    _mm256_xor_ps,
+    _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_mullo_epi32, _mm256_or_si256,
+    _mm256_permute2f128_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_srli_epi16, _mm256_srlv_epi32, _mm256_storeu_ps,
+    _mm256_sub_epi32, _mm256_sub_ps, _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd,
+    _mm256_unpacklo_ps, _mm256_xor_ps,
 };
 
 use half::{bf16, f16};
@@ -68,24 +68,25 @@ pub(super) fn widen(halves: &[f16], out: &mut [f32]) {
 
 #[target_feature(enable = "avx2")]
 pub(super) fn unpack<const B: usize>(bytes: &[u8], out: &mut [f32]) {
-    let bits = B as i32;
-    let (eights, rest) = bytes.as_chunks::<B>();
-    let (wide_out, rest_out) = out.as_chunks_mut::<WIDTH>();
-    let shifts =
-        _mm256_setr_epi32(0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits);
+    let bits = _mm256_set1_epi32((B as u32).cast_signed());
+    let first = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), bits);
+    let step = _mm256_slli_epi32::<3>(bits);
     let top = _mm256_set1_epi32((1 << B) - 1);
-    let whole = wide_out.len();
-    for (codes, out) in eights.iter().zip(wide_out) {
-        let mut word = [0; 4];
-        word[..B].copy_from_slice(codes);
+    let (words, _) = bytes.as_chunks::<4>();
+    let (eights, _) = out.as_chunks_mut::<WIDTH>();
+    let mut done = 0;
+    for (&word, eights) in words.iter().zip(eights.chunks_exact_mut(4 / B)) {
         let word = _mm256_set1_epi32(i32::from_le_bytes(word));
-        let codes = _mm256_and_si256(_mm256_srlv_epi32(word, shifts), top);
-        let levels = _mm256_sub_epi32(_mm256_add_epi32(codes, codes), top);
-        store(out, _mm256_cvtepi32_ps(levels));
+        let mut shifts = first;
+        for out in eights {
+            let codes = _mm256_and_si256(_mm256_srlv_epi32(word, shifts), top);
+            let levels = _mm256_sub_epi32(_mm256_add_epi32(codes, codes), top);
+            store(out, _mm256_cvtepi32_ps(levels));
+            shifts = _mm256_add_epi32(shifts, step);
+        }
+        done += 1;
     }
-    // Fewer than eight codes can fill as many bytes.
-    let rest = eights.get(whole..).and_then(<[_]>::first).map_or(rest, |codes| codes);
-    scalar::unpack::<B>(rest, rest_out);
+    scalar::unpack::<B>(&bytes[4 * done..], &mut out[32 / B * done..]);
 }
 
 #[target_feature(enable = "avx2")]

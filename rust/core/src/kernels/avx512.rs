@@ -43,7 +43,7 @@ fn load_16_bits<T: bytemuck::Pod>(values: &[T; LANES]) -> __m256i {
     unsafe { _mm256_loadu_si256(bits.as_ptr().cast()) }
 }
 
-/// Eight codes of 4 bits are a word that all lanes can share; of sixteen there is none.
+/// A word has eight codes of 4 bits.
 pub(super) use super::avx2::unpack;
 
 #[target_feature(enable = "avx512f")]

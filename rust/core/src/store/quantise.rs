@@ -18,6 +18,9 @@ use crate::stop::{Asker, Stop, Watch};
 const TRIED: f64 = 30.0;
 /// The same times the root of the number of values: what a short row loses is less smooth.
 const SHORT: f64 = 700.0;
+/// How many of them are spread over all that may be the best, where that may be far from the scale
+/// of the largest value.
+const SPREAD: u32 = 10;
 /// How often codes and scale are fitted to each other after that, at most.
 const ROUNDS: usize = 3;
 /// How far from a level a value may be, in levels, that lies on it but for rounding to f32.
@@ -138,10 +141,6 @@ impl<const B: usize> Fitter<B> {
     const GAP: f64 = if B == 8 { 1.0 } else { 2.0 };
     /// The smallest level that is not negative.
     const FIRST: f64 = if B == 8 { 0.0 } else { 1.0 };
-    /// How often scales are tried, each time nearer to the best so far. Of 8 bits the best is never
-    /// far from that of the largest value.
-    const STAGES: u32 = if B == 8 { 1 } else { 3 };
-
     fn new(set: InstructionSet, dim: usize) -> Self {
         Self { set, sizes: Vec::with_capacity(dim), codes: vec![0; dim], spare: vec![0; dim] }
     }
@@ -231,11 +230,13 @@ impl<const B: usize> Fitter<B> {
     fn best_of_many(&self) -> Tried {
         let values = self.sizes.len() as f64;
         #[allow(clippy::cast_sign_loss)] // both are positive
-        let count = (SHORT / values.sqrt()).max(TRIED) as u32 / Self::STAGES;
+        let count = (SHORT / values.sqrt()).max(TRIED) as u32;
+        let near = (count - SPREAD) / 3;
+        let stages = if B == 8 { &[count][..] } else { &[SPREAD, 2 * near, near] };
         let [mut low, mut high] = Self::window(values).map(f32::to_bits);
         let mut at = (Self::TOP.recip() as f32).to_bits();
         let mut best = self.tried(f32::from_bits(at));
-        for _ in 0..Self::STAGES {
+        for &count in stages {
             let gap = ((high - low) / (count + 1)).max(1);
             for step in 1..=count {
                 // Equal differences of bits are about equal ratios.
