@@ -41,7 +41,7 @@ class GaussNewton(Method):
 
     name = "influence, exact: whole Gauss-Newton matrix"
     unit = (
-        "loss × examples: divided by the number of training examples, about what the query's loss "
+        "loss times examples: divided by the number of training examples, about what the query's loss "
         "would rise by without the example"
     )
 

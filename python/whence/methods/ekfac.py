@@ -24,7 +24,7 @@ from whence.methods.products import (
 from whence.methods.run import Run, Seen
 
 INFLUENCE = (
-    "loss × examples: divided by the number of training examples, about what the query's loss "
+    "loss times examples: divided by the number of training examples, about what the query's loss "
     "would rise by without the example"
 )
 

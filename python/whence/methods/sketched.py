@@ -32,7 +32,7 @@ class DampedGram(Method):
 
     name = "damped Gram influence: sketched gradients, empirical Fisher matrix"
     unit = (
-        "loss × examples: divided by the number of training examples, about what the query's loss "
+        "loss times examples: divided by the number of training examples, about what the query's loss "
         "would rise by without the example"
     )
 
@@ -115,7 +115,7 @@ class Trak(DampedGram):
     """
 
     name = "TRAK: sketched gradients of the margin"
-    unit = "margin × examples, as TRAK scales it"
+    unit = "margin times examples, as TRAK scales it"
 
     def _fit(self, run: Run) -> None:
         self._doubts: list[NDArray[np.float64]] = []

@@ -23,7 +23,7 @@ The norms of quantised rows are read from what is stored, and only a sum of them
 
 
 INFLUENCE = (
-    "loss × examples: divided by the number of training examples, about what the query's loss "
+    "loss times examples: divided by the number of training examples, about what the query's loss "
     "would rise by without the example"
 )
 """The unit of a preconditioned score."""
