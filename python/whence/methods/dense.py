@@ -19,6 +19,7 @@ from whence.methods.gradient import LONGEST
 from whence.methods.method import Closure, Method
 from whence.methods.products import Whole, WholeAccumulator
 from whence.methods.run import Run, Seen
+from whence.search.store import INFLUENCE
 
 MOST = 10_000
 """Parameters at most: their matrix takes 800 MB."""
@@ -40,10 +41,7 @@ class GaussNewton(Method):
     """
 
     name = "influence, exact: whole Gauss-Newton matrix"
-    unit = (
-        "loss times examples: divided by the number of training examples, about what the query's loss "
-        "would rise by without the example"
-    )
+    unit = INFLUENCE
 
     def __init__(self, *, penalty: float = 0.0, damping: float = 0.0) -> None:
         self._penalty = _arrays.number("penalty", penalty)

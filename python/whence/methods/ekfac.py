@@ -22,11 +22,7 @@ from whence.methods.products import (
     preconditioned,
 )
 from whence.methods.run import Run, Seen
-
-INFLUENCE = (
-    "loss times examples: divided by the number of training examples, about what the query's loss "
-    "would rise by without the example"
-)
+from whence.search.store import INFLUENCE
 
 
 class Ekfac(Method):

@@ -11,6 +11,7 @@ from whence import _arrays
 from whence.methods.margins import Margins, joined
 from whence.methods.method import Closure, Method
 from whence.methods.run import Run
+from whence.search.store import INFLUENCE
 from whence.sketch import Sketch
 
 
@@ -31,10 +32,7 @@ class DampedGram(Method):
     """
 
     name = "damped Gram influence: sketched gradients, empirical Fisher matrix"
-    unit = (
-        "loss times examples: divided by the number of training examples, about what the query's loss "
-        "would rise by without the example"
-    )
+    unit = INFLUENCE
 
     def __init__(
         self,

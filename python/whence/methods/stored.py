@@ -11,10 +11,11 @@ from whence import _arrays
 from whence.attribution import query_rows
 from whence.curvature import Factors
 from whence.gradients import record_checkpoints
-from whence.methods.ekfac import INFLUENCE, Ekfac, fitted_factors
+from whence.methods.ekfac import Ekfac, fitted_factors
 from whence.methods.method import Closure, Method, hits_of
 from whence.methods.run import Run
 from whence.search import Hits, Index, Store
+from whence.search.store import INFLUENCE
 
 
 class EkfacStored(Method):
