@@ -9,11 +9,11 @@ from whence.store import Checkpoint, Manifest, Writer
 EXAMPLES, DIM = 20_000, 512
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
+@pytest.fixture(scope="module", params=["float16", "int8", "int4"])
+def store(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("search") / "store"
     spec = whence.Sketch(dim=DIM).spec
-    writer = Writer(path, Manifest(spec, "float16", "mean", {"digest": "", "parameters": []}))
+    writer = Writer(path, Manifest(spec, request.param, "mean", {"digest": "", "parameters": []}))
     writer.set_checkpoint(Checkpoint("0"))
     rows = np.random.default_rng(0).standard_normal((EXAMPLES, DIM), np.float32)
     writer.append(np.arange(EXAMPLES), rows, {})
