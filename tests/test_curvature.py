@@ -1,5 +1,6 @@
 """Factors against their definition, computed example by example with torch.func."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch.func import functional_call, jacrev
 
 import whence
 from whence import errors
+from whence.curvature.basis import Leading, bases
 from whence.curvature.factors import STAGES
 from whence.curvature.labels import DrawnLabels
 
@@ -463,6 +465,14 @@ def test_the_model_is_afterwards_as_before():
 # Shards
 
 
+def same_directions(one, other):
+    assert (one.total, one.examples, one.widest) == (other.total, other.examples, other.widest)
+    assert torch.equal(one.values, other.values)
+    assert (one.moment is None) == (other.moment is None)
+    assert one.moment is None or torch.equal(one.moment, other.moment)
+    return all(map(torch.equal, one.matrices, other.matrices))
+
+
 def same(one, other):
     """Whether all arrays of two factors are the same, bit for bit."""
     for first, second in zip(one.checkpoints, other.checkpoints, strict=True):
@@ -496,8 +506,9 @@ def same(one, other):
                 values = [getattr(each, name) for each in (mine, its)]
                 assert (values[0] is None) == (values[1] is None)
                 assert values[0] is None or torch.equal(*values)
-        assert (first.sample is None) == (second.sample is None)
-        assert first.sample is None or torch.equal(first.sample, second.sample)
+    assert (one.directions is None) == (other.directions is None)
+    if one.directions is not None:
+        assert same_directions(one.directions, other.directions)
     return (one.model, one.reduction, one.labels, one.settings, one.stage) == (
         other.model,
         other.reduction,
@@ -522,8 +533,7 @@ def test_merged_shards_are_as_one_fit(name):
         assert known(merged)[key].terms == each.terms
         assert close(merged.eigenvalues()[key], whole.eigenvalues()[key])
     assert merged.checkpoints[0].statistics.examples == [9, 9]
-    gram = [each.checkpoints[0].sample @ each.checkpoints[0].sample.T for each in (whole, merged)]
-    assert close(gram[1], gram[0], 1e-3)
+    assert close(merged.directions.values, whole.directions.values, 1e-3)
 
 
 def test_a_merge_changes_none_of_its_parts():
@@ -838,14 +848,30 @@ def record_one(path, model, factors, closure):
 # The sample
 
 
-def test_the_sample_is_spread_evenly():
+def gathered(monkeypatch):
+    """The rows that directions are found of, at the first checkpoint, part by part."""
+    seen = []
+
+    class Watched(Leading):
+        def add(self, samples):
+            seen.append(samples[0])
+            super().add(samples)
+
+    monkeypatch.setattr("whence.curvature.fit.Leading", Watched)
+    return seen
+
+
+def test_the_sample_is_spread_evenly(monkeypatch):
+    seen = gathered(monkeypatch)
     torch.manual_seed(10)
     model, x = nn.Linear(4, 3).double(), torch.randn(60, 4).double()
     loader = batches(x, sizes=[3] * 20)
-    whole = fit(model, loader, sample=60).checkpoints[0].sample
+    fit(model, loader, sample=60)
+    whole = seen.pop()
     assert len(whole) == 60
     for sample in (3, 9, 20, 31, 59):
-        found = fit(model, loader, sample=sample).checkpoints[0].sample
+        assert fit(model, loader, sample=sample).directions.examples == sample
+        found = seen.pop()
         assert len(found) == sample
         places = [int((whole - row).square().sum(1).argmin()) for row in found]
         gaps = np.diff([0, *places, 60])
@@ -857,7 +883,7 @@ def test_all_is_sampled_where_there_is_no_more(sizes):
     torch.manual_seed(10)
     model, x = nn.Linear(4, 3), torch.randn(sum(sizes), 4)
     factors = fit(model, batches(x, sizes=[size for size in sizes if size]), sample=40)
-    assert len(factors.checkpoints[0].sample) == len(x)
+    assert factors.directions.examples == len(x)
 
 
 def test_a_loader_without_a_length_is_sampled_as_well():
@@ -871,7 +897,7 @@ def test_a_loader_without_a_length_is_sampled_as_well():
         fit(model, loader, sample=6, examples=20)
         for loader in (Loader(), batches(x, sizes=[2] * 20))
     )
-    assert torch.equal(one.checkpoints[0].sample, other.checkpoints[0].sample)
+    assert same_directions(one.directions, other.directions)
 
 
 def test_the_first_passes_see_as_many_examples_as_asked():
@@ -882,6 +908,130 @@ def test_the_first_passes_see_as_many_examples_as_asked():
     assert torch.equal(
         factors.eigenvalues()["weight", 0, "outer"], alone.eigenvalues()["weight", 0, "outer"]
     )
+
+
+# Directions
+
+
+def falling(count, sizes, decay, seed=0):
+    """Rows of some checkpoints, whose directions matter less and less."""
+    torch.manual_seed(seed)
+    whole = torch.randn(count, sum(sizes)) * decay ** torch.arange(sum(sizes))
+    return list((whole @ torch.linalg.qr(torch.randn(sum(sizes), sum(sizes)))[0]).split(sizes, 1))
+
+
+def by_definition(samples, weights):
+    """[examples, coordinates] rows side by side, over the root of their norm, in float64."""
+    pairs = zip(samples, weights, strict=True)
+    rows = torch.cat([sample.double() * weight**0.5 for sample, weight in pairs], 1)
+    return rows, rows * rows.norm(dim=1).clamp(min=1e-30).rsqrt()[:, None]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 9])
+def test_directions_are_the_right_singular_vectors(parts, monkeypatch):
+    monkeypatch.setattr("whence.curvature.basis.ALONE", 10)
+    samples, weights = falling(80, (30, 20), 0.6), (0.3, 0.7)
+    samples = [torch.cat([sample, torch.zeros(1, sample.shape[1])]) for sample in samples]
+    leading = Leading(20, weights)
+    for part in zip(*(sample.tensor_split(parts) for sample in samples), strict=True):
+        leading.add(part)
+    found = leading.directions()
+    rows, scaled = by_definition(samples, weights)
+    _, values, vectors = torch.linalg.svd(scaled, full_matrices=False)
+    kept = len(found.values)
+    assert 10 <= kept <= 20
+    assert close(found.values.double(), values[:kept].square(), 1e-4)
+    assert found.examples == 81
+    assert found.total == pytest.approx(float(values.square().sum()), rel=1e-5)
+    assert found.energy(3) == pytest.approx(
+        float(values[:3].square().sum() / values.square().sum()), rel=1e-5
+    )
+    # Up to the sign of each: what rows are in the leading directions.
+    projected = sum(sample @ matrix for sample, matrix in zip(samples, found.matrices, strict=True))
+    wanted = rows @ vectors[:6].T
+    assert close((projected[:, :6].double() * wanted).sum(0).abs(), wanted.square().sum(0), 1e-3)
+    assert close(projected[:, :6].double().abs(), wanted.abs(), 1e-2)
+
+
+def test_directions_that_were_cut_hold_what_fits_best(monkeypatch):
+    """Of rows that never end in few directions, the kept ones still hold nearly the most."""
+    monkeypatch.setattr("whence.curvature.basis.ALONE", 10)
+    samples = falling(400, (60,), 0.93)
+    leading = Leading(16, (1.0,))
+    leading.add(samples)
+    found = leading.directions()
+    _, scaled = by_definition(samples, (1.0,))
+    most = torch.linalg.svdvals(scaled).square()
+    basis = torch.linalg.qr(found.matrices[0].double())[0]
+    for dim in (4, 8, 16):
+        held = float((scaled @ basis[:, :dim]).square().sum())
+        assert 0.97 * float(most[:dim].sum()) <= held <= 1.0001 * float(most[:dim].sum())
+    assert found.energy(16) <= float(most[:16].sum() / most.sum()) * 1.0001
+
+
+def test_rows_are_damped_by_the_curvature_that_is_left():
+    """A turned basis times P, of P Pᵀ = (1 + M / r)^-1 with r = tr M³ / tr M²."""
+    leading = Leading(8, (1.0,))
+    leading.add(falling(50, (12,), 0.7))
+    found = leading.directions()
+    moment = torch.randn(8, 20) * torch.tensor([9.0, 5, 3, 2, 1, 1, 1, 1])[:, None]
+    moment = moment @ moment.T / 20
+    refined = replace(found, moment=moment)
+    for dim in (3, 8):
+        part = moment[:dim, :dim].double()
+        ridge = torch.trace(part @ part @ part) / torch.trace(part @ part)
+        middle = torch.linalg.inv(torch.eye(dim) + part / ridge)
+        matrix = found.matrices[0][:, :dim].double()
+        for turn in (None, 0, 7):
+            (basis,) = map(torch.from_numpy, bases(refined, dim, turn))
+            assert close((basis @ basis.T).double(), matrix @ middle @ matrix.T, 1e-4)
+        (plain,) = bases(found, dim, None)
+        assert np.array_equal(plain, found.matrices[0][:, :dim].numpy())
+
+
+def test_more_directions_than_were_kept_are_refused():
+    leading = Leading(8, (1.0,))
+    leading.add(falling(50, (12,), 0.7))
+    found = leading.directions()
+    assert bases(found, 8, None)[0].shape == (12, 8)
+    with pytest.raises(errors.ArgumentError, match=r"dim must be at most 8, .*larger widest"):
+        bases(found, 9, None)
+
+
+def test_directions_of_zeros_are_refused():
+    leading = Leading(8, (1.0,))
+    leading.add([torch.zeros(5, 12)])
+    with pytest.raises(errors.ArgumentError, match="got only zeros"):
+        leading.directions()
+
+
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+def test_stretches_of_the_sample_change_nothing(monkeypatch, labels):
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(30, 4)
+    loader = [(part, torch.arange(len(part)) % 3) for part in x.split(4)]
+    states = {
+        name: {key: value * scale for key, value in model.state_dict().items()}
+        for name, scale in (("a", 1.0), ("b", 1.5))
+    }
+
+    def loss(model, x, y):
+        return F.cross_entropy(model(x), y)
+
+    def found():
+        return fit(model, loader, loss, labels=labels, residuals="averaged", states=states)
+
+    whole = found().directions
+    assert (whole.moment is None) == (labels == "empirical")
+    monkeypatch.setattr("whence.curvature.fit.RESIDUAL_BYTES", 100)
+    parts = found().directions
+    if labels == "sampled":  # a sum over parts
+        assert close(parts.moment, whole.moment)
+        parts = replace(parts, moment=whole.moment)
+    assert same_directions(parts, whole)
+    if labels == "empirical":  # other draws otherwise
+        monkeypatch.setattr("whence.curvature.fit.TOGETHER", 9)
+        assert same_directions(found().directions, whole)
 
 
 # Models as people have them
@@ -999,8 +1149,7 @@ def test_parts_of_a_batch_give_the_same(monkeypatch):
     found = fit(model, batches(x), loss)
     for key, values in found.eigenvalues().items():
         assert close(values, wanted.eigenvalues()[key], 1e-6)
-    one, other = (each.checkpoints[0].sample for each in (found, wanted))
-    assert close(one @ one.T, other @ other.T, 1e-4)
+    assert close(found.directions.values, wanted.directions.values, 1e-4)
 
 
 @pytest.mark.parametrize(

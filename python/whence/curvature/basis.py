@@ -2,11 +2,15 @@
 
 The basis spans what a sample of the training data spans most of, each example's row divided by the
 root of its norm: an example's own size says how much it matters to itself more than which
-directions matter to others. In it, what layer-wise curvature leaves out can be put right: rows of
-labels that are drawn from the model have a second moment M there, which would be the identity (but
-for damping) if layers and eigenvectors were independent. Rows are multiplied with (1 + M / r)^-1/2,
-r = tr M² / tr M, the mean eigenvalue weighted by itself: directions in which M holds much are
-damped, and those in which it is noise are left alone.
+directions matter to others. It is found in one pass, so that samples may be as large as the data:
+the leading directions of what was seen so far stand for it when more comes (Levy and Lindenbaum,
+"Sequential Karhunen–Loeve basis extraction", IEEE Transactions on Image Processing 9, 2000).
+
+In the basis, what layer-wise curvature leaves out can be put right: rows of labels that are drawn
+from the model have a second moment M there, which would be the identity (but for damping) if layers
+and eigenvectors were independent. Rows are multiplied with (1 + M / r)^-1/2, r = tr M³ / tr M², the
+mean of M's eigenvalues weighted by each one's share in squared scores: directions in which M holds
+much are damped, and those in which it is noise are left alone.
 """
 
 from __future__ import annotations
@@ -24,61 +28,130 @@ from whence.errors import ArgumentError
 NEGLIGIBLE = 1e-5
 """Directions that hold less than this share of the first are rounding."""
 
+ALONE = 4096
+"""Examples of which the first directions are found."""
+
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
-    """The Gram matrix of sampled rows, side by side over checkpoints, taken apart.
+class Directions:
+    """The leading directions of sampled rows, side by side over checkpoints.
 
     Attributes:
-        values: [directions] eigenvalues, largest first, above rounding.
-        mixed: [examples, directions] what the rows are summed with to be the directions.
+        values: [directions] what the rows hold of each, largest first, above rounding.
+        matrices: [coordinates, directions] of each checkpoint, with which its coordinates are
+            multiplied and summed over checkpoints.
+        total: What the rows hold in all.
+        examples: How many rows.
+        widest: How many directions were kept at most.
+        moment: [directions, directions] the second moment of rows of drawn labels; None where the
+            curvature is left as it is.
     """
 
     values: Tensor
-    mixed: Tensor
+    matrices: list[Tensor]
+    total: float
+    examples: int
+    widest: int
+    moment: Tensor | None = None
 
-    @classmethod
-    def of(cls, samples: Sequence[Tensor], weights: Sequence[float]) -> Spectrum:
-        """That of [examples, coordinates] rows of each checkpoint.
+    def energy(self, dim: int) -> float:
+        """The share of what the rows hold that the leading `dim` directions have."""
+        return min(1.0, float(self.values[:dim].sum()) / self.total)
 
-        O(examples² · coordinates), and O(examples³) for the eigenvectors.
+
+class Leading:
+    """Gathers the leading directions of rows.
+
+    Args:
+        widest: How many are kept.
+        weights: Of each checkpoint. Side by side the coordinates are times their roots.
+    """
+
+    def __init__(self, widest: int, weights: Sequence[float]) -> None:
+        self._widest = widest
+        self._roots = [weight**0.5 for weight in weights]
+        self._waiting: list[Sequence[Tensor]] = []
+        self._kept: list[Tensor] = []
+        self._values = torch.zeros(0)
+        self._total = 0.0
+        self._examples = 0
+
+    def add(self, samples: Sequence[Tensor]) -> None:
+        """Takes in [examples, coordinates] rows of each checkpoint.
+
+        O(n (widest + n) · coordinates) for n = `ALONE` examples at first, 2 · widest after that.
+        """
+        self._waiting.append(samples)
+        while sum(len(each[0]) for each in self._waiting) >= self._enough:
+            self._take()
+
+    @property
+    def _enough(self) -> int:
+        """How many examples are taken in together."""
+        return 2 * self._widest if self._kept else max(ALONE, 2 * self._widest)
+
+    def _take(self) -> None:
+        """Takes in the first examples that wait."""
+        joined = [torch.cat(each) for each in zip(*self._waiting, strict=True)]
+        enough = self._enough
+        left = [each[enough:] for each in joined]
+        self._waiting = [left] if len(left[0]) else []
+        self._fold([each[:enough] for each in joined])
+
+    def _fold(self, samples: list[Tensor]) -> None:
+        count = len(samples[0])
+        rows = [sample * root for sample, root in zip(samples, self._roots, strict=True)]
+        norms = torch.stack([each.square().sum(1) for each in rows]).sum(0).sqrt()
+        inverse = torch.where(norms > 0, norms.rsqrt(), 0)
+        gram = sum((each @ each.T for each in rows), torch.zeros(count, count))
+        gram *= inverse[:, None] * inverse
+        self._total += float(gram.diagonal().double().sum())
+        self._examples += count
+        if self._kept:  # whose rows are their directions times the roots of their values
+            beside = sum(
+                (kept @ each.T for kept, each in zip(self._kept, rows, strict=True)),
+                torch.zeros(len(self._values), count),
+            )
+            beside *= inverse
+            above = torch.cat([torch.diag(self._values), beside], 1)
+            gram = torch.cat([above, torch.cat([beside.T, gram], 1)])
+        # In float32, which tells leading directions from each other and takes half the time.
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0)[: self._widest], vectors.flip(1)[:, : self._widest]
+        above_rounding = int((values > NEGLIGIBLE * values[0]).sum()) if float(values[0]) > 0 else 0
+        old = len(self._values)
+        mixed = vectors[:, :above_rounding].T
+        of_rows = mixed[:, old:] * inverse
+        self._kept = [
+            of_rows @ each + (mixed[:, :old] @ self._kept[place] if old else 0)
+            for place, each in enumerate(rows)
+        ]
+        self._values = values[:above_rounding]
+
+    def directions(self) -> Directions:
+        """What was found.
 
         Raises:
             ArgumentError: If all rows are zero.
         """
-        gram = torch.zeros(len(samples[0]), len(samples[0]), dtype=torch.float64)
-        for sample, weight in zip(samples, weights, strict=True):
-            gram += weight * (sample @ sample.T).double()
-        norms = gram.diagonal().sqrt()
-        inverse = torch.where(norms > 0, norms.rsqrt(), 0)
-        # In float32, which tells leading directions from each other and takes half the time.
-        values, vectors = torch.linalg.eigh((gram * inverse[:, None] * inverse).float())
-        values, vectors = values.flip(0), vectors.flip(1)
-        kept = int((values > NEGLIGIBLE * values[0]).sum()) if float(values[0]) > 0 else 0
-        if not kept:
+        if self._waiting:
+            self._take()
+        if not len(self._values):
             raise ArgumentError("factors must be of examples with a gradient, got only zeros")
-        values, vectors = values[:kept], vectors[:, :kept]
-        return cls(values, inverse.float()[:, None] * vectors / values.sqrt())
+        scales = self._values.rsqrt()
+        matrices = [
+            (kept.T * (scales * root)).contiguous()
+            for kept, root in zip(self._kept, self._roots, strict=True)
+        ]
+        return Directions(self._values, matrices, self._total, self._examples, self._widest)
 
 
-def bases(
-    samples: Sequence[Tensor],
-    weights: Sequence[float],
-    spectrum: Spectrum,
-    dim: int,
-    drawn: Tensor | None,
-    turn: int | None,
-) -> list[NDArray[np.float32]]:
+def bases(directions: Directions, dim: int, turn: int | None) -> list[NDArray[np.float32]]:
     """What coordinates are multiplied with to be rows, at each checkpoint.
 
     Args:
-        samples: [examples, coordinates] of each checkpoint.
-        weights: Of each checkpoint. Side by side the coordinates are times their roots, and the
-            directions have another: so both are in the matrices.
-        spectrum: Of the samples.
-        dim: How many directions.
-        drawn: [draws, examples] products of rows with drawn labels and the samples; None to leave
-            the curvature in the basis as it is.
+        directions: Of the training data.
+        dim: How many are taken.
         turn: Seed of an orthogonal matrix that spreads what the directions hold evenly over the
             columns, which rows of few bits need; None to leave them in falling order.
 
@@ -86,22 +159,28 @@ def bases(
         [coordinates, dim] of each checkpoint.
 
     Raises:
-        ArgumentError: If the sample has fewer examples.
+        ArgumentError: If there are not so many.
     """
-    rank = len(spectrum.values)
-    if rank < dim and rank == len(samples[0]):
+    rank = len(directions.values)
+    if dim > directions.widest:
+        raise ArgumentError(
+            f"dim must be at most {directions.widest}, the directions that were kept, got {dim}; "
+            "fit with a larger widest"
+        )
+    if rank < dim and rank == directions.examples:
         raise ArgumentError(
             f"dim must be at most {rank}, the directions that a sample of as many examples "
             f"spans, got {dim}; fit with a larger sample"
         )
     # Fewer directions than columns hold all that the examples differ in: the rest is zero.
-    mixed = torch.nn.functional.pad(spectrum.mixed[:, :dim], (0, max(0, dim - rank)))
+    empty = max(0, dim - rank)
     after = torch.eye(dim, dtype=torch.float64)
-    if drawn is not None:
-        rows = (drawn @ mixed).double()
-        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    if directions.moment is not None:
+        moment = directions.moment[:dim, :dim].double()
+        values, vectors = torch.linalg.eigh(torch.nn.functional.pad(moment, (0, empty, 0, empty)))
         values = values.clamp(min=0)
-        ridge = float(values.square().sum() / values.sum()) if float(values.sum()) > 0 else 1.0
+        squares = float(values.square().sum())
+        ridge = float((values**3).sum()) / squares if squares > 0 else 1.0
         after = vectors * (1 + values / ridge).rsqrt()
         if turn is None:  # in falling order of what they hold
             after = after.flip(1)
@@ -110,8 +189,7 @@ def bases(
         orthogonal, upper = np.linalg.qr(random)
         # Uniform among orthogonal matrices (Mezzadri, arXiv math-ph/0609050).
         after = after @ torch.from_numpy(orthogonal * np.sign(np.diag(upper)))
-    whole = mixed @ after.float()
+    after = after[: dim - empty].float()
     return [
-        np.ascontiguousarray((weight * (sample.T @ whole)).numpy())
-        for sample, weight in zip(samples, weights, strict=True)
+        np.ascontiguousarray((matrix[:, :dim] @ after).numpy()) for matrix in directions.matrices
     ]

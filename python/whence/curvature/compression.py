@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._core import MAX_DIM
-from whence.curvature.basis import Spectrum, bases
+from whence.curvature.basis import Leading, bases
 from whence.curvature.fit import shares_of
 from whence.errors import ArgumentError, IdError, MismatchError
 from whence.gradients.coordinates import from_arrays, to_arrays
@@ -33,7 +33,7 @@ def compress(
     dim: int = 512,
     dtype: str = "int4",
     weights: Mapping[str, float] | None = None,
-    sample: int = 4096,
+    sample: int = 16384,
     seed: int = 0,
     missing: str = "error",
     progress: bool = True,
@@ -57,7 +57,7 @@ def compress(
         progress: Whether to show a bar.
 
     Returns:
-        The path. O((sample² + examples · dim) · coordinates · checkpoints).
+        The path. O((sample + examples) · dim · coordinates · checkpoints).
 
     Raises:
         MismatchError: If the store has other rows, or `path` was begun from another or otherwise.
@@ -138,9 +138,11 @@ def _bases(
     """[coordinates, dim] of each checkpoint, learnt from some examples."""
     places = np.unique(np.linspace(0, len(complete) - 1, min(sample, len(complete))).astype(int))
     chosen = complete[places]
-    samples = [torch.from_numpy(_read(source, rows[chosen])) for rows in numbers]
-    weights = [shares[name] for name in names]
-    return bases(samples, weights, Spectrum.of(samples, weights), dim, None, turn)
+    leading = Leading(2 * dim, [shares[name] for name in names])
+    for first in range(0, len(chosen), CHUNK):
+        part = chosen[first : first + CHUNK]
+        leading.add([torch.from_numpy(_read(source, rows[part])) for rows in numbers])
+    return bases(leading.directions(), dim, turn)
 
 
 def _rotated(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence import _arrays
-from whence.curvature.basis import Spectrum, bases
+from whence.curvature.basis import Directions, bases
 from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
 from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError, WhenceError
 from whence.gradients.blocks import LOOKUP, Block, Side
@@ -80,14 +80,12 @@ class At:
         digest: Of its weights.
         weight: Of the checkpoint in a combined score.
         statistics: What was gathered of each block.
-        sample: [examples, coordinates] float32 coordinates of some training examples.
     """
 
     name: str
     digest: str
     weight: float
     statistics: Statistics
-    sample: Tensor | None = None
 
 
 class Factors:
@@ -98,8 +96,7 @@ class Factors:
         settings: How coordinates are made.
         stage: "covariance", "eigenvalues" or "basis": how far fitting went.
         checkpoints: Factors at each checkpoint.
-        drawn: [draws, sample] products of the sample's rows with those of drawn labels, summed
-            over checkpoints by their weights; None if labels are not drawn.
+        directions: What rows are rotated onto; None before the stage "basis".
     """
 
     def __init__(
@@ -110,7 +107,7 @@ class Factors:
         settings: Settings,
         checkpoints: Sequence[At],
         stage: str,
-        drawn: Tensor | None = None,
+        directions: Directions | None = None,
     ) -> None:
         self.model = model
         self.reduction = reduction
@@ -118,7 +115,7 @@ class Factors:
         self.settings = settings
         self.checkpoints = list(checkpoints)
         self.stage = stage
-        self.drawn = drawn
+        self.directions = directions
 
     def __repr__(self) -> str:
         examples = max((at.statistics.examples[0] for at in self.checkpoints), default=0)
@@ -193,14 +190,15 @@ class Factors:
         """The map of each checkpoint, and what a manifest says of them all; see `Preconditioner`.
 
         Raises:
-            ArgumentError: If `dim` is more than the sample spans, or fitting did not go so far.
+            ArgumentError: If `dim` is more than was kept or the sample spans, or fitting did not go
+                so far.
         """
         weights = [at.weight for at in self.checkpoints]
         spec: dict[str, Any] = {"layout": LAYOUT, "method": self.method, **asdict(self.settings)}
         if len(weights) == 1:
             spec["residuals"] = "own"  # which the mean over one checkpoint is
         seed = 0 if seed is None else seed
-        bases: list[NDArray[np.float32] | None] = [None] * len(weights)
+        matrices: list[NDArray[np.float32] | None] = [None] * len(weights)
         if sketch is not None:
             if not isinstance(sketch, Sketch):
                 sketch = Sketch(sketch, dim=4096 if dim is None else dim, seed=seed)
@@ -214,13 +212,13 @@ class Factors:
                 )
             spec |= {"dim": widths.pop(), "basis": "none"}
         else:
-            self._need("basis")
+            found = self._found
             dim = self.suggested_dim if dim is None else dim
-            bases = list(self.bases(dim, seed if turned else None))
+            matrices = list(bases(found, dim, seed if turned else None))
             spec |= {"dim": dim, "basis": "learnt", "seed": seed, "turned": turned}
-            spec |= {"refined": self.drawn is not None}
+            spec |= {"refined": found.moment is not None}
         prepared = []
-        for at, chosen, basis in zip(self.checkpoints, self.maps, bases, strict=True):
+        for at, chosen, basis in zip(self.checkpoints, self.maps, matrices, strict=True):
             identity = {"weights": at.digest, "labels": self.labels, **spec}
             prepared.append(
                 Prepared(at.name, at.digest, at.weight, chosen.rotated(basis), identity)
@@ -232,29 +230,18 @@ class Factors:
         """By its name in the literature."""
         return "EK-FAC" if self.settings.corrected else "K-FAC"
 
-    @cached_property
-    def _spectrum(self) -> Spectrum:
-        """The Gram matrix of the sample, taken apart."""
+    @property
+    def _found(self) -> Directions:
+        """The directions of the sample."""
         self._need("basis")
-        return Spectrum.of(*self._samples())
-
-    def _samples(self) -> tuple[list[Tensor], list[float]]:
-        found = [at.sample for at in self.checkpoints]
-        samples = [each for each in found if each is not None]
-        return samples, [at.weight for at in self.checkpoints]
-
-    def bases(self, dim: int, turn: int | None) -> list[NDArray[np.float32]]:
-        """[coordinates, dim] the basis at each checkpoint; see `whence.curvature.basis`.
-
-        Raises:
-            ArgumentError: If the sample does not span so many directions.
-        """
-        return bases(*self._samples(), self._spectrum, dim, self.drawn, turn)
+        if self.directions is None:
+            raise ArgumentError("factors must have directions, got none")
+        return self.directions
 
     @property
     def rank(self) -> int:
-        """How many directions the sample spans: the widest rows that a learnt basis has."""
-        return len(self._spectrum.values)
+        """How many directions the sample spans, of those kept: the widest rows that hold more."""
+        return len(self._found.values)
 
     def explain(self) -> str:
         """What was chosen and why, in words: checkpoints, weights, damping, coordinates, width."""
@@ -283,7 +270,7 @@ class Factors:
             )
             lines.append(
                 f"width        {self.suggested_dim} columns by default; of a sample of "
-                f"{len(self._samples()[0][0]):,} training examples hold {shares or 'all'}"
+                f"{self._found.examples:,} training examples hold {shares or 'all'}"
             )
         return "\n".join(lines)
 
@@ -301,9 +288,8 @@ class Factors:
         return kept / whole if whole else 1.0
 
     def energy(self, dim: int) -> float:
-        """The share of the sample's unit rows that the leading `dim` directions hold."""
-        values = self._spectrum.values
-        return float(values[:dim].sum() / values.sum())
+        """The share of the sample, rows divided by the root of their norm, in `dim` directions."""
+        return self._found.energy(dim)
 
     @property
     def suggested_dim(self) -> int:
@@ -512,7 +498,7 @@ def merge(parts: Sequence[Factors]) -> Factors:
         first.settings,
         checkpoints,
         first.stage,
-        first.drawn,
+        first.directions,
     )
 
 
@@ -578,8 +564,13 @@ def save(factors: Factors, path: Path) -> Path:
         _describe_at(at, f"checkpoint-{number}", arrays)
         for number, at in enumerate(factors.checkpoints)
     ]
-    if factors.drawn is not None:
-        arrays["drawn"] = factors.drawn
+    found = factors.directions
+    if found is not None:
+        arrays["directions-values"] = found.values
+        for number, matrix in enumerate(found.matrices):
+            arrays[f"directions-{number}"] = matrix
+        if found.moment is not None:
+            arrays["directions-moment"] = found.moment
     with store_errors(path):
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -597,6 +588,9 @@ def save(factors: Factors, path: Path) -> Path:
             "settings": asdict(factors.settings),
             "stage": factors.stage,
             "checkpoints": described,
+            "directions": None
+            if found is None
+            else {"total": found.total, "examples": found.examples, "widest": found.widest},
             "files": files,
             "arrays": {
                 name: [_KINDS[array.dtype], list(array.shape)] for name, array in arrays.items()
@@ -635,8 +629,6 @@ def _describe_at(at: At, prefix: str, arrays: dict[str, Tensor]) -> dict[str, An
             if getattr(known, name) is not None:
                 arrays[f"{stem}-{name}"] = getattr(known, name)
         blocks.append({**describe(known.block), "sides": sides, "terms": known.terms})
-    if at.sample is not None:
-        arrays[f"{prefix}-sample"] = at.sample
     statistics = at.statistics
     return {
         "name": at.name,
@@ -674,6 +666,14 @@ def load(path: Path) -> Factors:
             _read_at(each, f"checkpoint-{number}", arrays)
             for number, each in enumerate(body["checkpoints"])
         ]
+        directions = None
+        if body["directions"] is not None:
+            directions = Directions(
+                arrays["directions-values"],
+                [arrays[f"directions-{number}"] for number in range(len(checkpoints))],
+                **body["directions"],
+                moment=arrays.get("directions-moment"),
+            )
         return Factors(
             body["model"],
             body["reduction"],
@@ -681,7 +681,7 @@ def load(path: Path) -> Factors:
             Settings(**body["settings"]),
             checkpoints,
             body["stage"],
-            arrays.get("drawn"),
+            directions,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, WhenceError):
@@ -721,6 +721,4 @@ def _read_at(each: Mapping[str, Any], prefix: str, arrays: Mapping[str, Tensor])
         list(each["examples"]),
         torch.float64 if each["wide"] else torch.float32,
     )
-    return At(
-        each["name"], each["digest"], each["weight"], statistics, arrays.get(f"{prefix}-sample")
-    )
+    return At(each["name"], each["digest"], each["weight"], statistics)

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from whence import _arrays
+from whence._core import MAX_DIM
+from whence.curvature.basis import Leading
 from whence.curvature.factors import STAGES, At, Factors, Progress, Settings
 from whence.curvature.labels import DrawnLabels, Mixture
 from whence.curvature.statistics import Statistics
@@ -22,6 +26,7 @@ from whence.gradients.capture import Capture, not_finite
 from whence.gradients.coordinates import Coordinates
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
 from whence.gradients.passes import (
+    TOGETHER,
     Task,
     evaluating,
     length_of,
@@ -31,7 +36,7 @@ from whence.gradients.passes import (
 )
 from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS
-from whence.gradients.residuals import Residuals
+from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_of
 from whence.gradients.weights import State, digest, load, put
 
@@ -62,7 +67,8 @@ def fit_factors(
     residuals: str | None = None,
     longest: int = 4096,
     examples: int | None = None,
-    sample: int = 4096,
+    sample: int = 16384,
+    widest: int = 1024,
     seed: int = 0,
     start: Factors | None = None,
     until: str = "basis",
@@ -110,7 +116,9 @@ def fit_factors(
             their own: O(longest³) time and O(longest²) memory for each.
         examples: How many examples the first two passes see, the first ones; None for all.
         sample: How many examples the third pass sees, spread evenly; at least as many as a row is
-            to be wide.
+            to be wide. The more, the better the basis fits examples that it has not seen.
+        widest: The width of the widest rows that can be asked for. O(sample · widest ·
+            coordinates) time at each checkpoint, and widest · coordinates values are kept.
         seed: Of the drawn labels.
         start: Factors to go on from, such as those of several shards that were merged; of the same
             labels, reduction, layers and longest.
@@ -142,6 +150,7 @@ def fit_factors(
     longest = _arrays.integer("longest", longest, 1)
     examples = None if examples is None else _arrays.integer("examples", examples, 1)
     sample = _arrays.integer("sample", sample, 2)
+    widest = _arrays.integer("widest", widest, 1, MAX_DIM)
     seed = _arrays.integer("seed", seed, 0, MAX_SEED)
     fitting = _Fitting(
         model,
@@ -210,7 +219,7 @@ def fit_factors(
             found.append(saved)
     factors = Factors(described, reduction, labels, settings, found, stage)
     if until == "basis":
-        factors = fitting.basis(factors, loaded)
+        factors = fitting.basis(factors, loaded, widest)
     if progress:
         tqdm.write(factors.explain(), file=sys.stderr)
     return factors
@@ -328,41 +337,26 @@ class _Fitting:
             self._gather(f"{name}: eigenvalues", at.statistics)
         return at
 
-    def basis(self, factors: Factors, states: Mapping[str, State | None]) -> Factors:
-        """The same with a sample of rows, and their products with rows of drawn labels."""
-        batches = self._sampled()
-        sampled = self._labels == "sampled"
-        averaged = factors.settings.residuals == "averaged" and len(states) > 1
-        true, drawn, mixture = Residuals(), Residuals(), Mixture(self._seed + 2)
-        drawn.targets = mixture.targets
-
-        def forward(what: str, mode: Callable[[int, int], Any]) -> None:
-            for place, (name, state) in enumerate(states.items()):
-                with self.at(name, state), torch.no_grad():
-                    for number, batch in enumerate(self._batches(f"{name}: {what}", batches)):
-                        with mode(number, place):
-                            self._task.loss(*_arguments(batch))
-
-        shares = [at.weight for at in factors.checkpoints]
-        if averaged:
-            forward("residuals", lambda batch, place: true.collecting(batch, shares[place]))
-        if sampled:
-            forward("labels", mixture.drawing)
-            if not any(mixture.targets.values()):
-                DrawnLabels(0).check()
-        if sampled and averaged:
-            forward("drawn residuals", lambda batch, place: drawn.collecting(batch, shares[place]))
-        products: Tensor | None = None
-        for place, (name, state) in enumerate(states.items()):
-            at, chosen = factors.checkpoints[place], factors.maps[place]
-            with self.at(name, state):
-                mode: Callable[[int], Any] | None = true.replaying if averaged else None
-                at.sample = self._coordinates(f"{name}: basis", batches, chosen, mode)
-                if sampled:
-                    mode = drawn.replaying if averaged else mixture.replaying
-                    rows = self._coordinates(f"{name}: curvature", batches, chosen, mode)
-                    found = at.weight * (rows @ at.sample.T)
-                    products = found if products is None else products + found
+    def basis(self, factors: Factors, states: Mapping[str, State | None], widest: int) -> Factors:
+        """The same with directions of a sample's rows, and the second moment of drawn labels'."""
+        groups = _groups(self._sampled())
+        leading = Leading(widest, [at.weight for at in factors.checkpoints])
+        for group in groups:
+            for part, residuals in self._parts("residuals", factors, states, group):
+                mode = None if residuals is None else residuals.replaying
+                leading.add(
+                    [
+                        self._coordinates(f"{name}: basis", part, chosen, mode)
+                        for name, chosen in self._each(factors, states)
+                    ]
+                )
+        directions = leading.directions()
+        if self._labels == "sampled":
+            moment = torch.zeros(len(directions.values), len(directions.values))
+            for group in groups:
+                for rows in self._drawn(factors, states, group, directions.matrices):
+                    moment += rows.T @ rows / directions.examples
+            directions = replace(directions, moment=moment)
         return Factors(
             factors.model,
             factors.reduction,
@@ -370,8 +364,70 @@ class _Fitting:
             factors.settings,
             factors.checkpoints,
             "basis",
-            products,
+            directions,
         )
+
+    def _drawn(
+        self,
+        factors: Factors,
+        states: Mapping[str, State | None],
+        group: list[tuple[int, Any]],
+        matrices: Sequence[Tensor],
+    ) -> Iterator[Tensor]:
+        """[examples, directions] rows of labels that are drawn from the mean over checkpoints."""
+        mixture = Mixture(self._seed + 2)
+        for place, (name, state) in enumerate(states.items()):
+            with self.at(name, state):
+                self._forward(f"{name}: labels", group, partial(mixture.drawing, checkpoint=place))
+        if not any(mixture.targets.values()):
+            DrawnLabels(0).check()
+        parts = self._parts("drawn residuals", factors, states, group, mixture.targets)
+        for part, residuals in parts:
+            mode = mixture.replaying if residuals is None else residuals.replaying
+            rows = torch.zeros(())
+            for place, (name, chosen) in enumerate(self._each(factors, states)):
+                found = self._coordinates(f"{name}: curvature", part, chosen, mode)
+                rows = rows + found @ matrices[place]
+            yield rows
+
+    def _each(
+        self, factors: Factors, states: Mapping[str, State | None]
+    ) -> Iterator[tuple[str, Coordinates]]:
+        """The model at each checkpoint: its name, and the coordinates there."""
+        for (name, state), chosen in zip(states.items(), factors.maps, strict=True):
+            with self.at(name, state):
+                yield name, chosen
+
+    def _parts(
+        self,
+        what: str,
+        factors: Factors,
+        states: Mapping[str, State | None],
+        group: list[tuple[int, Any]],
+        targets: dict[int, list[Tensor]] | None = None,
+    ) -> Iterator[tuple[list[tuple[int, Any]], Residuals | None]]:
+        """Batches with their residuals averaged over checkpoints, as many as there is room for."""
+        if factors.settings.residuals != "averaged" or len(states) == 1:
+            yield group, None
+            return
+        residuals = Residuals()
+        residuals.targets = targets or {}
+        for at, (name, state) in zip(factors.checkpoints, states.items(), strict=True):
+            with self.at(name, state):
+                mode = partial(residuals.collecting, share=at.weight)
+                self._forward(f"{name}: {what}", group, mode)
+            if residuals.nbytes > RESIDUAL_BYTES and len(group) > 1:
+                middle = len(group) // 2
+                for half in (group[:middle], group[middle:]):
+                    yield from self._parts(what, factors, states, half, targets)
+                return
+        yield group, residuals
+
+    def _forward(self, what: str, group: list[tuple[int, Any]], mode: Callable[[int], Any]) -> None:
+        """Runs the loss of batches, without gradients."""
+        for number, batch in self._batches(what, group):
+            with torch.no_grad(), mode(number):
+                self._task.loss(*_arguments(batch))
 
     def _sampled(self) -> list[Any]:
         """Whole batches of some examples, spread evenly over the data; the last one cut."""
@@ -413,13 +469,13 @@ class _Fitting:
     def _coordinates(
         self,
         name: str,
-        batches: list[Any],
+        group: list[tuple[int, Any]],
         chosen: Coordinates,
         mode: Callable[[int], Any] | None,
     ) -> Tensor:
         """[examples, coordinates] of a sample."""
         found: list[Tensor] = []
-        for number, batch in enumerate(self._batches(name, batches)):
+        for number, batch in self._batches(name, group):
             capture = Capture(self.structure, chosen, None, self._task.unbatched)
             entered = None if mode is None else mode(number)
             capture, factor = self._task.run(self._hooks, capture, batch, entered)
@@ -447,6 +503,19 @@ class _Fitting:
         if capture.bad:
             names = [f"example {index} of a batch" for index in range(capture.batch)]
             raise not_finite(names, capture.bad)
+
+
+def _groups(batches: list[Any]) -> list[list[tuple[int, Any]]]:
+    """Numbered batches, of `TOGETHER` examples or a few more."""
+    groups: list[list[tuple[int, Any]]] = []
+    counted = TOGETHER
+    for number, batch in enumerate(batches):
+        if counted >= TOGETHER:
+            groups.append([])
+            counted = 0
+        groups[-1].append((number, batch))
+        counted += length_of(batch)
+    return groups
 
 
 def _arguments(batch: Any) -> Any:

@@ -32,19 +32,13 @@ from whence.gradients.maps import (
     prepared_maps,
     stored_arrays,
 )
-from whence.gradients.passes import Task, evaluating, length_of, reread
+from whence.gradients.passes import TOGETHER, Task, evaluating, length_of, reread
 from whence.gradients.recorder import patterns
-from whence.gradients.residuals import Residuals
+from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_in_store
 from whence.gradients.weights import State, digest, load, put
 from whence.sketch import Sketch
 from whence.store import COMBINED, Checkpoint, Manifest, Writer
-
-TOGETHER = 4096
-"""Examples whose batches are kept while all checkpoints see them in turn."""
-
-RESIDUAL_BYTES = 1 << 28
-"""Residuals of so many bytes at most are kept meanwhile; of more, fewer examples go together."""
 
 
 def record_checkpoints(

@@ -25,6 +25,9 @@ from whence.gradients.hooks import Draws, Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.weights import preserved
 
+TOGETHER = 4096
+"""Examples whose batches are kept while all checkpoints see them in turn."""
+
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 """Samplers that give another order each time."""
 

@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from whence.errors import LayerError
 
+RESIDUAL_BYTES = 1 << 28
+"""Residuals of so many bytes are kept at most; of more, fewer examples go together."""
+
 LOSSES = {
     F.cross_entropy,
     F.nll_loss,
