@@ -443,7 +443,7 @@ def _recorded(folder: Path) -> Iterator[Row]:
             model,
             [(values, targets)],
             loss,
-            coordinates=4096,
+            coordinates=6144,
             leading=0.25,
             until="eigenvalues",
             progress=False,
@@ -474,7 +474,7 @@ def _recorded(folder: Path) -> Iterator[Row]:
             plain_pass()
             times = take_turns({"ours": recorded, "peer": plain_pass})
         yield Row(
-            f"transformer {width} × {layers}: recording 4,096 coordinates of the leading quarter "
+            f"transformer {width} × {layers}: recording 6,144 coordinates of the leading quarter "
             "÷ forward and backward",
             times["ours"].median,
             times["peer"].median,

@@ -42,6 +42,10 @@ class Side:
         """The number of columns."""
         return sum(matrix.shape[1] for _, _, matrix in self.parts)
 
+    def spans(self, length: int) -> bool:
+        """Whether each column is of all `length` values."""
+        return [part[:2] for part in self.parts] == [(0, length)]
+
     def project(self, values: Tensor, *, one: bool = False) -> Tensor:
         """[..., length] to [..., columns], with the constant one if `one`; in the columns' type."""
         if self.parts:  # rules of norms and biases hand over float32, of a float64 model too
@@ -236,8 +240,14 @@ class BlockAccumulator(ABC):
         self.batch = batch
 
     @abstractmethod
-    def outer(self, block: Block, left: Tensor, right: Tensor, first: int, *, bias: bool) -> None:
-        """Σ_t left[t] right[t]ᵀ of the samples from `first` on, of the bias as well if `bias`."""
+    def outer(
+        self, block: Block, left: Tensor, right: Tensor, first: int, *, bias: bool
+    ) -> bool | None:
+        """Σ_t left[t] right[t]ᵀ of the samples from `first` on, of the bias as well if `bias`.
+
+        Returns:
+            True if all values are known to be finite by now: they are not looked at again.
+        """
 
     @abstractmethod
     def bias(self, block: Block, values: Tensor) -> None:
@@ -308,9 +318,11 @@ class BlockAccumulator(ABC):
         block = self.map.outer_of(name, start, sizes, bias)
         joined = bias is not None and block.bias is not None
         joined = joined and block.ones == "right" and block.bias[:2] == (bias[0], bias[2])  # type: ignore[index]
-        self.outer(block, *factors, first, bias=joined)
+        finite = self.outer(block, *factors, first, bias=joined)
         if bias is not None and not joined:
             self.add(bias[0], bias[1], left.sum(1), bias[2])
+        if finite:
+            return []
         # A product of what is not finite is not finite, but for zeros: so both sides are looked at.
         return bad_rows(factors[0], first) + bad_rows(factors[1], first)
 

@@ -150,27 +150,31 @@ class CoordinatesAccumulator(BlockAccumulator):
         found: NDArray[np.float32] = (torch.from_numpy(totals) @ self.map.basis).numpy()
         return found
 
-    def outer(self, block: Block, left: Tensor, right: Tensor, first: int, *, bias: bool) -> None:
+    def outer(self, block: Block, left: Tensor, right: Tensor, first: int, *, bias: bool) -> bool:
         """Two thin products, and of their product what is wanted."""
         start, choice = self.map.places[block.key]
         if not len(choice):
-            return
+            return False
         batch, terms, rows = left.shape
         wide, other = block.values
         thin = terms * (rows * wide + right.shape[2] * other + wide * other)
         formed = rows * right.shape[2] * (terms + other) + rows * wide * other
         if terms > 1 and not bias and formed < thin:
-            self._put(start, first, self._picked(choice, block.formed(left.mT @ right)))
-            return
+            found = self._picked(choice, block.formed(left.mT @ right))
+            self._put(start, first, found)
+            return _proves(block, left, right, found)
         factors = block.projected(left, right, bias=bias)
         if terms == 1:
             found = factors[0][:, 0, choice.rows] * factors[1][:, 0, choice.columns]
             self._put(start, first, found * choice.scales)
-            return
-        step = max(1, FORMED_VALUES // (wide * other))
+            return _proves(block, left, right, found)
+        step, finite = max(1, FORMED_VALUES // (wide * other)), True
         for at in range(0, batch, step):
             formed_part = factors[0][at : at + step].mT @ factors[1][at : at + step]
-            self._put(start, first + at, self._picked(choice, formed_part))
+            found = self._picked(choice, formed_part)
+            self._put(start, first + at, found)
+            finite = finite and _proves(block, left, right, found)
+        return finite
 
     def bias(self, block: Block, values: Tensor) -> None:
         """The bias, where it does not come with its weight."""
@@ -212,6 +216,18 @@ class CoordinatesAccumulator(BlockAccumulator):
 
     def _put(self, start: int, first: int, found: Tensor) -> None:
         self._totals[first : first + len(found), start : start + found.shape[1]] += found
+
+
+def _proves(block: Block, left: Tensor, right: Tensor, found: Tensor) -> bool:
+    """Whether coordinates show that both factors are finite: all of them have all values in them.
+
+    A value that is not finite makes every column of its side not finite, whatever it is multiplied
+    with, for 0 times it is NaN; and so every coordinate of its sample.
+    """
+    if block.left is None or block.right is None:
+        return False
+    spanned = block.left.spans(left.shape[2]) and block.right.spans(right.shape[2])
+    return spanned and bool(torch.isfinite(found.sum()))
 
 
 def random_basis(sketch: Sketch, name: str, width: int) -> NDArray[np.float32]:
