@@ -21,7 +21,7 @@ from comparisons import attributors, truths
 from comparisons.record import LENGTH, VOCABULARY, Transformer
 from comparisons.shared import Curve, Row, bench, peer, take_turns
 from comparisons.truths import DATA, Case
-from whence.methods import Ekfac, EkfacStored, Run
+from whence.methods import Ekfac, EkfacStored, GradientDot, Run
 
 NUMBERS = (3_000, 100_000, 10_000_000)
 """Training examples among which what is shared is divided."""
@@ -102,7 +102,7 @@ class Runs:
         """A way beside another, over the same runs."""
         ours, theirs = self.found[way], self.found.get(other or "")
         spread = str(ours)
-        if theirs is not None:
+        if theirs is not None and len(theirs.values) == len(ours.values):
             differences = np.subtract(ours.values, theirs.values)
             error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
             spread += f"; difference {differences.mean():+.3f} ± {error:.3f}"
@@ -149,6 +149,7 @@ def _perceptrons(folder: Path) -> Iterator[Row | Curve]:
         "512 f32": (512, "float32"),
         "512 int8": (512, "int8"),
     }
+    last: dict[str, Any] = {}
     for seed, case in enumerate(truths.mlp()):
         factors = _fit(case)
         for name, (dim, dtype) in ways.items():
@@ -156,9 +157,10 @@ def _perceptrons(folder: Path) -> Iterator[Row | Curve]:
         one = _fit(case, states=case.last)
         runs.stored("one 260", case, one, 512, "int4", last=True)
         runs.add("exact", case, lambda: Ekfac().fit(case.run(last=True)).scores(case.queries))
+        runs.add("plain", case, lambda: GradientDot().fit(case.run(last=True)).scores(case.queries))
         exact = Ekfac(factors)
         runs.add("averaged", case, lambda: exact.fit(case.run()).scores(case.queries))
-        runs.stored("any", case, factors, 2048, "float32")
+        runs.stored("any", case, factors, 1024, "float32")
         if seed == 0:
             for damping in DAMPINGS:
                 swept = _fit(case, damping=damping)
@@ -172,11 +174,20 @@ def _perceptrons(folder: Path) -> Iterator[Row | Curve]:
 
             runs.add("kronfluence", case, whole)
         if traker is not None:
-            runs.add("trak", case, lambda: attributors.trak(case, runs.new(), case.last))
+            for dim, way in ((64, "trak 64"), (512, "trak"), (2048, "trak 2048")):
+                runs.add(
+                    way, case, lambda dim=dim: attributors.trak(case, runs.new(), case.last, dim)
+                )
+            last[f"{seed}"] = next(iter(case.last.values()))
+            if len(last) == 5:
+                five = dict(last)
+                runs.add("trak 5", case, lambda five=five: attributors.trak(case, runs.new(), five))
+                last.clear()
     name = "MLP, 3,000 images, one run with its checkpoints"
     for way, goal in (("516", 0.62), ("260", 0.60), ("132", 0.56), ("68", 0.49)):
         dim, dtype = ways[way]
         yield runs.row(f"{name}, {way} B (dim {dim}, {dtype}) beside TRAK-1", way, "trak", goal)
+    yield runs.row(f"{name}, 260 B, beside TRAK-5 of five trainings", "260", "trak 5")
     yield runs.row("MLP, one model, 260 B, beside TRAK-1", "one 260", "trak", 0.52)
     yield runs.row(
         "MLP, one model, exact EK-FAC − kronfluence",
@@ -196,18 +207,25 @@ def _perceptrons(folder: Path) -> Iterator[Row | Curve]:
     )
     yield runs.row("MLP, dim 512: int4 − float32", "260", "512 f32", -0.005, measure="difference")
     yield _damping("MLP", runs)
-    yield Curve(
-        "attribution-bytes",
-        "whence, one run with its checkpoints",
-        [(float(runs.costs[way].row), runs.found[way].mean) for way in ("68", "132", "260", "516")],
-    )
-    for way, label, size in (
-        ("one 260", "whence, one model", 260.0),
-        ("trak", "traker, TRAK-1", 2048.0),
-        ("kronfluence", "kronfluence, gradients recomputed", 136_488.0),
+    recomputed = 4.0 * sum(each.numel() for each in case.model.parameters())
+    for label, points in (
+        (
+            "whence, one run with its checkpoints",
+            [(way, None) for way in ("68", "132", "260", "516")],
+        ),
+        ("whence, one model", [("one 260", None)]),
+        ("TRAK-1", [("trak 64", 256.0), ("trak", 2048.0), ("trak 2048", 8192.0)]),
+        ("TRAK-5, five trainings", [("trak 5", 10_240.0)]),
+        ("EK-FAC of kronfluence, gradients recomputed", [("kronfluence", recomputed)]),
+        ("plain gradient products, recomputed", [("plain", recomputed)]),
     ):
-        if way in runs.found:
-            yield Curve("attribution-bytes", label, [(size, runs.found[way].mean)])
+        there = [
+            (size or float(runs.costs[way].row), runs.found[way].mean)
+            for way, size in points
+            if way in runs.found
+        ]
+        if there:
+            yield Curve("Accuracy against bytes", label, there)
 
 
 def _damping(name: str, runs: Runs) -> Row:
@@ -247,6 +265,7 @@ def _spellers(folder: Path) -> Iterator[Row]:
     """The transformer of names."""
     runs = Runs(folder)
     kron = peer("kronfluence")
+    trained: list[NDArray[Any]] = []
     for seed, case in enumerate(truths.names()):
         one, factors = _fit(case, states=case.last), _fit(case)
         most = min(960, one.rank), min(960, factors.rank)
@@ -261,16 +280,22 @@ def _spellers(folder: Path) -> Iterator[Row]:
         if kron is not None:
             theirs = attributors.Ekfac(case, runs.new())
 
-            def whole(theirs: attributors.Ekfac = theirs) -> NDArray[Any]:
+            def alone(theirs: attributors.Ekfac = theirs) -> NDArray[Any]:
                 theirs.fit()
-                return theirs.scores()
+                trained.append(theirs.scores())
+                return trained[-1]
 
-            runs.add("kronfluence", case, whole)
+            runs.add("kronfluence", case, alone)
+            if len(trained) == 3:
+                mean = np.mean(trained, axis=0)
+                runs.add("kronfluence 3", case, lambda mean=mean: mean)
+                trained.clear()
     name = "names transformer"
     yield runs.row(f"{name}, 1 model, any size, beside kronfluence", "one", "kronfluence", 0.56)
     yield runs.row(f"{name}, 1 model, exact, beside kronfluence", "exact", "kronfluence")
     yield runs.row(f"{name}, one run with its checkpoints, any size", "any", "kronfluence", 0.63)
     yield runs.row(f"{name}, one run with its checkpoints, 260 B", "260", "kronfluence", 0.61)
+    yield runs.row(f"{name}, 260 B, beside kronfluence with 3 trainings", "260", "kronfluence 3")
     yield _damping("names", runs)
 
 

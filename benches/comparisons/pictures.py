@@ -20,8 +20,8 @@ MISSED = 1.0005
 def draw(curves: Sequence[Curve], folder: Path) -> None:
     """Writes each picture as SVG into a folder, under its name in lower case with hyphens.
 
-    A picture of growth has rows and milliseconds, both logarithmic; any other recall and queries a
-    second.
+    A picture of growth has rows and milliseconds, both logarithmic; one of accuracy bytes and the
+    linear datamodeling score; any other recall and queries a second.
     """
     import matplotlib as mpl
 
@@ -44,12 +44,18 @@ def draw(curves: Sequence[Curve], folder: Path) -> None:
             else:
                 colour, marker = next(others)
                 axis.set(color=colour, marker=marker)
-        axes.set_yscale("log")
-        if picture.startswith("growth"):
+        if picture.startswith("Accuracy"):
+            axes.set_xscale("log")
+            axes.set_xlabel("bytes an example")
+            axes.set_ylabel("linear datamodeling score")
+            axes.set_ylim(0)
+        elif picture.startswith("growth"):
+            axes.set_yscale("log")
             axes.set_xscale("log")
             axes.set_xlabel("rows of 512")
             axes.set_ylabel("milliseconds a query, one thread")
         else:
+            axes.set_yscale("log")
             # What is missed counts: from 0.99 to 0.999 is as far as from 0.9 to 0.99.
             axes.set_xscale("function", functions=(_place, lambda at: MISSED - 10.0**-at))
             axes.set_xticks([0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999])
