@@ -105,7 +105,7 @@ def trak(case: Case, folder: Path, states: dict[str, Any], dim: int = 512) -> ND
             seed=0,
             proj_type=ProjectionType.normal,
             device="cpu",
-            block_size=min(dim, 128),
+            block_size=min(dim // 2, 128),  # its memory of a single block is freed too early
             dtype=torch.float32,
         )
         traker = module.TRAKer(
