@@ -29,16 +29,21 @@ from whence.sketch import Sketch
 if TYPE_CHECKING:
     from whence import methods
     from whence.attribution import query
-    from whence.curvature import Factors, compress, fit_factors, suggest_checkpoints
+    from whence.curvature import (
+        Factors,
+        compress,
+        fit_factors,
+        moments_of,
+        suggest_checkpoints,
+    )
     from whence.gradients import Recorder, record, record_checkpoints, register_layer
-    from whence.gradients.moments import moments_of
 
 _NEED_TORCH = {
     "Factors": "whence.curvature",
     "compress": "whence.curvature",
     "fit_factors": "whence.curvature",
     "methods": "whence.methods",
-    "moments_of": "whence.gradients.moments",
+    "moments_of": "whence.curvature",
     "query": "whence.attribution",
     "record": "whence.gradients",
     "record_checkpoints": "whence.gradients",

@@ -6,6 +6,7 @@ factors     K-FAC and EK-FAC factors of checkpoints: saved, merged, made into ma
 basis       the directions that a sample of the training data spans most of
 fit         `fit_factors`: the passes
 checkpoints which checkpoints of a run to keep
+moments     `moments_of`: an optimizer's second moments, in the place of factors
 compression coordinates kept at several checkpoints, to one short row an example
 """
 
@@ -13,5 +14,13 @@ from whence.curvature.checkpoints import suggest_checkpoints
 from whence.curvature.compression import compress
 from whence.curvature.factors import Factors
 from whence.curvature.fit import fit_factors
+from whence.curvature.moments import Moments, moments_of
 
-__all__ = ["Factors", "compress", "fit_factors", "suggest_checkpoints"]
+__all__ = [
+    "Factors",
+    "Moments",
+    "compress",
+    "fit_factors",
+    "moments_of",
+    "suggest_checkpoints",
+]

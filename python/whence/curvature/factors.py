@@ -21,14 +21,13 @@ from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
 from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError, WhenceError
 from whence.gradients.blocks import LOOKUP, Block, Side
 from whence.gradients.coordinates import (
-    LAYOUT,
     Choice,
     Coordinates,
-    Prepared,
     describe,
     described_block,
     to_arrays,
 )
+from whence.gradients.preconditioned import LAYOUT, Prepared
 from whence.sketch import Sketch
 from whence.store.files import (
     Written,
@@ -183,6 +182,24 @@ class Factors:
         ):
             choices.append(_choice(known[key].block, values, damping, mask.reshape(values.shape)))
         return Coordinates(choices)
+
+    def check(self, model: Mapping[str, Any], reduction: str) -> None:
+        """Nothing, if they are of these layers and this reduction; see `Preconditioner`.
+
+        Raises:
+            MismatchError: If not.
+        """
+        if self.model["digest"] != model["digest"]:
+            there, here = (
+                {each["name"] for each in of["parameters"]} for of in (self.model, model)
+            )
+            odd = sorted(there ^ here)[:4] or "the same parameters in other layers"
+            raise MismatchError(f"precondition must be factors of the recorded layers, got {odd}")
+        if self.reduction != reduction:
+            raise MismatchError(
+                f"reduction must be {self.reduction!r} as the factors were fitted, got "
+                f"{reduction!r}"
+            )
 
     def prepared(
         self, dim: int | None, sketch: str | Sketch | None, seed: int | None, *, turned: bool

@@ -16,7 +16,7 @@ from whence.factored import Factored, FactoredAccumulator
 from whence.gradients.blocks import BlockAccumulator, BlockMap
 from whence.gradients.coordinates import Coordinates, CoordinatesAccumulator
 from whence.gradients.device import DeviceAccumulator, supports
-from whence.gradients.moments import Divided, DividedAccumulator
+from whence.gradients.divided import Divided, DividedAccumulator
 from whence.gradients.structure import Layer, Parameter, Structure, uncovered_error
 from whence.sketch import Accumulator, Sketch, layer_of
 
@@ -25,7 +25,7 @@ Guarded = TypeVar("Guarded")
 Gatherer: TypeAlias = Accumulator | FactoredAccumulator | BlockAccumulator | DividedAccumulator
 """What takes the gradients of a batch."""
 
-Totals: TypeAlias = Accumulator | DeviceAccumulator | CoordinatesAccumulator
+Totals: TypeAlias = Accumulator | DeviceAccumulator | CoordinatesAccumulator | DividedAccumulator
 """Running totals, on the processor or on another device."""
 
 DEVICES = ("cuda",)
@@ -79,8 +79,12 @@ class Capture:
         self._map = rows
         # What samples and batch are compared by; factors of a batch cannot be, and coordinates of
         # one parameter say little.
-        self._checking: Sketch | Coordinates = Sketch("tensorsketch", dim=CHECKED, threads=1)
-        if isinstance(rows, Sketch) or (isinstance(rows, Coordinates) and check == "total"):
+        self._checking: Sketch | Coordinates | Divided = Sketch(
+            "tensorsketch", dim=CHECKED, threads=1
+        )
+        if isinstance(rows, Sketch) or (
+            isinstance(rows, (Coordinates, Divided)) and check == "total"
+        ):
             self._checking = rows
         self._received: Counter[str] = Counter()
         self.added: Counter[str] = Counter()
@@ -276,9 +280,9 @@ class Capture:
         """Factored rows whose products are multiplied with their norms."""
         return self._map.weighted(rows, norms) if isinstance(self._map, Factored) else rows
 
-    def sketched(self, sketch: Sketch | Coordinates) -> NDArray[Any]:
+    def sketched(self, sketch: Sketch | Coordinates | Divided) -> NDArray[Any]:
         """[batch, dim] the totals, as `sketch` has them: factored rows are sketched first."""
-        if not isinstance(self.accumulator, FactoredAccumulator) or isinstance(sketch, Coordinates):
+        if not isinstance(self.accumulator, FactoredAccumulator) or not isinstance(sketch, Sketch):
             return self._linear.totals
         rows, norms = self.accumulator.rows()
         shapes = {name: each.shape for name, each in self.structure.parameters.items()}

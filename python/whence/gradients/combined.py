@@ -24,7 +24,7 @@ from whence.errors import (
     WeightsError,
 )
 from whence.gradients.capture import Capture, not_finite
-from whence.gradients.coordinates import Coordinates, Preconditioner
+from whence.gradients.coordinates import Coordinates
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
 from whence.gradients.maps import (
     check_identity,
@@ -33,6 +33,7 @@ from whence.gradients.maps import (
     stored_arrays,
 )
 from whence.gradients.passes import TOGETHER, Task, evaluating, length_of, reread
+from whence.gradients.preconditioned import FittedPreconditioner
 from whence.gradients.recorder import patterns
 from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_in_store
@@ -47,7 +48,7 @@ def record_checkpoints(
     loader: Iterable[Any],
     loss: Callable[..., Tensor],
     *,
-    precondition: Preconditioner,
+    precondition: FittedPreconditioner,
     states: Mapping[str, State] | None = None,
     ids: Any = None,
     columns: Callable[..., Mapping[str, Any]] | None = None,
@@ -103,7 +104,7 @@ def record_checkpoints(
     keys = _Keys(ids, columns)
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
-    if not hasattr(precondition, "prepared"):
+    if not hasattr(precondition, "prepared") or not hasattr(precondition, "reduction"):
         raise DtypeError(
             "precondition must be factors of whence.fit_factors, got "
             f"{_arrays.describe(precondition)}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from torch import Tensor
 from whence.errors import MismatchError
 from whence.gradients.blocks import LOOKUP, OUTER, Block, BlockAccumulator, BlockMap, Side
 from whence.sketch import Sketch
-
-LAYOUT = "preconditioned"
-"""What a manifest calls rows of coordinates."""
 
 FORMED_VALUES = 1 << 24
 """Products of both sides are formed for as many samples at a time as fit in 64 MiB."""
@@ -79,49 +76,6 @@ class Coordinates(BlockMap):
     def rotated(self, basis: NDArray[np.float32] | None) -> Coordinates:
         """The same coordinates in another basis."""
         return Coordinates(self.choices, basis)
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """The map of one checkpoint, and what a store says of it.
-
-    Attributes:
-        name: Of the checkpoint.
-        digest: Of the weights that it was fitted at.
-        weight: Of the checkpoint in a combined score.
-        map: To its rows.
-        identity: What the map was made of and how, as JSON has it.
-    """
-
-    name: str
-    digest: str
-    weight: float
-    map: Coordinates
-    identity: dict[str, Any]
-
-
-class Preconditioner(Protocol):
-    """What makes gradients into preconditioned rows: `whence.fit_factors` returns one."""
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """Digest and parameters of the model, as a manifest has them."""
-
-    @property
-    def reduction(self) -> str:
-        """How the loss that it was fitted to combined its examples."""
-
-    def prepared(
-        self, dim: int | None, sketch: str | Sketch | None, seed: int | None, *, turned: bool
-    ) -> tuple[list[Prepared], dict[str, Any]]:
-        """The map of each checkpoint, and what a manifest says of them all.
-
-        Args:
-            dim: Width of a row; None for one that suits the data; 0 for coordinates as they are.
-            sketch: A random map of the coordinates; None for the basis learnt from the data.
-            seed: Of the random map.
-            turned: Whether a learnt basis is turned, so that all columns hold alike much.
-        """
 
 
 class CoordinatesAccumulator(BlockAccumulator):

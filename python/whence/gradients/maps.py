@@ -12,17 +12,12 @@ from whence import _arrays
 from whence._core import MAX_DIM
 from whence.errors import ArgumentError, DtypeError, LayerError, MismatchError
 from whence.factored import LAYOUT, Factored, Segment
-from whence.gradients.coordinates import (
-    Coordinates,
-    Preconditioner,
-    Prepared,
-    from_arrays,
-    random_basis,
-    to_arrays,
-)
+from whence.gradients.coordinates import Coordinates, from_arrays, random_basis, to_arrays
+from whence.gradients.divided import Divided, divided_arrays, divided_from
+from whence.gradients.preconditioned import Preconditioner, Prepared
 from whence.gradients.structure import Structure
 from whence.sketch import LAYOUTS, Sketch
-from whence.store import Checkpoint, Manifest, read_map
+from whence.store import SECOND_MOMENTS, Checkpoint, Manifest, read_map
 
 FACTORS = ("linear", "conv1d_transposed")
 """Rules of layers whose gradient is one outer product a position."""
@@ -93,7 +88,7 @@ def map_of(
 
 def map_of_store(
     path: Path, manifest: Manifest, checkpoint: Checkpoint, threads: int
-) -> Sketch | Factored | Coordinates:
+) -> Sketch | Factored | Coordinates | Divided:
     """The map that a store says the rows of a checkpoint were made with.
 
     Raises:
@@ -108,9 +103,13 @@ def map_of_store(
     if checkpoint.map is None:
         raise MismatchError(f"checkpoint {checkpoint.name!r} of {path} must have a map, got none")
     described, arrays = read_map(path, checkpoint.map)
-    found = from_arrays(described, arrays)
+    random: Sketch | None = None
     if spec.get("sketch") is not None:
         random = Sketch.from_spec(spec["sketch"], threads=threads)
+    if random is not None and spec["method"] == SECOND_MOMENTS:
+        return divided_from(random, described, arrays)
+    found = from_arrays(described, arrays)
+    if random is not None:
         basis = random_basis(random, checkpoint.name, found.width)
         if checkpoint.weight is not None:  # of a sum over checkpoints; a learnt basis has it in it
             basis *= np.float32(checkpoint.weight**0.5)
@@ -188,20 +187,10 @@ def prepared_maps(
     """
     if not hasattr(precondition, "prepared"):
         raise DtypeError(
-            "precondition must be factors of whence.fit_factors, got "
-            f"{_arrays.describe(precondition)}"
+            "precondition must be factors of whence.fit_factors or second moments of "
+            f"whence.moments_of, got {_arrays.describe(precondition)}"
         )
-    if precondition.model["digest"] != model["digest"]:
-        there, here = (
-            {each["name"] for each in of["parameters"]} for of in (precondition.model, model)
-        )
-        odd = sorted(there ^ here)[:4] or "the same parameters in other layers"
-        raise MismatchError(f"precondition must be factors of the recorded layers, got {odd}")
-    if precondition.reduction != reduction:
-        raise MismatchError(
-            f"reduction must be {precondition.reduction!r} as the factors were fitted, got "
-            f"{reduction!r}"
-        )
+    precondition.check(model, reduction)
     if not _arrays.boolean("rotate", rotate):
         for name, value in (("dim", dim), ("sketch", sketch), ("seed", seed)):
             if value is not None:
@@ -234,9 +223,11 @@ def prepared_maps(
 
 
 def stored_arrays(
-    coordinates: Coordinates, spec: Mapping[str, Any]
+    coordinates: Coordinates | Divided, spec: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What a store keeps of a map, without a random basis, which its seed says."""
+    if isinstance(coordinates, Divided):
+        return divided_arrays(coordinates)
     if spec.get("sketch") is not None:
         coordinates = coordinates.rotated(None)
     return to_arrays(coordinates)

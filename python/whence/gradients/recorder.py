@@ -28,7 +28,8 @@ from whence.errors import (
 )
 from whence.factored import Factored
 from whence.gradients.capture import Capture, not_finite
-from whence.gradients.coordinates import Coordinates, Preconditioner, Prepared
+from whence.gradients.coordinates import Coordinates
+from whence.gradients.divided import Divided
 from whence.gradients.hooks import Hooks, kept_gradients, refuse_batch_statistics
 from whence.gradients.layers import FUNCTIONAL
 from whence.gradients.maps import (
@@ -39,6 +40,7 @@ from whence.gradients.maps import (
     prepared_maps,
     stored_arrays,
 )
+from whence.gradients.preconditioned import Preconditioner, Prepared
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor, refuse_tokens
 from whence.gradients.structure import structure_of
 from whence.gradients.verify import Verified, verify
@@ -148,7 +150,7 @@ class Recorder:
         self._versions: int | None = None
         self._mapped: Checkpoint | None = None
         self._prepared: Prepared | None = None
-        self._map: Sketch | Factored | Coordinates
+        self._map: Sketch | Factored | Coordinates | Divided
         self._asked: dict[str, Any] = {
             "dim": dim,
             "sketch": sketch,
@@ -250,7 +252,8 @@ class Recorder:
             learning_rate: The step size in use, by which scores of this checkpoint are weighted;
                 for all checkpoints of a store or for none. With momentum m a step in effect goes
                 1 / (1 - m) times as far; that changes scores, and no ranking if m is constant.
-            precondition: Factors fitted at these weights, for a store of preconditioned rows.
+            precondition: Factors fitted at these weights, or second moments at them, for a store
+                of such rows.
 
         Raises:
             ArgumentError: If the learning rate is not a positive number.
@@ -682,9 +685,11 @@ def record(
             "skip".
         precondition: What `whence.fit_factors` found at these weights: rows are then whitened
             coordinates of the gradient, and a score is EK-FAC influence. They are rotated onto a
-            basis learnt from the training data, of `dim` columns, or as many as hold nine tenths
-            of it for None; with `sketch` they are sketched instead, by a seed and no basis. Weights
-            that move meanwhile are an error, but for weights="moving".
+            basis learnt from the training data, of `dim` columns, or as many as hold three quarters
+            of it for None; with `sketch` they are sketched instead, by a seed and no basis. Or
+            second moments, `whence.moments_of(optimizer, model)`: rows are then sketches of
+            gradients divided by their roots. Weights that move meanwhile are an error, but for
+            weights="moving".
         rotate: False keeps the coordinates as they are, for `whence.compress`; then without dim,
             seed and sketch.
         threads: How many threads the sketch uses; None means as many as torch.

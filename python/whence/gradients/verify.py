@@ -18,6 +18,7 @@ from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.factored import Factored
 from whence.gradients.capture import CHECKED, Capture, not_finite
 from whence.gradients.coordinates import Coordinates
+from whence.gradients.divided import Divided
 from whence.gradients.hooks import Hooks
 from whence.gradients.reduction import own_loss_factor
 from whence.gradients.structure import Structure
@@ -54,7 +55,7 @@ def verify(
     model: nn.Module,
     structure: Structure,
     hooks: Hooks,
-    target: Sketch | Factored | Coordinates,
+    target: Sketch | Factored | Coordinates | Divided,
     reduction: str,
     closure: Callable[..., Tensor],
     batch: Sequence[Any],
@@ -131,7 +132,7 @@ def verify(
 
 def _exact(
     structure: Structure,
-    sketch: Sketch | Coordinates,
+    sketch: Sketch | Coordinates | Divided,
     closure: Callable[..., Tensor],
     batch: Sequence[Any],
 ) -> tuple[NDArray[np.float64], bool]:
@@ -156,7 +157,7 @@ def _exact(
 def _recorded(
     structure: Structure,
     hooks: Hooks,
-    maps: tuple[Sketch | Factored | Coordinates, Sketch | Coordinates],
+    maps: tuple[Sketch | Factored | Coordinates | Divided, Sketch | Coordinates | Divided],
     closure: Callable[..., Tensor],
     batch: Sequence[Any],
     count: int,

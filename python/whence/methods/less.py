@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from whence.curvature import Moments
 from whence.errors import CheckpointError
-from whence.gradients.moments import Divided, Moments
+from whence.gradients.divided import Divided
 from whence.methods.method import Closure, Method
 from whence.methods.run import Run
 from whence.sketch import Sketch
@@ -44,7 +45,8 @@ class Less(Method):
             )
         self._rows = {}
         for name in run.states:
-            rows = Divided(self._sketch, self._moments[name])
+            moments = self._moments[name]
+            rows = Divided(self._sketch, moments.whole, moments.factored)
             with run.at(name):
                 found = [seen.capture.rows(seen.factor)[0] for seen in run.training(rows)]
             self._rows[name] = _unit(np.concatenate(found))

@@ -18,8 +18,8 @@ from whence._arrays import Ids
 from whence.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
 from whence.gradients.blocks import BlockMap
 from whence.gradients.capture import Capture, not_finite
+from whence.gradients.divided import Divided
 from whence.gradients.hooks import Hooks, refuse_batch_statistics
-from whence.gradients.moments import Divided
 from whence.gradients.passes import Task, backward, evaluating, length_of, reread, taken
 from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS, own_loss_factor

@@ -13,7 +13,7 @@ from whence.errors import CheckpointError
 from whence.factored import Factored
 from whence.search.hits import COSINE, METHOD, Hits
 from whence.search.source import Source
-from whence.store import COMBINED, Reader
+from whence.store import COMBINED, SECOND_MOMENTS, Reader
 
 ROUNDING = 1.001
 """How much longer than 1 a stored unit row can be: a step of float16 and what is subnormal.
@@ -27,6 +27,9 @@ INFLUENCE = (
     "would rise by without the example"
 )
 """The unit of a preconditioned score."""
+
+RATIO = "a pure number: the product of two gradients, value by value over the optimizer's moments"
+"""The unit of a product of divided gradients."""
 
 
 class Store(Reader, Source):
@@ -45,6 +48,8 @@ class Store(Reader, Source):
         if not self.manifest.is_preconditioned:
             return METHOD
         kind = self.manifest.sketch.get("method", "EK-FAC")
+        if kind == SECOND_MOMENTS:
+            return "gradient products, both sides divided by the roots of the optimizer's moments"
         names = [checkpoint.name for checkpoint in self.manifest.checkpoints]
         over = f", over checkpoints {', '.join(names)}" if len(names) > 1 else ""
         return f"{kind} influence: gradient products, preconditioned by the loss's curvature{over}"
@@ -198,6 +203,8 @@ class Store(Reader, Source):
         if self.manifest.rows == COMBINED:
             return np.ones(1, np.float32), INFLUENCE
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.checkpoints]
+        if self.manifest.sketch.get("method") == SECOND_MOMENTS:
+            return np.full(len(rates), 1 / len(rates), np.float32), RATIO
         if self.manifest.is_preconditioned:
             # Curvature has taken the learning rate's place; several checkpoints are averaged.
             return np.full(len(rates), 1 / len(rates), np.float32), INFLUENCE

@@ -19,13 +19,14 @@ which later versions need not read.
 """
 
 from whence.store.examples import Places, eligible
-from whence.store.manifest import COMBINED, Checkpoint, Manifest
+from whence.store.manifest import COMBINED, SECOND_MOMENTS, Checkpoint, Manifest
 from whence.store.maps import StoredMap, read_map
 from whence.store.reader import Reader
 from whence.store.writer import Writer
 
 __all__ = [
     "COMBINED",
+    "SECOND_MOMENTS",
     "Checkpoint",
     "Manifest",
     "Places",

@@ -47,6 +47,9 @@ COLUMN_KINDS = {"bool": "|b1", "int64": "<i8", "float64": "<f8", "str": ""}
 COMBINED = "combined"
 """The name of rows that are sums over checkpoints."""
 
+SECOND_MOMENTS = "second moments"
+"""The method of rows of gradients that were divided by an optimizer's second moments."""
+
 _NAME = re.compile(r"manifest-(\d{8})\.json")
 
 
