@@ -46,7 +46,8 @@ class Rows:
 def fashion(data: Path, folder: Path, queries: int = QUERIES) -> dict[str, Rows]:
     """Loss gradients and margin gradients of unit norm, each plain and preconditioned.
 
-    A perceptron 784-128-10, Adam 1e-3, batch 128, 10 epochs, seed 0; `chunked_sjlt`, seed 0.
+    A perceptron 784-128-10, Adam 1e-3, batch 128, 10 epochs, seed 0; `chunked_sjlt`, seed 0. And
+    the rows of preconditioned recording, whitened coordinates in the learnt basis.
 
     Args:
         data: fashion_mnist_full.npz: x_train, y_train, x_test, y_test.
@@ -89,6 +90,26 @@ def fashion(data: Path, folder: Path, queries: int = QUERIES) -> dict[str, Rows]
             file = folder / f"{label.replace(', ', '-')}.npy"
             np.save(file, matrix)
             found[label] = Rows(file, np.ascontiguousarray(questions))
+    path = folder / "learnt-store"
+    loader = list(zip(x.split(500), y.split(500), strict=True))
+    factors = whence.fit_factors(
+        model, loader, lambda x, y: _loss(model(x), y), reduction="sum", progress=False
+    )
+    whence.record_checkpoints(
+        model,
+        path,
+        loader,
+        lambda x, y: _loss(model(x), y),
+        precondition=factors,
+        dim=DIM,
+        dtype="float32",
+        progress=False,
+    )
+    store = whence.open(path)
+    ask = query_rows(model, store, lambda: _loss(model(asked), answers))[0]
+    file = folder / "learnt.npy"
+    np.save(file, store.rows())
+    found["learnt basis"] = Rows(file, np.ascontiguousarray(ask))
     return found
 
 

@@ -68,6 +68,7 @@ def _images(sets: dict[str, gradients.Rows]) -> Iterator[Row | Curve]:
         ("margin, preconditioned", 3.4),
     ):
         yield from _one(name, sets[name], goal)
+    yield from _proven_ends("learnt basis", sets["learnt basis"])
     for name in ("raw, preconditioned", "margin, preconditioned"):
         yield from _ends(name, sets[name])
     for name in ("margin", "margin, preconditioned"):
@@ -156,6 +157,36 @@ def _one(name: str, data: gradients.Rows, goal: float | None) -> Iterator[Row]:
         unit="queries/s",
         amounts=(len(queries), 20),
         note=note,
+    )
+
+
+def _proven_ends(name: str, data: gradients.Rows) -> Iterator[Row]:
+    """Both ends, proven, one by one."""
+    faiss = peer("faiss")
+    if faiss is None:
+        return
+    rows, queries = data.rows, data.queries[:QUERIES]
+    flat = flat_index(faiss, rows)
+    index = whence.Index(data.path, "certified", threads=1)
+    actions: dict[str, Callable[[], Any]] = {
+        "ours": lambda: [index.search(q[None], K, threads=1) for q in queries],
+        "faiss": lambda: [
+            (flat.search(q[None], K), flat.search(-q[None], K)) for q in queries[:10]
+        ],
+    }
+    hits = index.search(queries, K, threads=1)
+    _agree(f"certified, {name}", hits.helpful.ids, flat.search(queries, K)[1], queries, rows)
+    _agree(f"certified, {name}", hits.harmful.ids, flat.search(-queries, K)[1], -queries, rows)
+    scored = index.explain().scored
+    times = take_turns(actions, rounds=(5, 20))
+    yield compared_rates(
+        f"certified, {name}, both ends, batch 1 ÷ faiss Flat twice",
+        times["ours"],
+        times["faiss"],
+        10,
+        unit="queries/s",
+        amounts=(len(queries), 10),
+        note=f"recall 1, proven; {0 if scored is None else scored.mean():.1f} rows scored a query",
     )
 
 
