@@ -115,8 +115,9 @@ def given_labels(function: Any, args: Any, kwargs: Any, labels: Tensor) -> inspe
 class Mixture:
     """Labels drawn from the mean of a model's distributions over checkpoints.
 
-    The label of each example is that of one checkpoint, chosen at random: after the n-th, what it
-    draws takes the place of what is there with the n-th share of all so far.
+    The label of each row that a loss is given (an example, or a token where the loss sees tokens
+    as rows) is that of one checkpoint, chosen at random: after the n-th, what it draws takes the
+    place of what is there with the n-th share of all so far.
 
     Args:
         seed: Seed of the draws.
