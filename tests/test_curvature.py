@@ -1034,6 +1034,87 @@ def test_stretches_of_the_sample_change_nothing(monkeypatch, labels):
         assert same_directions(found().directions, whole)
 
 
+def test_a_loss_that_fails_anywhere_leaves_the_model_as_it_was():
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(12, 4)
+    model.train()
+    loader = [(part, torch.arange(len(part)) % 3) for part in x.split(6)]
+    states = {
+        name: {key: value * scale for key, value in model.state_dict().items()}
+        for name, scale in (("a", 1.5), ("b", 2.0))
+    }
+    calls = 0
+
+    def loss(model, x, y):
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        return F.cross_entropy(model(x), y)
+
+    last = -1
+    fit(model, loader, loss, labels="sampled", states=states)
+    every = calls
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for last in range(1, every + 1):
+        calls = 0
+        try:
+            fit(model, loader, loss, labels="sampled", states=states)
+        except KeyboardInterrupt:  # while the exception lives
+            assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+            assert model.training
+            assert not any(module._forward_hooks for module in model.modules())
+        else:
+            raise AssertionError(f"call {last} must fail")
+
+
+def test_the_random_state_is_as_before():
+    dataset = torch.utils.data.TensorDataset(torch.randn(30, 4))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=7)
+    model = nn.Linear(4, 3)
+    before = torch.get_rng_state()
+    whence.fit_factors(
+        model, loader, lambda x: F.mse_loss(model(x), torch.zeros(len(x), 3)), progress=False
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_sample_is_the_same_after_a_kill(tmp_path, monkeypatch):
+    seen = gathered(monkeypatch)
+    torch.manual_seed(10)
+    model, x = nn.Linear(4, 3), torch.randn(110, 4)
+    loader = batches(x, sizes=[50, 20, 40])
+    fit(model, loader, sample=120, path=tmp_path / "fit")
+    fit(model, loader, sample=120, path=tmp_path / "fit")
+    assert [len(each) for each in seen] == [110, 110]
+
+
+def test_rows_wider_than_the_sample_are_refused_though_some_are_equal():
+    torch.manual_seed(10)
+    model, x = nn.Linear(7, 8), torch.randn(40, 7)
+    x[1] = x[0]
+    factors = fit(model, batches(x, sizes=[40]), sample=40)
+    with pytest.raises(errors.ArgumentError, match="dim must be at most 40"):
+        factors.prepared(60, None, None, turned=False)
+    assert f"{factors.rank} columns 100%" in factors.explain()
+
+
+def test_an_empty_batch_is_named():
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    with pytest.raises(errors.ArgumentError, match="loader must give batches of at least one"):
+        fit(model, [(x,), (x[:0],)])
+
+
+def test_rows_of_any_size_have_directions():
+    for scale in (1e-20, 1e20):
+        leading = Leading(8, (1.0,))
+        leading.add([falling(50, (12,), 0.7)[0] * scale])
+        plain = Leading(8, (1.0,))
+        plain.add(falling(50, (12,), 0.7))
+        one, other = leading.directions(), plain.directions()
+        assert close(one.values / scale, other.values, 1e-4)
+
+
 # Models as people have them
 
 

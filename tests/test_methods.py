@@ -543,3 +543,105 @@ def test_suggested_checkpoints_cut_the_fall_of_the_loss_into_equal_parts():
     assert whence.suggest_checkpoints(losses, 1) == ["8"]
     with pytest.raises(errors.ArgumentError, match="losses must be of at least one"):
         whence.suggest_checkpoints({})
+
+
+def test_averaged_residuals_of_probabilities_are_those_of_logits(tmp_path):
+    """binary_cross_entropy of a sigmoid is the same loss as that of its logits."""
+    model, states = nn.Linear(5, 1), {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states[str(seed)] = {
+            name: torch.randn_like(each) for name, each in model.state_dict().items()
+        }
+    x, y = data()
+    y = (y > 0).float()[:, None]
+    found = []
+    for loss in (
+        lambda x, y: F.binary_cross_entropy(model(x).sigmoid(), y),
+        lambda x, y: F.binary_cross_entropy_with_logits(model(x), y),
+    ):
+        run = Run(model, list(zip(x.split(7), y.split(7), strict=True)), loss, states=states)
+        factors = whence.fit_factors(
+            model,
+            run.loader,
+            loss,
+            states=states,
+            labels="empirical",
+            residuals="averaged",
+            progress=False,
+        )
+        found.append(Ekfac(factors).fit(run).scores(lambda loss=loss: loss(x[:4], y[:4])))
+    close(found[0], found[1], 1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: GradientDot(),
+        lambda path: TracInCP(),
+        lambda path: Ekfac(),
+        lambda path: EkfacStored(path / "s", 20, "float32"),
+    ],
+)
+def test_queries_of_a_mean_over_tokens_say_how_many(tmp_path, make):
+    """As a run whose loss is a sum over examples of mean losses times tokens."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7))
+    words = torch.randint(7, (24, 6))
+    words[:, 4:] = torch.where(torch.rand(24, 2) < 0.5, -1, words[:, 4:])
+
+    def total(words):
+        logits = model(words[:, :-1].clamp(min=0))
+        return F.cross_entropy(logits.mT, words[:, 1:], ignore_index=-1, reduction="sum")
+
+    def counted(words):
+        return (words[:, 1:] >= 0).sum(1)
+
+    def mean(words):
+        return total(words) / counted(words).sum()
+
+    loader = [(each,) for each in words.split(6)]
+    asked = words[:3]
+    by_tokens = Run(model, loader, mean, reduction="token_mean", tokens=counted)
+    by_sum = Run(model, loader, total, reduction="sum")
+    one = make(tmp_path / "a").fit(by_tokens).scores(lambda: (mean(asked), counted(asked)))
+    other = make(tmp_path / "b").fit(by_sum).scores(lambda: total(asked))
+    close(one, other, 1e-3)
+    with pytest.raises(errors.DtypeError, match="closure must return the loss and"):
+        make(tmp_path / "c").fit(by_tokens).scores(lambda: mean(asked))
+
+
+def test_labels_that_are_ignored_have_no_curvature():
+    model = nn.Linear(5, 3)
+    x, y = data()
+    ignoring = torch.where(torch.arange(24) % 3 == 0, -100, y)
+    kept = ignoring >= 0
+
+    def loss(x, y):
+        return F.cross_entropy(model(x), y, reduction="sum")
+
+    some = Run(model, [(x[:10], ignoring[:10]), (x[10:], ignoring[10:])], loss, reduction="sum")
+    without = Run(model, [(x[kept], y[kept])], loss, reduction="sum")
+    method = GaussNewton(damping=1e-3)
+    found = method.fit(some).scores(lambda: loss(x[:4], y[:4]))
+    wanted = method.fit(without).scores(lambda: loss(x[:4], y[:4]))
+    assert np.allclose(found[:, ~kept.numpy()], 0, atol=1e-6)
+    close(found[:, kept.numpy()] * (len(y[kept]) / len(y)), wanted, 1e-5)
+
+
+def test_labels_that_are_no_classes_are_refused_by_trak():
+    model = perceptron()
+    x, y = data()
+    y[3] = -100
+    run = Run(model, [(x, y)], lambda x, y: F.cross_entropy(model(x), y))
+    with pytest.raises(errors.ArgumentError, match="labels must be classes from 0 to 2"):
+        Trak(dim=8).fit(run)
+
+
+def test_several_labels_an_example_are_refused_by_gauss_newton():
+    model = nn.Linear(5, 3)
+    x = torch.randn(4, 6, 5)
+    y = torch.randint(3, (4, 6))
+    run = Run(model, [(x, y)], lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten()))
+    with pytest.raises(errors.ArgumentError, match="24 labels for 4 examples"):
+        GaussNewton(damping=0.1).fit(run)

@@ -8,6 +8,7 @@ from oracle import per_sample_gradients
 from torch import nn
 
 import whence
+import whence.curvature
 from whence import errors
 
 
@@ -191,3 +192,108 @@ def test_moments_are_of_one_checkpoint(tmp_path):
             lambda x, y: F.cross_entropy(model(x), y),
             precondition=moments,
         )
+
+
+def steps(model, optimizer, x, count=3):
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.RMSprop, {"centered": True}),
+        (torch.optim.RMSprop, {}),
+        (torch.optim.Adafactor, {"eps": (1e-3, 1e-3)}),
+        (torch.optim.Adafactor, {"eps": (0.5, 1e-3)}),
+        (torch.optim.Adafactor, {}),
+    ],
+)
+def test_moments_are_what_the_next_step_divides_by(make, options):
+    """By a step from a known gradient: without momentum and decay it is rate · g / divisor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)).double()
+    x = torch.randn(5, 2, 4, 4).double()
+    options = {"lr": 1e-3, "weight_decay": 0.0, **options}
+    if make in (torch.optim.Adam, torch.optim.AdamW):
+        options["betas"] = (0.0, 0.9)
+    optimizer = make(model.parameters(), **options)
+    steps(model, optimizer, x)
+    # A step of the optimizer itself changes its moments first: so by those that it has after it.
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    before = [each.detach().clone() for each in model.parameters()]
+    given = [each.grad.clone() for each in model.parameters()]
+    optimizer.step()
+    moments = whence.moments_of(optimizer, model)
+    by = divisors(moments)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        wanted = given[number] / torch.from_numpy(by[name])
+        step = before[number] - parameter.detach()
+        if make is torch.optim.Adafactor:  # whose rate depends on the parameter, and cuts steps
+            step = step * (wanted.norm() / step.norm())
+        else:
+            step = step / 1e-3
+        assert torch.allclose(step, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())), name
+
+
+def test_moments_that_are_not_finite_are_refused():
+    model, _ = trained(perceptron, "Adam")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    steps(model, optimizer, torch.randn(5, 4))
+    for bad in (torch.nan, torch.inf):
+        optimizer.state[model[0].weight]["exp_avg_sq"][1, 2] = bad
+        with pytest.raises(errors.NotFiniteError, match=r"optimizer must have finite .* 0\.weight"):
+            whence.moments_of(optimizer, model)
+
+
+@pytest.mark.parametrize("swap", [(None, 1), (0, None), (1, 0)])
+def test_what_is_no_optimizer_or_model_is_refused(swap):
+    model = perceptron()
+    both = (torch.optim.Adam(model.parameters()), model)
+    given = [None if each is None else both[each] for each in swap]
+    with pytest.raises(errors.DtypeError, match="must be a"):
+        whence.moments_of(*given)
+
+
+def test_checkpoints_are_weighted_by_their_learning_rates(tmp_path):
+    model, moments = trained(perceptron, "Adam")
+    x, y = data(model)
+    states = {name: model.state_dict() for name in "ab"}
+    with whence.record(model, tmp_path / "s", precondition=moments, dim=64) as rec:
+        for name, rate in (("a", 0.5), ("b", 2.0)):
+            rec.checkpoint(name, learning_rate=rate)
+            with rec.batch(range(9)):
+                F.cross_entropy(model(x), y).backward()
+    weights, unit = whence.open(tmp_path / "s").weights()
+    assert weights.tolist() == [0.5, 2.0]
+    assert "learning rate" in unit
+    hits = whence.query(model, tmp_path / "s", lambda: F.cross_entropy(model(x), y), states=states)
+    store = whence.open(tmp_path / "s")
+    rows = store.rows(checkpoint="a").astype("f8")
+    (best,) = hits.helpful.ids[:1]
+    assert np.allclose(hits.helpful.scores[0], 2.5 * rows[best] @ rows[0], rtol=1e-2)
+
+
+def test_a_recording_with_other_moments_at_the_same_weights_is_refused(tmp_path):
+    model, moments = trained(perceptron, "Adam")
+    recorded(tmp_path / "s", model, moments, dim=32)
+    others = whence.curvature.Moments(
+        moments.digest, {name: 2 * each for name, each in moments.whole.items()}, {}
+    )
+    x, y = data(model)
+    recorder = whence.record(model, tmp_path / "s", precondition=others, dim=32)
+    with pytest.raises(errors.MismatchError, match="with moments"):  # noqa: SIM117
+        with recorder as rec, rec.batch(range(20, 29)):
+            F.cross_entropy(model(x), y).backward()
+
+
+def test_kinds_that_fit_no_parameter_are_refused(tmp_path):
+    model, moments = trained(perceptron, "Adam")
+    sketch = whence.Sketch(dim=32, kinds={"zzz.*": "srht"})
+    with pytest.raises(errors.ArgumentError, match="kinds must each match"):
+        whence.record(model, tmp_path / "s", precondition=moments, sketch=sketch)

@@ -1186,3 +1186,27 @@ def test_rows_of_any_model_are_whitened_coordinates(
     # Of equal eigenvalues any order is right, and rounding may choose another.
     whole, other = (each.square().sum(1) for each in (found, expected))
     assert float((whole - other).abs().max()) <= 1e-3 * float(other.max())
+
+
+def test_a_learning_rate_beside_curvature_is_refused(tmp_path):
+    model, _, _ = single("perceptron")
+    with (
+        whence.record(model, tmp_path / "s", precondition=fitted("perceptron"), dim=5) as rec,
+        pytest.raises(errors.ArgumentError, match="learning_rate must be None"),
+    ):
+        rec.checkpoint("a", learning_rate=0.1)
+
+
+def test_a_basis_wider_than_the_examples_is_refused(tmp_path):
+    model, loss, x = single("perceptron")
+    recorded(tmp_path / "s", model, fitted("perceptron"), loss, x, rotate=False)
+    with pytest.raises(errors.ArgumentError, match="dim must be at most 9, the examples"):
+        whence.compress(tmp_path / "s", tmp_path / "t", dim=12, progress=False)
+
+
+def test_rows_are_read_by_ids_in_a_list(tmp_path):
+    model, loss, x = single("perceptron")
+    store = recorded(tmp_path / "s", model, fitted("perceptron"), loss, x, dim=5)
+    every = store.rows()
+    for ids in ([3, 1], range(4), np.array([5])):
+        assert np.array_equal(store.rows(ids), every[list(ids)])

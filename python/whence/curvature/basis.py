@@ -101,10 +101,12 @@ class Leading:
     def _fold(self, samples: list[Tensor]) -> None:
         count = len(samples[0])
         rows = [sample * root for sample, root in zip(samples, self._roots, strict=True)]
-        norms = torch.stack([each.square().sum(1) for each in rows]).sum(0).sqrt()
-        inverse = torch.where(norms > 0, norms.rsqrt(), 0)
+        lengths = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in rows]
+        norms = torch.stack(lengths).norm(dim=0)
+        inverse = torch.where(norms > 0, norms.rsqrt(), 0).float()
+        for each in rows:
+            each *= inverse[:, None]
         gram = sum((each @ each.T for each in rows), torch.zeros(count, count))
-        gram *= inverse[:, None] * inverse
         self._total += float(gram.diagonal().double().sum())
         self._examples += count
         if self._kept:  # whose rows are their directions times the roots of their values
@@ -112,7 +114,6 @@ class Leading:
                 (kept @ each.T for kept, each in zip(self._kept, rows, strict=True)),
                 torch.zeros(len(self._values), count),
             )
-            beside *= inverse
             above = torch.cat([torch.diag(self._values), beside], 1)
             gram = torch.cat([above, torch.cat([beside.T, gram], 1)])
         # In float32, which tells leading directions from each other and takes half the time.
@@ -121,9 +122,8 @@ class Leading:
         above_rounding = int((values > NEGLIGIBLE * values[0]).sum()) if float(values[0]) > 0 else 0
         old = len(self._values)
         mixed = vectors[:, :above_rounding].T
-        of_rows = mixed[:, old:] * inverse
         self._kept = [
-            of_rows @ each + (mixed[:, :old] @ self._kept[place] if old else 0)
+            mixed[:, old:] @ each + (mixed[:, :old] @ self._kept[place] if old else 0)
             for place, each in enumerate(rows)
         ]
         self._values = values[:above_rounding]
@@ -167,10 +167,10 @@ def bases(directions: Directions, dim: int, turn: int | None) -> list[NDArray[np
             f"dim must be at most {directions.widest}, the directions that were kept, got {dim}; "
             "fit with a larger widest"
         )
-    if rank < dim and rank == directions.examples:
+    if dim > directions.examples:
         raise ArgumentError(
-            f"dim must be at most {rank}, the directions that a sample of as many examples "
-            f"spans, got {dim}; fit with a larger sample"
+            f"dim must be at most {directions.examples}, the directions that a sample of as many "
+            f"examples spans, got {dim}; fit with a larger sample"
         )
     # Fewer directions than columns hold all that the examples differ in: the rest is zero.
     empty = max(0, dim - rank)

@@ -88,6 +88,12 @@ def compress(
         )
     if not len(complete):
         raise ArgumentError(f"the store must have rows, got none in {source!r}")
+    most = min(sample, len(complete))
+    if dim > most:
+        raise ArgumentError(
+            f"dim must be at most {most}, the examples that the basis is learnt from, got {dim}"
+        )
+    progress = _arrays.boolean("progress", progress)
     turn = None if dtype in ("float16", "float32") else seed
     matrices = _bases(source, numbers, complete, names, shares, dim, sample, turn)
     spec = {

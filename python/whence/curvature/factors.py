@@ -268,7 +268,7 @@ class Factors:
             f"labels {self.labels}, up to {self.stage}",
             "checkpoints  "
             + ", ".join(f"{at.name} (weight {at.weight:.3g})" for at in self.checkpoints),
-            f"residuals    {kept[self.settings.residuals]}",
+            f"residuals    {kept[self.settings.residuals if len(self.checkpoints) > 1 else 'own']}",
         ]
         if STAGES.index(self.stage) >= STAGES.index("eigenvalues"):
             held = [self._held(index) for index in range(len(self.checkpoints))]
@@ -282,12 +282,12 @@ class Factors:
         if self.stage == "basis":
             shares = ", ".join(
                 f"{dim} columns {self.energy(dim):.0%}"
-                for dim in (128, 256, 512, 1024, 2048)
+                for dim in sorted({128, 256, 512, 1024, 2048, self.rank})
                 if dim <= self.rank
             )
             lines.append(
                 f"width        {self.suggested_dim} columns by default; of a sample of "
-                f"{self._found.examples:,} training examples hold {shares or 'all'}"
+                f"{self._found.examples:,} training examples hold {shares}"
             )
         return "\n".join(lines)
 

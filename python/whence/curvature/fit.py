@@ -152,6 +152,7 @@ def fit_factors(
     sample = _arrays.integer("sample", sample, 2)
     widest = _arrays.integer("widest", widest, 1, MAX_DIM)
     seed = _arrays.integer("seed", seed, 0, MAX_SEED)
+    progress = _arrays.boolean("progress", progress)
     fitting = _Fitting(
         model,
         reread("loader", loader),
@@ -302,7 +303,6 @@ class _Fitting:
         self._sample = sample
         self._progress = progress
         self._hooks = Hooks(model, structure, strict=strict)
-        self._all: tuple[int, int] | None = None
 
     @contextmanager
     def at(self, name: str, state: State | None) -> Iterator[None]:
@@ -339,21 +339,15 @@ class _Fitting:
 
     def basis(self, factors: Factors, states: Mapping[str, State | None], widest: int) -> Factors:
         """The same with directions of a sample's rows, and the second moment of drawn labels'."""
-        groups = _groups(self._sampled())
         leading = Leading(widest, [at.weight for at in factors.checkpoints])
-        for group in groups:
+        for group in self._groups(factors):
             for part, residuals in self._parts("residuals", factors, states, group):
                 mode = None if residuals is None else residuals.replaying
-                leading.add(
-                    [
-                        self._coordinates(f"{name}: basis", part, chosen, mode)
-                        for name, chosen in self._each(factors, states)
-                    ]
-                )
+                leading.add(self._everywhere("basis", factors, states, part, mode))
         directions = leading.directions()
         if self._labels == "sampled":
             moment = torch.zeros(len(directions.values), len(directions.values))
-            for group in groups:
+            for group in self._groups(factors):
                 for rows in self._drawn(factors, states, group, directions.matrices):
                     moment += rows.T @ rows / directions.examples
             directions = replace(directions, moment=moment)
@@ -384,19 +378,26 @@ class _Fitting:
         parts = self._parts("drawn residuals", factors, states, group, mixture.targets)
         for part, residuals in parts:
             mode = mixture.replaying if residuals is None else residuals.replaying
+            found = self._everywhere("curvature", factors, states, part, mode)
             rows = torch.zeros(())
-            for place, (name, chosen) in enumerate(self._each(factors, states)):
-                found = self._coordinates(f"{name}: curvature", part, chosen, mode)
-                rows = rows + found @ matrices[place]
+            for each, matrix in zip(found, matrices, strict=True):
+                rows = rows + each @ matrix
             yield rows
 
-    def _each(
-        self, factors: Factors, states: Mapping[str, State | None]
-    ) -> Iterator[tuple[str, Coordinates]]:
-        """The model at each checkpoint: its name, and the coordinates there."""
+    def _everywhere(
+        self,
+        what: str,
+        factors: Factors,
+        states: Mapping[str, State | None],
+        part: list[tuple[int, Any]],
+        mode: Callable[[int], Any] | None,
+    ) -> list[Tensor]:
+        """[examples, coordinates] of batches at each checkpoint."""
+        found = []
         for (name, state), chosen in zip(states.items(), factors.maps, strict=True):
             with self.at(name, state):
-                yield name, chosen
+                found.append(self._coordinates(f"{name}: {what}", part, chosen, mode))
+        return found
 
     def _parts(
         self,
@@ -429,30 +430,45 @@ class _Fitting:
             with torch.no_grad(), mode(number):
                 self._task.loss(*_arguments(batch))
 
-    def _sampled(self) -> list[Any]:
+    def _groups(self, factors: Factors) -> Iterator[list[tuple[int, Any]]]:
+        """Numbered batches of the sample, `TOGETHER` examples or a few more at a time."""
+        group: list[tuple[int, Any]] = []
+        counted = 0
+        for number, batch in enumerate(self._sampled(factors)):
+            group.append((number, batch))
+            counted += length_of(batch)
+            if counted >= TOGETHER:
+                yield group
+                group, counted = [], 0
+        if group:
+            yield group
+
+    def _sampled(self, factors: Factors) -> Iterator[Any]:
         """Whole batches of some examples, spread evenly over the data; the last one cut."""
-        number, examples = self._size()
-        everything = examples is not None and examples <= self._sample
-        found: list[Any] = []
+        # What is known of factors, and not only of this call: one that goes on sees the same.
+        whole = factors.checkpoints[0].statistics.examples[0]
+        everything = self._examples is None and whole <= self._sample
+        with torch.random.fork_rng(devices=[]):  # from which a DataLoader draws a seed
+            number = self._count()
+            batches = iter(self._loader)
         seen = 0
-        for place, batch in enumerate(self._loader, 1):
+        for place, batch in enumerate(batches, 1):
             if seen * number >= self._sample * place and not everything:
                 continue
             batch = taken(batch, np.arange(min(length_of(batch), self._sample - seen)))
-            found.append(batch)
+            yield batch
             seen += length_of(batch)
             if seen >= self._sample:
                 break
-        if not found:
+        if not seen:
             raise ArgumentError("loader must give at least one batch, got none")
-        return found
 
     def _gather(self, name: str, statistics: Statistics) -> None:
         """One pass that adds to statistics."""
         mode = (
             DrawnLabels(self._seed + statistics.is_rotated) if self._labels == "sampled" else None
         )
-        seen = number = 0
+        seen = 0
         for batch in self._batches(name, self._loader):
             if self._examples is not None and seen >= self._examples:
                 break
@@ -460,9 +476,7 @@ class _Fitting:
             capture, factor = self._task.run(self._hooks, capture, batch, mode)
             self._refuse_bad(capture)
             statistics.fold(capture.accumulator, factor)
-            seen, number = seen + capture.batch, number + 1
-        else:
-            self._all = number, seen
+            seen += capture.batch
         if not seen:
             raise ArgumentError("loader must give at least one batch, got none")
 
@@ -483,14 +497,12 @@ class _Fitting:
             found.append(torch.from_numpy(capture.coordinates()) * factor)
         return torch.cat(found)
 
-    def _size(self) -> tuple[int, int | None]:
-        """How many batches the loader gives; and examples, if an earlier pass saw them all."""
-        if self._all is not None:
-            return self._all
+    def _count(self) -> int:
+        """How many batches the loader gives."""
         try:
-            return len(self._loader), None  # type: ignore[arg-type]
+            return len(self._loader)  # type: ignore[arg-type]
         except TypeError:
-            return sum(1 for _ in self._loader), None
+            return sum(1 for _ in self._loader)
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
         shown: Iterable[Any] = tqdm(
@@ -503,19 +515,6 @@ class _Fitting:
         if capture.bad:
             names = [f"example {index} of a batch" for index in range(capture.batch)]
             raise not_finite(names, capture.bad)
-
-
-def _groups(batches: list[Any]) -> list[list[tuple[int, Any]]]:
-    """Numbered batches, of `TOGETHER` examples or a few more."""
-    groups: list[list[tuple[int, Any]]] = []
-    counted = TOGETHER
-    for number, batch in enumerate(batches):
-        if counted >= TOGETHER:
-            groups.append([])
-            counted = 0
-        groups[-1].append((number, batch))
-        counted += length_of(batch)
-    return groups
 
 
 def _arguments(batch: Any) -> Any:

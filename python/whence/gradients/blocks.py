@@ -320,7 +320,9 @@ class BlockAccumulator(ABC):
         joined = joined and block.ones == "right" and block.bias[:2] == (bias[0], bias[2])  # type: ignore[index]
         finite = self.outer(block, *factors, first, bias=joined)
         if bias is not None and not joined:
-            self.add(bias[0], bias[1], left.sum(1), bias[2])
+            with np.errstate(all="ignore"):  # what is not finite is named below
+                summed = left.sum(1)
+            self.add(bias[0], bias[1], summed, bias[2])
         if finite:
             return []
         # A product of what is not finite is not finite, but for zeros: so both sides are looked at.

@@ -106,7 +106,9 @@ class DividedAccumulator:
             whole = torch.from_numpy(total)
             whole += one.flatten(0, 1).T @ other.flatten(0, 1)
         if bias is not None:
-            found += self.add(bias[0], bias[1], left.sum(1), bias[2])
+            with np.errstate(all="ignore"):  # what is not finite is named
+                summed = left.sum(1)
+            found += self.add(bias[0], bias[1], summed, bias[2])
         if name in self._map.whole:
             formed = (one.mT @ other).flatten(1)
             padded = formed.new_zeros(len(self.totals), formed.shape[1])

@@ -205,6 +205,9 @@ def prepared_maps(
                     f"{name} must be None where sketch is a Sketch, which has its own, "
                     f"got {value!r}"
                 )
+        unused = sketch.unused_kinds(each["name"] for each in model["parameters"])
+        if unused:
+            raise ArgumentError(f"kinds must each match a parameter's name, got {unused}")
         if sketch.layout != "global" or sketch.spec.get("normalize", False):
             raise ArgumentError("sketch must be global and not normalized for precondition=")
     elif sketch is not None and not isinstance(sketch, str):

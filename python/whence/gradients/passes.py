@@ -110,6 +110,8 @@ class Task:
                 `check`, that is called afterwards.
         """
         arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+        if any(isinstance(each, Tensor) and each.shape[:1] == (0,) for each in arguments):
+            raise ArgumentError("loader must give batches of at least one example, got one of none")
 
         def closure() -> Tensor:
             with mode if mode is not None else nullcontext():

@@ -252,11 +252,12 @@ class Recorder:
             learning_rate: The step size in use, by which scores of this checkpoint are weighted;
                 for all checkpoints of a store or for none. With momentum m a step in effect goes
                 1 / (1 - m) times as far; that changes scores, and no ranking if m is constant.
+                None for rows preconditioned by factors: the curvature has its place.
             precondition: Factors fitted at these weights, or second moments at them, for a store
-                of such rows.
+                of such rows. To go on with a checkpoint, give those that it was begun with.
 
         Raises:
-            ArgumentError: If the learning rate is not a positive number.
+            ArgumentError: If the learning rate is not a positive number, or given beside factors.
             MismatchError: If the factors make other rows than the store's.
             CheckpointError: If the checkpoint there has another learning rate.
             WhenceError: If called inside a batch.
@@ -266,6 +267,11 @@ class Recorder:
             raise ArgumentError(f"name must be a non-empty str, got {name!r}")
         if learning_rate is not None:
             learning_rate = _arrays.number("learning_rate", learning_rate, positive=True)
+            if isinstance(self._map, Coordinates):
+                raise ArgumentError(
+                    "learning_rate must be None for preconditioned rows, whose scores have the "
+                    f"curvature in its place, got {learning_rate}"
+                )
         prepared = None
         if precondition is not None:
             if self._prepared is None:

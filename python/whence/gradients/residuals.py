@@ -107,6 +107,8 @@ class _Collecting(Calls):
         if function is F.nll_loss:  # of log-probabilities; seen from before the softmax
             classes = min(1, values.dim() - 1)
             found = found - leaf.detach().exp() * found.sum(classes, keepdim=True)
+        if function is F.binary_cross_entropy:  # of probabilities; seen from before the sigmoid
+            found = found * _slope(values)
         found = found * self._share
         if self.calls == len(self._sums):
             self._sums.append(found)
@@ -133,7 +135,10 @@ class _Replaying(Calls):
                 "loss must call the same losses of torch on the same shapes each time it is run on "
                 "a batch, got others; pass residuals='own'"
             )
-        found = values * self._sums[self.calls]
+        residuals = self._sums[self.calls]
+        if function is F.binary_cross_entropy:
+            residuals = residuals / _slope(values).clamp(min=torch.finfo(values.dtype).tiny)
+        found = values * residuals
         self.calls += 1
         # An elementwise loss has its own gradient elementwise; a reduced one sums to it.
         return found if call.arguments.get("reduction") == "none" else found.sum()
@@ -150,3 +155,9 @@ class _Replaying(Calls):
                 "loss of torch.nn.functional for residuals='averaged', got none; pass "
                 "residuals='own'"
             )
+
+
+def _slope(probabilities: Tensor) -> Tensor:
+    """The derivative of the sigmoid, where its value is this."""
+    values = probabilities.detach()
+    return values * (1 - values)

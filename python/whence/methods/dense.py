@@ -74,7 +74,13 @@ class GaussNewton(Method):
                 for seen in run.training(self._map(run), mode, f"label {label}"):
                     shares = modes[-1].check()
                     classes = modes[-1].classes
-                    rows = self._flat(seen) * np.sqrt(shares.numpy())[:, None]
+                    flat = self._flat(seen)
+                    if len(shares) != len(flat):
+                        raise ArgumentError(
+                            "GaussNewton must be used with one class an example, got "
+                            f"{len(shares)} labels for {len(flat)} examples"
+                        )
+                    rows = flat * np.sqrt(shares.numpy())[:, None]
                     total += rows.T @ rows
                     examples += len(rows)
                 label += 1
@@ -139,7 +145,11 @@ class _Label(Calls):
         self.classes = logits.shape[1]
         del self._shares[self.calls :]
         self.calls += 1
-        self._shares.append(logits.detach().double().softmax(1)[:, self._label])
+        shares = logits.detach().double().softmax(1)[:, self._label]
+        given = call.arguments["target"]
+        if not given.is_floating_point():  # what is ignored has no loss, and no curvature
+            shares = shares * (given != call.arguments.get("ignore_index", -100))
+        self._shares.append(shares)
         call.arguments["target"] = torch.full((len(logits),), self._label, device=logits.device)
         return function(*call.args, **call.kwargs)
 

@@ -52,6 +52,11 @@ class Margins(Calls):
                 "TRAK must be used with one class an example, cross_entropy of [batch, classes], "
                 f"got {list(logits.shape)}"
             )
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
+            raise ArgumentError(
+                f"labels must be classes from 0 to {logits.shape[1] - 1} for TRAK, which has a "
+                f"margin of each, got {int(labels.min())} to {int(labels.max())}"
+            )
         margins = stable_margin(logits.float(), labels)
         del self.doubts[self.calls :]
         self.calls += 1

@@ -66,7 +66,8 @@ class Method(ABC):
         """Every training example's score for every query.
 
         Args:
-            closure: () -> loss of the queries, without backward; run at each checkpoint.
+            closure: () -> loss of the queries, without backward; run at each checkpoint. For a run
+                with reduction="token_mean", () -> (loss, [queries] counted tokens).
             groups: [examples] int64 or str, a group of each example: the scores of a group are
                 summed, in the order of the groups' names, np.unique(groups).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +202,12 @@ class Run:
         closure: Callable[[], Tensor],
         mode: Calls | None = None,
     ) -> Seen:
-        """The queries of a closure, at the present weights."""
+        """The queries of a closure, at the present weights.
+
+        Raises:
+            DtypeError: If the closure is no function, or returns something else.
+            NotFiniteError: If a gradient is NaN or infinite.
+        """
         if not callable(closure):
             raise DtypeError(
                 "closure must be a function without arguments that returns the loss, got "
@@ -210,22 +215,37 @@ class Run:
             )
         capture = Capture(self.structure, rows, None, self.task.unbatched)
 
+        counts: Any = None
+
         def run() -> Tensor:
-            if mode is None:
-                return closure()
-            with mode:
-                return closure()
+            nonlocal counts
+            with mode if mode is not None else nullcontext():
+                found, counts = self.asked(closure)
+            loss: Tensor = found
+            return loss
 
         state = torch.get_rng_state()
         backward(self._hooks, capture, run, draws=mode)
         torch.set_rng_state(state)
-        if self.task.reduction == "token_mean":
-            raise ArgumentError(
-                "reduction must be 'mean' or 'sum' for closures of queries, got 'token_mean'"
-            )
         _refuse(capture, "query", 0)
         none = np.arange(capture.batch)
-        return Seen(capture, own_loss_factor(self.task.reduction, capture.batch, None), none)
+        return Seen(capture, own_loss_factor(self.task.reduction, capture.batch, counts), none)
+
+    def asked(self, closure: Callable[[], Any]) -> tuple[Any, Any]:
+        """What a closure returns: the loss, and for reduction="token_mean" the counted tokens.
+
+        Raises:
+            DtypeError: If it is not both.
+        """
+        found = closure()
+        if self.task.reduction != "token_mean":
+            return found, None
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise DtypeError(
+                "closure must return the loss and the [queries] counted tokens for "
+                f"reduction='token_mean', got {_arrays.describe(found)}"
+            )
+        return found
 
 
 def _refuse(capture: Capture, what: str, first: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from whence import _arrays
@@ -88,7 +89,17 @@ class EkfacStored(Method):
     def query_rows(self, closure: Closure) -> NDArray[np.float32]:
         """[queries, dim] the queries in the store's map."""
         states = {name: state for name, state in self.run.states.items() if state is not None}
-        rows = query_rows(self.run.model, self.store, closure, states=states or None)
+        tokens = None
+        if self.run.task.reduction == "token_mean":
+            with self.run.at(self.run.last), torch.no_grad():
+                _, tokens = self.run.asked(closure)
+        rows = query_rows(
+            self.run.model,
+            self.store,
+            lambda: self.run.asked(closure)[0],
+            states=states or None,
+            tokens=tokens,
+        )
         found: NDArray[np.float32] = rows[0]
         return found
 

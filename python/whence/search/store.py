@@ -203,13 +203,14 @@ class Store(Reader, Source):
         if self.manifest.rows == COMBINED:
             return np.ones(1, np.float32), INFLUENCE
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.checkpoints]
-        if self.manifest.sketch.get("method") == SECOND_MOMENTS:
-            return np.full(len(rates), 1 / len(rates), np.float32), RATIO
-        if self.manifest.is_preconditioned:
+        divided = self.manifest.sketch.get("method") == SECOND_MOMENTS
+        if self.manifest.is_preconditioned and not divided:
             # Curvature has taken the learning rate's place; several checkpoints are averaged.
             return np.full(len(rates), 1 / len(rates), np.float32), INFLUENCE
         normalized = self.manifest.sketch.get("normalize", False)
         if all(rate is None for rate in rates):
+            if divided:
+                return np.ones(len(rates), np.float32), RATIO
             if normalized:
                 return np.ones(len(rates), np.float32), COSINE
             return np.ones(len(rates), np.float32), (
@@ -221,6 +222,8 @@ class Store(Reader, Source):
             raise CheckpointError(
                 f"learning_rate must be given for all checkpoints or none, got {named}"
             )
+        if divided:
+            return np.array(rates, np.float32), f"{RATIO}, each times its learning rate"
         if normalized:
             return np.array(rates, np.float32), f"{COSINE}, each times its learning rate"
         return np.array(rates, np.float32), (

@@ -167,7 +167,7 @@ class Reader:
             )
         numbers = self.row_numbers(missing="keep")[self.checkpoint_index(checkpoint)]
         if ids is not None:
-            numbers = numbers[self.positions("ids", ids)]
+            numbers = numbers[self.positions("ids", _arrays.ids("ids", ids))]
         if (numbers < 0).any():
             raise IdError(
                 f"every id must have a row in the checkpoint, got "
