@@ -101,7 +101,7 @@ class Reader:
             path = self.path / shard.name / "rows.npy"
             shape = (shard.rows, self.manifest.row_width)
             offset = data_offset(path, DTYPES[self.manifest.dtype], shape)
-            files.append((path, offset, shard.rows))
+            files.append((path, offset, shard.rows, None))
         return _core.Rows(files, self.dim, self.manifest.dtype, self.scales)
 
     @cached_property
