@@ -87,7 +87,8 @@ class Writer:
         path: The store's folder; made if it is not there.
         wanted: What a new store is to be; an existing one must agree in sketch, dtype, reduction
             and model. None for whatever is there.
-        writer: Of a store of several writers, which of them: "3/8" for the third of eight.
+        writer: Of a store of several writers, which of them: "3/8" for the third of eight; or the
+            name of its folder.
 
     Raises:
         ArgumentError: If the type of its rows is not known, or `writer` is none.
@@ -287,6 +288,25 @@ class Writer:
         elif self._waiting_bytes - self._written_bytes >= AHEAD_BYTES:
             self._write_ahead()
 
+    @property
+    def gone(self) -> NDArray[np.int64]:
+        """[rows, 2] shard and row of what was deleted or replaced, in order."""
+        return self._state.gone
+
+    def holds(self, ids: Ids) -> NDArray[np.bool_]:
+        """[ids] whether each has a row at a checkpoint, or is noted as left out.
+
+        Raises:
+            IdError: If they are not of the store's kind.
+        """
+        noted = {id_ for _, id_ in self.manifest.skipped}
+        found = np.array([id_ in noted for id_ in ids.tolist()], np.bool_)
+        if self._known:
+            self.has(ids)  # checks the kind
+        for known in self._known:
+            found |= known.has(ids)
+        return found
+
     def delete(self, ids: Ids) -> int:
         """Lets rows of all checkpoints go, with the next commit; their bytes with `compact`.
 
@@ -301,13 +321,9 @@ class Writer:
         """
         self.commit()
         found = [self._rows_of(ids, index) for index in range(len(self._known))]
-        asked = set(ids.tolist())
-        there = {id_ for _, id_ in self.manifest.skipped if id_ in asked}
-        for known in self._known:
-            there |= set(ids[known.has(ids)].tolist())
-        if len(there) < len(asked):
-            lacking = next(id_ for id_ in ids.tolist() if id_ not in there)
-            raise IdError(f"ids must be in the store, got {lacking!r}")
+        asked, there = set(ids.tolist()), self.holds(ids)
+        if not there.all():
+            raise IdError(f"ids must be in the store, got {ids[~there][0].item()!r}")
         skipped = [(at, id_) for at, id_ in self.manifest.skipped if id_ not in asked]
         manifest = replace(self._state.manifest, skipped=skipped)
         self._state = replace(self._state, manifest=manifest, going=tuple(found))
