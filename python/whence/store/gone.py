@@ -16,7 +16,7 @@ from whence.store.files import Written, read_array, store_errors, sync_directory
 GONE = "gone-"
 """How the names of their files begin."""
 
-_NAME = re.compile(GONE + r"\d{8,18}\.npy")
+_NAME = re.compile(GONE + r"[0-9]{8,18}\.npy")
 
 
 @dataclass(frozen=True)

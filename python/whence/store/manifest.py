@@ -347,8 +347,8 @@ class Manifest:
 MARKER = "committed-"
 """How the name of the marker of the newest manifest begins."""
 
-_NAME = re.compile(r"manifest-(\d{8,18})\.json")
-_MARKER = re.compile(MARKER + r"(\d{8,18})")
+_NAME = re.compile(r"manifest-([0-9]{8,18})\.json")
+_MARKER = re.compile(MARKER + r"([0-9]{8,18})")
 
 
 def newest(folder: Path) -> int:

@@ -21,8 +21,8 @@ PREFIX = "writer-"
 
 MAX_WRITERS = 9999
 
-_FOLDER = re.compile(PREFIX + r"(\d{1,4})-of-(\d{1,4})")
-_ASKED = re.compile(r"(\d{1,4})/(\d{1,4})")
+_FOLDER = re.compile(PREFIX + r"([0-9]{1,4})-of-([0-9]{1,4})")
+_ASKED = re.compile(r"([0-9]{1,4})/([0-9]{1,4})")
 
 
 def member_of(writer: str) -> str:
