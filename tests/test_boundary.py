@@ -217,7 +217,7 @@ def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
     for dim, dtype in ((16, "int3"), (17, "int4"), (2**63, "int1"), (2**62, "int4")):
         with pytest.raises(ORDINARY):
             _core.Rows([(rows, 0, 1, None)], dim, dtype, scales)
-    for checksums in (u4(), u4(0, 0), u4(0)[:, None], np.zeros(1), u4(0, 0, 0, 0)[::4], "0" * 8):
+    for checksums in (u4(), u4(0, 0), u4(0)[:, None], np.zeros(1), "0" * 8):
         with pytest.raises(ORDINARY):
             _core.Rows([(rows, 0, 1, checksums)], 2, "float32", scales)
         with pytest.raises(ORDINARY):
