@@ -8,7 +8,9 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn, TextIO
 
+from whence._plain import clean, line
 from whence.errors import MissingDependencyError, WhenceError
 
 # As a shell reports them: wrong use or an error, Ctrl-C, and output that nobody reads any more.
@@ -33,18 +35,23 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _UNREAD
     except (WhenceError, OSError) as error:
-        print(f"whence: {error}", file=sys.stderr)
+        _print(f"whence: {error}", sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
-        print("whence: interrupted", file=sys.stderr)
+        _print("whence: interrupted", sys.stderr)
         return _INTERRUPTED
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are safe in a terminal: they repeat arguments, which can be names of files."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(line(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="whence", description="Which training examples made the model do this?"
-    )
+    parser = _Parser(prog="whence", description="Which training examples made the model do this?")
     parser.add_argument("--version", action="version", version=f"whence {version('whence')}")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
@@ -91,4 +98,14 @@ def _demo(out: Path, seed: int, *, as_json: bool) -> None:
             f"the demo needs {missing}: pip install 'whence[demo]'"
         ) from error
     results = demo.run(out, seed)
-    print(json.dumps(results, indent=2) if as_json else demo.summary(results))
+    _print(json.dumps(results, indent=2) if as_json else demo.summary(results))
+
+
+def _print(text: str, file: TextIO | None = None) -> None:
+    """Prints what may hold names of files and data; a character that `file` has not is written out.
+
+    All that the command prints goes through here.
+    """
+    file = sys.stdout if file is None else file
+    encoding = file.encoding or "utf-8"
+    print(clean(text).encode(encoding, "backslashreplace").decode(encoding), file=file)
