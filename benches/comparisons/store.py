@@ -1,4 +1,4 @@
-"""What it costs to write a store so that nothing is lost, and to read it so that nothing is wrong."""
+"""What it costs that nothing a store has confirmed is lost, and nothing damaged is believed."""
 
 from __future__ import annotations
 
