@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import StoreError
 from whence.store.files import (
+    ARRAY,
     NewFile,
     Written,
     array_parts,
@@ -45,7 +46,6 @@ DESCRIPTION = "shard.json"
 
 _SHARD = re.compile(SHARD + r"[0-9]{8,18}")
 _PACK = re.compile(PACK + r"[0-9]{8,18}\.json")
-_FILE = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Shard:
         rows: How many.
         described: Length and checksums of its description.
         member: The folder of the writer it is of, in a store of several; else none.
+        own: The number that this writer gave the checkpoint; None if it is the same.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Shard:
     rows: int
     described: Written
     member: str = ""
+    own: int | None = None
 
     @property
     def number(self) -> int:
@@ -131,10 +133,11 @@ class Description:
         found = cls.parse(folder / DESCRIPTION, read_json(folder / DESCRIPTION, shard.described))
         for name, written in found.files.items():
             check_length(folder / name, written.length)
-        if (found.checkpoint, found.rows) != (shard.checkpoint, shard.rows):
+        checkpoint = shard.checkpoint if shard.own is None else shard.own
+        if (found.checkpoint, found.rows) != (checkpoint, shard.rows):
             raise StoreError(
-                f"{folder / DESCRIPTION} must be of {shard.rows} rows of checkpoint "
-                f"{shard.checkpoint} as in the manifest, got {found.rows} of {found.checkpoint}"
+                f"{folder / DESCRIPTION} must be of {shard.rows} rows of checkpoint {checkpoint} "
+                f"as in the manifest, got {found.rows} of {found.checkpoint}"
             )
         return found
 
@@ -148,7 +151,7 @@ class Description:
         try:
             files = {name: Written.of(each) for name, each in body["files"].items()}
             for name in files:
-                if not _FILE.fullmatch(name):
+                if not ARRAY.fullmatch(name):
                     raise ValueError(f"a file must lie in the folder, got {name!r:.80}")
             checkpoint, rows, error = body["checkpoint"], body["rows"], body.get("error")
             if type(checkpoint) is not int or type(rows) is not int:
