@@ -198,23 +198,42 @@ def test_a_k_of_any_size_is_clamped(core_rows):
 
 def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
     scales = f4(1)
-    for files in (
-        [(tmp_path / "nowhere", 0, 1)],
-        [(tmp_path, 0, 1)],
-        [(tmp_path / "nowhere", 2**64 - 1, 2**64 - 1)],
-        [],
-    ):
-        with pytest.raises(ORDINARY):
-            _core.Rows(files, 16, "float32", scales)
+    for checksums in (None, u4(), u4(0)):
+        for files in (
+            [(tmp_path / "nowhere", 0, 1, checksums)],
+            [(tmp_path, 0, 1, checksums)],
+            [(tmp_path / "nowhere", 2**64 - 1, 2**64 - 1, checksums)],
+            [],
+        ):
+            with pytest.raises(WhenceError):
+                _core.Rows(files, 16, "float32", scales)
     with pytest.raises(ORDINARY):
         core_rows.read(u8(3, 10))
     for dim in (0, 2**46, 2**63):
         with pytest.raises(ORDINARY):
-            _core.Rows([], dim, False, f4(0))
-    (tmp_path / "rows").write_bytes(bytes(8))
+            _core.Rows([], dim, "float32", f4(0))
+    rows = tmp_path / "rows"
+    rows.write_bytes(bytes(8))
     for dim, dtype in ((16, "int3"), (17, "int4"), (2**63, "int1"), (2**62, "int4")):
         with pytest.raises(ORDINARY):
-            _core.Rows([(tmp_path / "rows", 0, 1)], dim, dtype, scales)
+            _core.Rows([(rows, 0, 1, None)], dim, dtype, scales)
+    for checksums in (u4(), u4(0, 0), u4(0)[:, None], np.zeros(1), u4(0, 0, 0, 0)[::4], "0" * 8):
+        with pytest.raises(ORDINARY):
+            _core.Rows([(rows, 0, 1, checksums)], 2, "float32", scales)
+        with pytest.raises(ORDINARY):
+            _core.check_file(rows, 8, checksums)
+
+
+def test_files_of_another_length_or_kind_are_not_checked(tmp_path):
+    rows = tmp_path / "rows"
+    rows.write_bytes(bytes(8))
+    (tmp_path / "link").symlink_to(rows)
+    sums = _core.block_checksums(np.zeros(8, np.uint8))
+    assert _core.check_file(rows, 8, sums) == []
+    assert _core.check_file(rows, 8, sums + 1) == [0]
+    for name, length in (("rows", 7), ("rows", 2**64 - 1), ("rows", -1), ("link", 8), ("", 8)):
+        with pytest.raises(ORDINARY):
+            _core.check_file(tmp_path / name, length, sums)
 
 
 def u4(*values):

@@ -15,6 +15,8 @@
         LockedError        a store that another process writes to
       MissingDependencyError  an optional package that is not installed
 
+And one warning, `MissingWritersWarning`: a store is read while some of its writers have no rows.
+
 Messages read "ARGUMENT must BE, got WHAT".
 """
 
@@ -73,6 +75,10 @@ class LockedError(StoreError):
     """Another process is writing to the store."""
 
 
+class MissingWritersWarning(UserWarning):
+    """Some writers of a store of several have confirmed nothing yet."""
+
+
 class MissingDependencyError(WhenceError, ImportError):
     """An optional package is needed and not installed."""
 
@@ -87,6 +93,7 @@ __all__ = [
     "LockedError",
     "MismatchError",
     "MissingDependencyError",
+    "MissingWritersWarning",
     "NotFiniteError",
     "ShapeError",
     "StoreError",

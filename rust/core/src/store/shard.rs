@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 
+use super::blocks::Checks;
+use super::file::{damaged, io_error, open, open_regular, read_at};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::memory;
@@ -47,25 +49,15 @@ impl Kind {
     }
 }
 
-/// What a reader keeps between reads: the file it read last, and a buffer for narrower values.
+/// What a reader keeps between reads: the file it read last, and buffers for narrower values and
+/// for a block that is checked.
 #[derive(Debug, Default)]
 pub struct Cursor {
     open: Option<(PathBuf, File)>,
     halves: Vec<f16>,
     bytes: Vec<i8>,
     packed: Vec<u8>,
-}
-
-impl Cursor {
-    fn file(&mut self, path: &Path) -> std::io::Result<&File> {
-        if self.open.as_ref().is_none_or(|(open, _)| open != path) {
-            self.open = Some((path.to_owned(), File::open(path)?));
-        }
-        match &self.open {
-            Some((_, file)) => Ok(file),
-            None => Err(std::io::ErrorKind::NotFound.into()),
-        }
-    }
+    block: Vec<u8>,
 }
 
 /// Rows of `dim` values.
@@ -85,8 +77,7 @@ pub struct Shard {
 /// Where rows are.
 #[derive(Debug)]
 enum Place {
-    /// From a byte of a file on.
-    File(PathBuf, u64),
+    File(InFile),
     /// In memory, by kind.
     F32(Vec<f32>),
     F16(Vec<f16>),
@@ -95,37 +86,76 @@ enum Place {
     Packed(Vec<u8>),
 }
 
+/// Rows from a byte of a file on.
+#[derive(Debug)]
+struct InFile {
+    path: PathBuf,
+    offset: u64,
+    /// None for a file that has no checksums.
+    checks: Option<Checks>,
+}
+
+impl InFile {
+    /// Reads bytes of rows; `at` is counted from the first row on.
+    fn read(&self, at: u64, out: &mut [u8], cursor: &mut Cursor) -> Result<(), Error> {
+        let path = &self.path;
+        let file = match &mut cursor.open {
+            Some((open, file)) if open == path => file,
+            open => &mut open.insert((path.clone(), self.open()?)).1,
+        };
+        let (file, at) = (&*file, self.offset + at);
+        let read = |bytes: &mut [u8], at| read_at(file, path, bytes, at);
+        match &self.checks {
+            Some(checks) => checks.read(path, at, out, &mut cursor.block, read),
+            None => read(out, at),
+        }
+    }
+
+    fn open(&self) -> Result<File, Error> {
+        let Some(checks) = &self.checks else { return open(&self.path) };
+        let (file, length) = open_regular(&self.path)?;
+        if length != checks.length() {
+            let must = checks.length();
+            return Err(damaged(&self.path, format!("it must have {must} bytes, got {length}")));
+        }
+        Ok(file)
+    }
+}
+
 impl Shard {
     /// `rows` rows from byte `offset` of a file to its end.
     ///
+    /// With checksums of its blocks (see [`super::blocks`]) the file must be a regular one, no
+    /// link to another, and each block is checked when a read first touches it: what is handed out
+    /// has been checked, or lies in a block that had been found as it should be.
+    ///
     /// # Errors
     /// [`Error::Io`] if it is not there, [`Error::Damaged`] if it is not exactly as long as
-    /// its rows need.
+    /// its rows need, or has not one checksum a block.
     pub fn in_file(
         path: &Path,
         offset: u64,
         rows: u64,
         dim: usize,
         kind: Kind,
+        checksums: Option<Vec<u32>>,
     ) -> Result<Self, Error> {
-        let io = |source| Error::Io { path: path.to_owned(), source };
-        let length = std::fs::metadata(path).map_err(io)?.len();
+        let length = match checksums {
+            Some(_) => open_regular(path)?.1,
+            None => std::fs::metadata(path).map_err(|source| io_error(path, source))?.len(),
+        };
         let width = kind.row_bytes(dim);
         let needed = width
             .and_then(|width| rows.checked_mul(width as u64))
             .and_then(|bytes| bytes.checked_add(offset));
-        match width {
-            Some(width) if needed == Some(length) => {
-                Ok(Self { place: Place::File(path.to_owned(), offset), kind, rows, dim, width })
-            }
-            _ => {
-                let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
-                Err(Error::Damaged {
-                    path: path.to_owned(),
-                    what: format!("{rows} rows of {dim} need {needed} bytes, it has {length}"),
-                })
-            }
-        }
+        let Some(width) = width.filter(|_| needed == Some(length)) else {
+            let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
+            let what = format!("{rows} rows of {dim} need {needed} bytes, it has {length}");
+            return Err(damaged(path, what));
+        };
+        let checks = checksums.map(|all| Checks::new(path, length, all)).transpose()?;
+        let place = Place::File(InFile { path: path.to_owned(), offset, checks });
+        Ok(Self { place, kind, rows, dim, width })
     }
 
     /// Rows in memory; what is left after whole rows is not looked at.
@@ -204,7 +234,9 @@ impl Shard {
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.place {
-            Place::File(path, _) => path.as_os_str().len(),
+            Place::File(file) => {
+                file.path.as_os_str().len() + file.checks.as_ref().map_or(0, Checks::bytes)
+            }
             Place::F32(values) => 4 * values.len(),
             Place::F16(values) => 2 * values.len(),
             Place::I8(values) => values.len(),
@@ -276,7 +308,7 @@ impl Shard {
     fn check(&self, first: u64, count: u64) -> Result<(), Error> {
         if first.checked_add(count).is_none_or(|end| end > self.rows) {
             let place = match &self.place {
-                Place::File(path, _) => path.display().to_string(),
+                Place::File(file) => file.path.display().to_string(),
                 _ => "a matrix in memory".into(),
             };
             let must = format!("within the {} of {place}", self.rows);
@@ -296,11 +328,7 @@ impl Shard {
         let out: &mut [u8] = bytemuck::cast_slice_mut(out);
         let at = first * self.width as u64;
         let bytes: &[u8] = match &self.place {
-            Place::File(path, offset) => {
-                let io = |source| Error::Io { path: path.clone(), source };
-                let file = cursor.file(path).map_err(io)?;
-                return read_exact_at(file, out, offset + at).map_err(io);
-            }
+            Place::File(file) => return file.read(at, out, cursor),
             Place::F32(values) => bytemuck::cast_slice(values),
             Place::F16(values) => bytemuck::cast_slice(values),
             Place::I8(values) => bytemuck::cast_slice(values),
@@ -309,24 +337,6 @@ impl Shard {
         out.copy_from_slice(&bytes[at as usize..][..out.len()]);
         Ok(())
     }
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        let read = std::os::windows::fs::FileExt::seek_read(file, bytes, at)?;
-        if read == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        bytes = &mut bytes[read..];
-        at += read as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -355,7 +365,7 @@ mod tests {
             };
             let cursor = &mut Cursor::default();
             let mut out = [0.0; 10];
-            let rows = Shard::in_file(&path, 0, 3, 5, kind).unwrap();
+            let rows = Shard::in_file(&path, 0, 3, 5, kind, None).unwrap();
             rows.read(1, &mut out, cursor).unwrap();
             assert_eq!(out[..5], levels(1));
             assert_eq!(out[5..], levels(2));
@@ -365,7 +375,7 @@ mod tests {
             assert_eq!(out[..5], levels(2));
             assert_eq!(out[5..], levels(0));
             for (count, dim) in [(3, 5 + 8 / bits), (2, 5), (4, 5), (3, usize::MAX)] {
-                let found = Shard::in_file(&path, 0, count, dim, kind);
+                let found = Shard::in_file(&path, 0, count, dim, kind, None);
                 assert!(matches!(found, Err(Error::Damaged { .. })));
             }
         }
@@ -382,13 +392,13 @@ mod tests {
         }
         drop(file);
         let cursor = &mut Cursor::default();
-        let rows = Shard::in_file(&path, 4, 3, 2, Kind::F16).unwrap();
+        let rows = Shard::in_file(&path, 4, 3, 2, Kind::F16, None).unwrap();
         let mut out = [0.0; 4];
         rows.read(1, &mut out, cursor).unwrap();
         assert_eq!(out, [2.0, 3.0, 4.0, 5.0]);
         assert!(rows.read(2, &mut out, cursor).is_err());
         for (offset, count) in [(4, 2), (4, 4), (0, 3), (4, u64::MAX)] {
-            let found = Shard::in_file(&path, offset, count, 2, Kind::F16);
+            let found = Shard::in_file(&path, offset, count, 2, Kind::F16, None);
             assert!(matches!(found, Err(Error::Damaged { .. })));
         }
         let gathered = Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor).unwrap();
@@ -397,7 +407,7 @@ mod tests {
         assert_eq!(gathered.bytes(), 8);
         assert!(Shard::gathered(&[gathered], &[(0, 2)], cursor).is_err());
         // As bytes, the same file has twice as many values.
-        let bytes = Shard::in_file(&path, 4, 6, 2, Kind::I8).unwrap();
+        let bytes = Shard::in_file(&path, 4, 6, 2, Kind::I8, None).unwrap();
         bytes.read(1, &mut out[..2], cursor).unwrap();
         assert_eq!(out[..2], [0.0, 60.0]);
         std::fs::remove_file(&path).unwrap();

@@ -1,0 +1,148 @@
+"""Stores of several writers: one folder for each, read as one store.
+
+Each process of a job records with `writer="3/8"` into `writer-3-of-8`, a store of its own with its
+own lock, shards and manifest. Nothing is shared between them, so nothing has to be agreed upon
+while they run; what does not go together is refused when they are opened as one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError
+from whence.store.files import check_folder, store_errors
+from whence.store.manifest import Checkpoint, Manifest
+
+PREFIX = "writer-"
+"""How the names of the folders of writers begin."""
+
+MAX_WRITERS = 9999
+
+_FOLDER = re.compile(PREFIX + r"(\d{1,4})-of-(\d{1,4})")
+_ASKED = re.compile(r"(\d{1,4})/(\d{1,4})")
+
+
+def member_of(writer: str) -> str:
+    """The name of the folder of the writer "3/8": the third of eight.
+
+    Raises:
+        DtypeError: If it is no str.
+        ArgumentError: If it is not of this form, or the number is not from 1 to the total.
+    """
+    if not isinstance(writer, str):
+        raise DtypeError(f"writer must be a str such as '3/8', got {writer!r:.80}")
+    match = _ASKED.fullmatch(writer)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ArgumentError(f"writer must be 'number/total' from '1/total' on, got {writer!r:.80}")
+    return f"{PREFIX}{int(match[1])}-of-{int(match[2])}"
+
+
+def members(path: Path) -> dict[str, int]:
+    """The folders of writers in a store: name -> number; none for a store of one writer.
+
+    Raises:
+        StoreError: If they are of jobs of different sizes, or beside a store of one writer.
+    """
+    with store_errors(path):
+        names = [each.name for each in path.iterdir() if each.name.startswith(PREFIX)]
+    found = {name: match for name in sorted(names) if (match := _FOLDER.fullmatch(name))}
+    totals = {match[2] for match in found.values()}
+    if len(totals) > 1:
+        raise StoreError(
+            f"{path} must be of writers of one job, got {' and '.join(sorted(found)[:2])}"
+        )
+    if found and Manifest.exists(path):
+        raise StoreError(f"{path} must be of one writer or of several, got a manifest beside them")
+    numbers = {name: int(match[1]) for name, match in found.items()}
+    return dict(sorted(numbers.items(), key=lambda each: each[1]))
+
+
+def missing(path: Path) -> list[str]:
+    """The writers, as in "3/8", that have confirmed nothing yet; none for a store of one writer."""
+    found = members(path)
+    if not found:
+        return []
+    total = int(next(iter(found)).rsplit("-", 1)[1])
+    there = {number for name, number in found.items() if Manifest.exists(path / name)}
+    return [f"{number}/{total}" for number in range(1, total + 1) if number not in there]
+
+
+def parts(path: Path) -> list[tuple[str, Manifest]]:
+    """The stores that make up the one at `path`, by the names of their folders; "" for itself.
+
+    Raises:
+        StoreError: If there is none, or one is damaged.
+    """
+    found = []
+    for name in members(path):
+        check_folder(path / name)
+        if Manifest.exists(path / name):
+            found.append((name, Manifest.load(path / name)[0]))
+    return found or [("", Manifest.load(path)[0])]
+
+
+def combined(path: Path, found: list[tuple[str, Manifest]]) -> Manifest:
+    """What a store of several writers says about itself.
+
+    Raises:
+        MismatchError: If they did not record the same: names the writer and the difference.
+    """
+    first_name, first = found[0]
+    if not first_name:
+        return first
+    whole = replace(
+        first, checkpoints=[], shards=[], skipped=[], packs=[], gone=None, ids=None, columns=None
+    )
+    for name, manifest in found:
+        for what in ("sketch", "dtype", "reduction", "rows"):
+            _same(path, what, first_name, getattr(first, what), name, getattr(manifest, what))
+        _same(path, "model", first_name, first.model["digest"], name, manifest.model["digest"])
+        for what in ("ids", "columns"):
+            there, here = getattr(whole, what), getattr(manifest, what)
+            if there is None:
+                setattr(whole, what, here)
+            elif here is not None:
+                _same(path, what, first_name, there, name, here)
+        places = [_place(path, whole, name, each) for each in manifest.checkpoints]
+        if manifest.rows != "per_checkpoint":
+            places = [0]
+        whole.shards += [
+            replace(shard, checkpoint=places[shard.checkpoint], member=name)
+            for shard in manifest.shards
+        ]
+        whole.skipped += [(places[at], id_) for at, id_ in manifest.skipped]
+    return whole
+
+
+def _place(path: Path, whole: Manifest, name: str, found: Checkpoint) -> int:
+    """The number of a writer's checkpoint among those of all, to which it is added if it is new."""
+    if found.map is not None:
+        found = replace(found, map=replace(found.map, name=f"{name}/{found.map.name}"))
+    for index, there in enumerate(whole.checkpoints):
+        if there.name != found.name:
+            continue
+        for what in ("learning_rate", "weight"):
+            _same(path, what, there.name, getattr(there, what), name, getattr(found, what))
+        if there.first is None or found.first is None:
+            whole.checkpoints[index] = there if found.first is None else found
+            return index
+        if there.map is not None and found.map is not None:
+            _same(path, "map", there.name, there.map.identity, name, found.map.identity)
+        moving = "moving" in (there.weights, found.weights)
+        if not moving:
+            _same(path, "weights", there.name, there.first, name, found.first)
+        whole.checkpoints[index] = replace(there, weights="moving" if moving else "fixed")
+        return index
+    whole.checkpoints.append(found)
+    return len(whole.checkpoints) - 1
+
+
+def _same(path: Path, what: str, first: str, there: Any, name: str, here: Any) -> None:
+    if there != here:
+        raise MismatchError(
+            f"{what} must be the same for all writers of {path}, got {there!r:.80} in {first} and "
+            f"{here!r:.80} in {name}"
+        )
