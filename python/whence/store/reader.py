@@ -129,7 +129,7 @@ class Reader:
             path = shard.folder(self.path) / "rows.npy"
             offset = len(header(kind, (shard.rows, self.manifest.row_width)))
             files.append((path, offset, shard.rows, file_of(described, path).blocks))
-        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales, self._memory_map)
+        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales)
 
     @property
     def shards(self) -> list[tuple[Shard, Description]]:
