@@ -192,7 +192,8 @@ def verified(what: str, fault: Fault, sample: Sample, folder: Path) -> tuple[str
     if sample.store is None or not is_committed(fault, sample):
         return what, ""
     try:
-        whence.verify(folder / sample.store)
+        if not whence.verify(folder / sample.store).is_sound:
+            return what, ""
     except WhenceError:
         return what, ""
     except BaseException as error:
@@ -218,6 +219,11 @@ def is_committed(fault: Fault, sample: Sample) -> bool:
         and not Path(name).name.startswith(("lock", "committed-"))
         for name in (fault.file, fault.other if fault.kind.startswith("exchange") else "")
     )
+
+
+def kind_of(fault: Fault) -> str:
+    """Of three."""
+    return {"flip": "flips", "truncate": "truncations"}.get(fault.kind, "structural")
 
 
 def reader(scratch: Path, pipe: Connection) -> None:
@@ -297,7 +303,9 @@ def faults(masters: Path, count: int, generator: np.random.Generator) -> list[Fa
     for kind, wanted in (("flip", count * 9 // 10), ("truncate", count // 20)):
         found += filled(lambda number, kind=kind: draw(number, kind), wanted, generator)
     found += filled(
-        lambda number: draw(number // len(STRUCTURAL), STRUCTURAL[number % len(STRUCTURAL)]),
+        lambda number: draw(
+            number // len(STRUCTURAL), STRUCTURAL[number % len(STRUCTURAL)].__name__
+        ),
         count - len(found),
         generator,
     )
@@ -372,11 +380,9 @@ def place(length: int, generator: np.random.Generator) -> int:
 def run(count: int, seed: int) -> trial.Outcome:
     """As many faults."""
     outcome = trial.Outcome("damage", *NEVER)
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made:
-        scratch = Path(made)
+    with trial.scratch() as scratch:
+        (scratch / MASTERS).mkdir()
         for sample in SAMPLES:
-            (scratch / MASTERS / sample.name).mkdir(parents=True)
             sample.make(scratch / MASTERS / sample.name)
         drawn_faults = faults(scratch / MASTERS, count, np.random.default_rng(seed))
         waiting: SimpleQueue[Fault] = SimpleQueue()
@@ -389,9 +395,11 @@ def run(count: int, seed: int) -> trial.Outcome:
                 while True:
                     fault = waiting.get_nowait()
                     what, how = process.read(fault)
-                    outcome.count(fault.kind if what in outcome.missed else what)
+                    outcome.count(kind_of(fault))
                     if what in outcome.missed:
                         outcome.miss(what, f"{fault}: {how}")
+                    else:
+                        outcome.count(what)
             process.close()
 
         with ThreadPoolExecutor(READERS) as pool:

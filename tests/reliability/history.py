@@ -39,8 +39,10 @@ class Wrong(Exception):
 def rows_of(state: State) -> np.ndarray:
     """[examples, DIM] the rows of these numbers and versions: no two have a value alike."""
     numbers, versions = _arrays_of(state)
-    mixed = (numbers * 7919 + versions * 104729 + np.arange(DIM)[:, None] * 15485863) % 65521
-    return (mixed.T - 32760).astype(np.float32)
+    mixed = (
+        numbers[:, None] * 7919 + versions[:, None] * 104729 + np.arange(DIM) * 15485863
+    ) % 65521
+    return (mixed - 32760).astype(np.float32)
 
 
 def columns_of(state: State) -> dict[str, np.ndarray]:
@@ -67,12 +69,16 @@ def text_of(number: int, version: int) -> str:
 
 
 def read(path: Path) -> State:
-    """What a store holds.
+    """What the store at a path holds. See `read_from`."""
+    return read_from(whence.open(path))
+
+
+def read_from(store: whence.Store) -> State:
+    """What an open store holds.
 
     Raises:
         Wrong: If a row, or what belongs to it, is not what its number and version say.
     """
-    store = whence.open(path)
     numbers = [int(str(id_).removeprefix("id ")) for id_ in store.ids.tolist()]
     state = dict(zip(numbers, store.columns["version"].tolist(), strict=True))
     if len(state) < len(numbers):
@@ -156,13 +162,15 @@ class Log:
             allowed.append(after(allowed[-1], operation))
         try:
             found = read(folder / "store")
-            whence.verify(folder / "store")
+            verification = whence.verify(folder / "store")
         except StoreError as error:
             if self.is_new:
                 return {}
             raise Wrong(f"it does not open: {error}") from error
         if found not in allowed:
             raise Wrong(_difference(found, allowed))
+        if not verification.is_sound:
+            raise Wrong(f"it opens, and is not sound: {verification}")
         self._check_made(folder)
         return found
 

@@ -105,8 +105,8 @@ def _command(*words: str | Path) -> None:
 def model(count: int, generator: np.random.Generator, outcome: trial.Outcome) -> None:
     """Cuts the power of a modelled disk at each moment of a life of `count` operations."""
     log = Log()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, crashed = Path(scratch) / "disk", Path(scratch) / "crashed"
+    with trial.scratch() as scratch:
+        folder, crashed = scratch / "disk", scratch / "crashed"
         folder.mkdir()
         life = Life(folder, int(generator.integers(2**31)), {}, log.begin, log.confirm)
         life.prepare()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ class Sample:
 
     Attributes:
         name: Of the kind.
-        make: Writes them into a new folder.
+        make: Writes them into a new folder at the path it is given.
         read: Reads all that is in them from there -> what was found.
         store: Where in the folder a store lies that `verify` is to look at.
     """
@@ -49,7 +49,7 @@ def digest(found: Any) -> str:
             said.update(f"[{len(each)}".encode())
             for one in each:
                 say(one)
-        elif isinstance(each, dict):
+        elif isinstance(each, Mapping):
             say(list(each.items()))
         elif hasattr(each, "numpy"):
             say(each.numpy())
@@ -100,7 +100,7 @@ def read_store(path: Path) -> Any:
     found: list[Any] = []
     for mapped in (False, True):
         store = whence.open(path, memory_map=mapped)
-        found += [store.ids, dict(store.columns), store.scales, store.skipped, store.checkpoints]
+        found += [store.ids, store.columns, store.scales, store.skipped, store.checkpoints]
         found += [store.quantisation_error, store.self_influence()]
         numbers = store.row_numbers()
         found += [store.core.read(each.astype(np.uint64)) for each in numbers]
@@ -115,12 +115,14 @@ def read_store(path: Path) -> Any:
 
 def make_members(path: Path) -> None:
     """What two processes of a job record side by side."""
-    model, x = small_model()
     for number in (1, 2):
-        with whence.record(model, path, dim=8, writer=f"{number}/2") as recorder:
-            for part in (0, 1):
-                with recorder.batch(np.arange(5) + 5 * part + 10 * number, text=list("abcde")):
-                    model(x[:5]).square().sum(1).mean().backward()
+        writer = Writer(path, manifest(DIM, "float16"), f"{number}/2")
+        writer.set_checkpoint(Checkpoint("0"))
+        for part in np.split(np.arange(100 * number, 100 * number + 20), 2):
+            rows = random_rows(len(part), DIM, seed=int(part[0]))
+            writer.append(part, rows, writer.check_columns(columns_of(part)))
+            writer.commit()
+        writer.close()
 
 
 # Rows that need a model
