@@ -43,12 +43,14 @@ fn kind_of(dtype: &str) -> Result<Kind, Error> {
 #[pymethods]
 impl Rows {
     #[new]
+    #[pyo3(signature = (files, dim, dtype, scales, memory_map=false))]
     fn new(
         py: Python<'_>,
         files: Vec<(PathBuf, u64, u64, Option<PyReadonlyArray1<'_, u32>>)>,
         dim: usize,
         dtype: &str,
         scales: PyReadonlyArray1<'_, f32>,
+        memory_map: bool,
     ) -> PyResult<Self> {
         let scales = values_of(py, "scales", &scales)?.to_vec();
         let mut all = Vec::with_capacity(files.len());
@@ -61,7 +63,8 @@ impl Rows {
             let files: Result<Vec<_>, _> = all
                 .into_iter()
                 .map(|(path, offset, rows, checksums)| {
-                    Shard::in_file(&path, offset, rows, dim, kind, checksums)
+                    let shard = Shard::in_file(&path, offset, rows, dim, kind, checksums)?;
+                    if memory_map { shard.mapped() } else { Ok(shard) }
                 })
                 .collect();
             search::Rows::new(files?, scales, dim)

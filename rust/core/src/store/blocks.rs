@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::crc32;
-use super::file::{damaged, open_regular, read_at};
+use super::file::{damaged, open, read_at};
 use crate::error::Error;
 use crate::stop::{Asker, Stop, Watch};
 
@@ -44,7 +44,7 @@ pub fn check_file(
 ) -> Result<Vec<u64>, Error> {
     let stop = Stop::new();
     let watch = Watch::new(&stop, Some(asker));
-    let (file, found) = open_regular(path)?;
+    let (file, found) = open(path, false)?;
     if found != length {
         return Err(damaged(path, format!("it must have {length} bytes, got {found}")));
     }
@@ -100,11 +100,6 @@ impl Checks {
         4 * self.checksums.len() + 8 * self.verified.len()
     }
 
-    /// Bytes of the file.
-    pub(super) fn length(&self) -> u64 {
-        self.length
-    }
-
     /// The bytes of a block.
     fn span(&self, block: usize) -> Range<u64> {
         let start = block as u64 * BLOCK as u64;
@@ -129,6 +124,26 @@ impl Checks {
             return Err(damaged(path, what));
         }
         self.verified[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Nothing, if each block that has some of these bytes has its checksum, by all bytes of the
+    /// file. The range lies within them.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if one has another.
+    pub(super) fn verify_within(
+        &self,
+        path: &Path,
+        range: Range<usize>,
+        all: &[u8],
+    ) -> Result<(), Error> {
+        for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+            if !self.is_verified(block) {
+                let Range { start, end } = self.span(block);
+                self.verify(path, block, &all[start as usize..end as usize])?;
+            }
+        }
         Ok(())
     }
 
@@ -239,12 +254,14 @@ mod tests {
             (offset, dim, rows) in files(),
             reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..12),
             threads in 1usize..4,
+            mapped: bool,
         ) {
             let bytes = content(offset + rows * dim);
             let file = Written::new("reads", &bytes);
             let shard = Shard::in_file(
                 &file.0, offset as u64, rows as u64, dim, Kind::I8, Some(sums(&bytes)),
             ).unwrap();
+            let shard = if mapped { shard.mapped().unwrap() } else { shard };
             let check = |cursor: &mut Cursor, first: usize, count: usize| {
                 let mut out = vec![0.0; count * dim];
                 shard.read(first as u64, &mut out, cursor).unwrap();
@@ -270,6 +287,7 @@ mod tests {
             (offset, dim, rows) in files(),
             at in any::<prop::sample::Index>(),
             change in 1u8..,
+            mapped: bool,
             reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..12),
         ) {
             let mut bytes = content(offset + rows * dim);
@@ -280,6 +298,7 @@ mod tests {
             let shard = Shard::in_file(
                 &file.0, offset as u64, rows as u64, dim, Kind::I8, Some(sums.clone()),
             ).unwrap();
+            let shard = if mapped { shard.mapped().unwrap() } else { shard };
             let mut cursor = Cursor::default();
             for (first, count) in reads {
                 let first = first.index(rows);

@@ -6,27 +6,24 @@ use std::path::Path;
 
 use crate::error::Error;
 
-/// Opens a file to read; a link leads to what it names.
-pub(super) fn open(path: &Path) -> Result<File, Error> {
-    File::open(path).map_err(|source| io_error(path, source))
-}
-
-/// Opens a regular file to read, and gives its length. What a store does not write is refused
-/// before it is read: a link may name any file, and a pipe or a device may never end.
+/// Opens a regular file to read, and gives its length. Pipes and devices are refused before they are
+/// read, as they may never end; and links, unless they are to be followed, as they may lead to any
+/// file.
 ///
 /// # Errors
 /// [`Error::Damaged`] if something else is there, [`Error::Io`].
-pub(super) fn open_regular(path: &Path) -> Result<(File, u64), Error> {
+pub(super) fn open(path: &Path, follow: bool) -> Result<(File, u64), Error> {
     // Looked at before it is opened, as opening a device may do something, and again after, as it
     // may have been exchanged in between: the flags keep that from following and from waiting.
     let io = |source| io_error(path, source);
-    check_regular(path, &path.symlink_metadata().map_err(io)?)?;
+    let look = if follow { Path::metadata } else { Path::symlink_metadata };
+    check_regular(path, &look(path).map_err(io)?)?;
     let mut options = File::options();
     options.read(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(
         &mut options,
-        libc::O_NOFOLLOW | libc::O_NONBLOCK,
+        libc::O_NONBLOCK | if follow { 0 } else { libc::O_NOFOLLOW },
     );
     let file = options.open(path).map_err(io)?;
     let found = file.metadata().map_err(io)?;
@@ -109,13 +106,15 @@ mod tests {
         let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
         assert!(made.success());
         drop(UnixListener::bind(&socket).unwrap());
-        assert_eq!(open_regular(&plain).unwrap().1, 7);
-        for other in [&link, &pipe, &socket, &folder, Path::new("/dev/zero")] {
-            let found = open_regular(other);
-            assert!(matches!(found, Err(Error::Damaged { .. })), "{}", other.display());
+        for follow in [false, true] {
+            assert_eq!(open(&plain, follow).unwrap().1, 7);
+            assert_eq!(open(&link, follow).is_ok(), follow);
+            for other in [&pipe, &socket, &folder, Path::new("/dev/zero")] {
+                let found = open(other, follow);
+                assert!(matches!(found, Err(Error::Damaged { .. })), "{}", other.display());
+            }
+            assert!(matches!(open(&folder.join("nothing"), follow), Err(Error::Io { .. })));
         }
-        let found = open_regular(&folder.join("nothing"));
-        assert!(matches!(found, Err(Error::Io { .. })));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -7,6 +7,7 @@
 pub mod blocks;
 mod encode;
 mod file;
+mod map;
 mod quantise;
 mod shard;
 
