@@ -25,6 +25,8 @@ from whence.errors import StoreError, WhenceError
 
 STEP = 4096
 
+HANDLES = Path("/dev/fd")
+
 MOST = 10_000
 """Steps after which there is room enough."""
 
@@ -57,7 +59,7 @@ class Size:
         _command("mount", "-o", f"remount,{options}", self.folder)
 
     def close(self) -> None:
-        _command("umount", self.folder)
+        _command("umount", "--lazy", self.folder)
 
 
 class Lengths:
@@ -256,7 +258,7 @@ WORKS: tuple[type[Work], ...] = (
 
 def run(count: int, seed: int) -> trial.Outcome:
     """With stores of as many examples."""
-    never = ("false successes", "lost", "other errors", "not gone on with")
+    never = ("false successes", "lost", "other errors", "not gone on with", "handles left open")
     outcome = trial.Outcome("full disk", *never)
     numbers = np.random.default_rng(seed).permutation(2 * count).tolist()
     before, more = dict.fromkeys(numbers[:count], 1), dict.fromkeys(numbers[count:], 1)
@@ -302,6 +304,7 @@ def attempt(
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder)
     work = kind(folder, before, more)
+    open_before = len(list(HANDLES.iterdir()))
     work.prepare()
     where = f"{kind.__name__} with {steps} steps in {disk.folder.name}"
     done = False
@@ -328,6 +331,8 @@ def attempt(
         work.check_out()
     except (Wrong, WhenceError) as error:
         outcome.miss(what, f"{where}: {error}")
+    if len(list(HANDLES.iterdir())) > open_before:
+        outcome.miss("handles left open", where)
     return done
 
 

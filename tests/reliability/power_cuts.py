@@ -73,7 +73,7 @@ class Loop:
         _command("mount", "-o", "loop", self._image, self.folder)
 
     def unmount(self) -> None:
-        _command("umount", self.folder)
+        _command("umount", "--lazy", self.folder)
 
     def cut(self, child: subprocess.Popen[str]) -> None:
         """Cuts the power under a living writer, and gives it back."""
@@ -85,7 +85,7 @@ class Loop:
         time.sleep(AFTERWARDS)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        self.unmount()
+        _command("umount", self.folder)
         self._mount()
 
 

@@ -19,7 +19,7 @@ from filled import manifest
 from history import DIM, Life, Operation, State, Wrong, after, read_from
 
 import whence
-from whence.errors import LockedError, StoreError, WhenceError
+from whence.errors import LockedError, StoreError
 from whence.store import Writer
 
 READERS = 4
