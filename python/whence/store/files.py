@@ -298,6 +298,8 @@ def regular(path: Path, length: int | None = None) -> Iterator[tuple[int, int]]:
     with store_errors(path):
         try:
             handle = os.open(path, _READ | _SYSTEM)
+        except FileNotFoundError as error:
+            raise _is_gone(path) from error
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise StoreError(f"{path} must be a file of the store, got a link") from None
@@ -321,8 +323,7 @@ def check_length(path: Path, length: int) -> None:
     Raises:
         StoreError: If it is not, or is a link, a pipe or a device.
     """
-    with store_errors(path):
-        found = path.lstat()
+    found = _status(path)
     if not stat.S_ISREG(found.st_mode):
         raise StoreError(f"{path} must be a regular file, got another kind")
     if found.st_size != length:
@@ -335,9 +336,22 @@ def check_folder(path: Path) -> None:
     Raises:
         StoreError: If it is not there, or a link or a file.
     """
+    if not stat.S_ISDIR(_status(path).st_mode):
+        raise StoreError(f"{path} must be a folder of the store, got a link or a file")
+
+
+def _status(path: Path) -> os.stat_result:
     with store_errors(path):
-        if not stat.S_ISDIR(path.lstat().st_mode):
-            raise StoreError(f"{path} must be a folder of the store, got a link or a file")
+        try:
+            return path.lstat()
+        except FileNotFoundError as error:
+            raise _is_gone(path) from error
+
+
+def _is_gone(path: Path) -> StoreError:
+    return StoreError(
+        f"{path} is gone: if the store was compacted or repaired since it was opened, open it again"
+    )
 
 
 def read_part(path: Path, handle: int, offset: int, length: int) -> bytes:
@@ -368,6 +382,20 @@ def read(path: Path, written: Written) -> bytes:
         content = read_part(path, handle, 0, length)
     check_blocks(path, content, written.blocks)
     return content
+
+
+def read_range(path: Path, written: Written, start: int, stop: int) -> bytes:
+    """Some bytes of a file, once the blocks that they lie in are those that were written.
+
+    Raises:
+        StoreError: If they are not, or the file cannot be read.
+    """
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    with regular(path, written.length) as (handle, length):
+        end = min(last * BLOCK, length)
+        content = read_part(path, handle, first * BLOCK, end - first * BLOCK)
+    check_blocks(path, content, written.blocks[first:last], first)
+    return content[start - first * BLOCK : stop - first * BLOCK]
 
 
 def check_blocks(path: Path, content: Part, checksums: NDArray[np.uint32], first: int = 0) -> None:

@@ -155,6 +155,16 @@ class Manifest:
         """How many values of its `.npy` type a stored row has."""
         return -(-self.dim * BITS[self.dtype] // 8) if self.is_quantised else self.dim
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return self.row_width * {"<f2": 2, "<f4": 4}.get(DTYPES[self.dtype], 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored rows, also of those that are gone."""
+        return self.row_bytes * sum(shard.rows for shard in self.shards)
+
     def save(self, folder: Path, number: int) -> Manifest:
         """Commits: the manifest appears whole, or not at all.
 
@@ -337,8 +347,8 @@ class Manifest:
 MARKER = "committed-"
 """How the name of the marker of the newest manifest begins."""
 
-_NAME = re.compile(r"manifest-(\d{8,18})\.json")
-_MARKER = re.compile(MARKER + r"(\d{8,18})")
+_NAME = re.compile(r"manifest-([0-9]{8,18})\.json")
+_MARKER = re.compile(MARKER + r"([0-9]{8,18})")
 
 
 def newest(folder: Path) -> int:
@@ -366,6 +376,27 @@ def newest(folder: Path) -> int:
                 "nothing was ever confirmed in it"
             )
     return number
+
+
+def manifests(folder: Path) -> list[Path]:
+    """All manifests that lie in a folder, the newest last.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        return [path for _, path in sorted(_numbered(folder, _NAME))]
+
+
+def last_committed(folder: Path) -> int:
+    """The highest number that a manifest has or had; 0 for none.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        found = [*_numbered(folder, _NAME), *_numbered(folder, _MARKER)]
+    return max((number for number, _ in found), default=0)
 
 
 def _numbered(folder: Path, name: re.Pattern[str]) -> Sequence[tuple[int, Path]]:

@@ -113,7 +113,7 @@ def checked_map(body: Any) -> StoredMap:
         ValueError: If it is none.
     """
     name = body["name"]
-    if not isinstance(name, str) or not re.fullmatch(PREFIX + r"\d{8}", name):
+    if not isinstance(name, str) or not re.fullmatch(PREFIX + r"[0-9]{8}", name):
         raise ValueError(f"a map's name must be {PREFIX}N, got {name!r}")
     files = {each: Written.of(written) for each, written in body["files"].items()}
     if any("/" in each or "\\" in each or each.startswith(".") for each in files):

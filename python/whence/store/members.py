@@ -21,8 +21,8 @@ PREFIX = "writer-"
 
 MAX_WRITERS = 9999
 
-_FOLDER = re.compile(PREFIX + r"(\d{1,4})-of-(\d{1,4})")
-_ASKED = re.compile(r"(\d{1,4})/(\d{1,4})")
+_FOLDER = re.compile(PREFIX + r"([0-9]{1,4})-of-([0-9]{1,4})")
+_ASKED = re.compile(r"([0-9]{1,4})/([0-9]{1,4})")
 
 
 def member_of(writer: str) -> str:
@@ -34,7 +34,7 @@ def member_of(writer: str) -> str:
     """
     if not isinstance(writer, str):
         raise DtypeError(f"writer must be a str such as '3/8', got {writer!r:.80}")
-    match = _ASKED.fullmatch(writer)
+    match = _ASKED.fullmatch(writer) or _FOLDER.fullmatch(writer)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ArgumentError(f"writer must be 'number/total' from '1/total' on, got {writer!r:.80}")
     return f"{PREFIX}{int(match[1])}-of-{int(match[2])}"

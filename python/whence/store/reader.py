@@ -22,7 +22,14 @@ from whence.errors import (
     StoreError,
 )
 from whence.store.examples import Places, eligible
-from whence.store.files import Written, header, read_array, read_strings, store_errors
+from whence.store.files import (
+    Written,
+    header,
+    read_array,
+    read_range,
+    read_strings,
+    store_errors,
+)
 from whence.store.gone import keys
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest
 from whence.store.members import combined, missing, parts
@@ -129,7 +136,7 @@ class Reader:
             path = shard.folder(self.path) / "rows.npy"
             offset = len(header(kind, (shard.rows, self.manifest.row_width)))
             files.append((path, offset, shard.rows, file_of(described, path).blocks))
-        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales)
+        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales, self._memory_map)
 
     @property
     def shards(self) -> list[tuple[Shard, Description]]:
@@ -368,6 +375,47 @@ class Columns(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._reader.manifest.columns or {})
+
+
+PIECE = 4 << 20
+"""Bytes of stored rows that are read at a time, where they are copied."""
+
+
+def stored_rows(
+    folder: Path, described: Description, manifest: Manifest
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The rows of a shard as they are stored, in pieces: the first's number, and [rows, width].
+
+    Raises:
+        StoreError: If they are damaged.
+    """
+    path = folder / "rows.npy"
+    written, kind = file_of(described, path), np.dtype(DTYPES[manifest.dtype])
+    shape = (described.rows, manifest.row_width)
+    head, width = len(header(kind.str, shape)), kind.itemsize * manifest.row_width
+    if written.length != head + described.rows * width:
+        raise StoreError(
+            f"{path} is damaged: it must hold {described.rows} rows of {width} bytes, got "
+            f"{written.length} bytes"
+        )
+    step = max(PIECE // width, 1)
+    for first in range(0, described.rows, step):
+        rows = min(step, described.rows - first)
+        start = head + first * width
+        content = read_range(path, written, start, start + rows * width)
+        yield first, np.frombuffer(content, kind).reshape(rows, manifest.row_width)
+
+
+def read_columns(folder: Path, described: Description, manifest: Manifest) -> list[NDArray[Any]]:
+    """[rows] each: the columns of a shard, in the manifest's order.
+
+    Raises:
+        StoreError: If one is damaged.
+    """
+    return [
+        read_column(folder, described, f"column-{index}", kind)
+        for index, kind in enumerate((manifest.columns or {}).values())
+    ]
 
 
 def read_scales(folder: Path, described: Description) -> NDArray[np.float32]:

@@ -43,8 +43,8 @@ PACK = "pack-"
 
 DESCRIPTION = "shard.json"
 
-_SHARD = re.compile(SHARD + r"\d{8,18}")
-_PACK = re.compile(PACK + r"\d{8,18}\.json")
+_SHARD = re.compile(SHARD + r"[0-9]{8,18}")
+_PACK = re.compile(PACK + r"[0-9]{8,18}\.json")
 _FILE = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
 
 

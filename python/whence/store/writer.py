@@ -87,7 +87,8 @@ class Writer:
         path: The store's folder; made if it is not there.
         wanted: What a new store is to be; an existing one must agree in sketch, dtype, reduction
             and model. None for whatever is there.
-        writer: Of a store of several writers, which of them: "3/8" for the third of eight.
+        writer: Of a store of several writers, which of them: "3/8" for the third of eight; or the
+            name of its folder.
 
     Raises:
         ArgumentError: If the type of its rows is not known, or `writer` is none.
@@ -274,9 +275,18 @@ class Writer:
         stored = self._kept(stored)
         # Known first: an interrupt here loses the rows, as any before the commit does; the other
         # way round it would let them in twice.
-        self._known[self._checkpoint].add(ids)
+        known = self._known[self._checkpoint]
+        new = ids[~known.has(ids)] if len(going) else ids
+        if len(new):
+            known.add(new)
+        manifest = self.manifest
+        if manifest.skipped:  # who was left out before is not any more
+            now = {(self._checkpoint, id_) for id_ in ids.tolist()}
+            left = [each for each in manifest.skipped if each not in now]
+            manifest = replace(manifest, skipped=left)
         self._state = replace(
             self._state,
+            manifest=manifest,
             waiting=(*self._state.waiting, (ids, stored, scales, errors, columns)),
             going=(*self._state.going, going) if len(going) else self._state.going,
         )
@@ -286,6 +296,25 @@ class Writer:
             self.commit()
         elif self._waiting_bytes - self._written_bytes >= AHEAD_BYTES:
             self._write_ahead()
+
+    @property
+    def gone(self) -> NDArray[np.int64]:
+        """[rows, 2] shard and row of what was deleted or replaced, in order."""
+        return self._state.gone
+
+    def holds(self, ids: Ids) -> NDArray[np.bool_]:
+        """[ids] whether each has a row at a checkpoint, or is noted as left out.
+
+        Raises:
+            IdError: If they are not of the store's kind.
+        """
+        noted = {id_ for _, id_ in self.manifest.skipped}
+        found = np.array([id_ in noted for id_ in ids.tolist()], np.bool_)
+        if self._known:
+            self.has(ids)  # checks the kind
+        for known in self._known:
+            found |= known.has(ids)
+        return found
 
     def delete(self, ids: Ids) -> int:
         """Lets rows of all checkpoints go, with the next commit; their bytes with `compact`.
@@ -301,13 +330,9 @@ class Writer:
         """
         self.commit()
         found = [self._rows_of(ids, index) for index in range(len(self._known))]
-        asked = set(ids.tolist())
-        there = {id_ for _, id_ in self.manifest.skipped if id_ in asked}
-        for known in self._known:
-            there |= set(ids[known.has(ids)].tolist())
-        if len(there) < len(asked):
-            lacking = next(id_ for id_ in ids.tolist() if id_ not in there)
-            raise IdError(f"ids must be in the store, got {lacking!r}")
+        asked, there = set(ids.tolist()), self.holds(ids)
+        if not there.all():
+            raise IdError(f"ids must be in the store, got {ids[~there][0].item()!r}")
         skipped = [(at, id_) for at, id_ in self.manifest.skipped if id_ not in asked]
         manifest = replace(self._state.manifest, skipped=skipped)
         self._state = replace(self._state, manifest=manifest, going=tuple(found))
@@ -319,18 +344,23 @@ class Writer:
     def _rows_of(self, ids: Ids, checkpoint: int) -> NDArray[np.int64]:
         """[rows, 2] where the rows of these ids are at a checkpoint, of those that have one."""
         there = ids[self._known[checkpoint].has(ids)] if self._known else ids[:0]
-        if not len(there):
-            return _NONE
-        if self._state.waiting or self._state.going:
-            self.commit()  # what waits is in no shard yet
-        gone = keys(self._state.gone)
-        found = []
-        for shard in self.manifest.shards:
-            if shard.checkpoint == checkpoint:
-                rows = self._shard_ids(shard).rows_of(there)
-                places = np.column_stack([np.full(len(rows), shard.number), rows])
-                found.append(places[~np.isin(keys(places), gone)])
-        return np.concatenate(found) if found else _NONE
+        found = self._confirmed(there, checkpoint)
+        if len(found) < len(there):  # the others wait, and are in no shard yet
+            self.commit()
+            found = self._confirmed(there, checkpoint)
+        return found
+
+    def _confirmed(self, ids: Ids, checkpoint: int) -> NDArray[np.int64]:
+        """[rows, 2] where the rows of these ids are, of those in a shard that are not to go."""
+        found = [_NONE]
+        if len(ids):
+            for shard in self.manifest.shards:
+                if shard.checkpoint == checkpoint:
+                    rows = self._shard_ids(shard).rows_of(ids)
+                    found.append(np.column_stack([np.full(len(rows), shard.number), rows]))
+        places = np.concatenate(found)
+        hidden = keys(np.concatenate([self._state.gone, *self._state.going]))
+        return places[~np.isin(keys(places), hidden)]
 
     def _shard_ids(self, shard: Shard) -> _ShardIds:
         if shard.name not in self._ids:
@@ -365,10 +395,23 @@ class Writer:
         found[:] = stored
         return found
 
-    def skip(self, ids: Ids) -> None:
-        """Notes ids that were left out because their gradient is not finite."""
+    def skip(self, ids: Ids, *, replaces: bool = False) -> None:
+        """Notes ids that were left out because their gradient is not finite.
+
+        Args:
+            ids: [ids] new ids; or with `replaces` also such as are there.
+            replaces: Whether rows of ids that are there go, with the next commit.
+
+        Raises:
+            StoreError: If waiting rows cannot be committed.
+        """
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
+        if replaces:
+            going = self._rows_of(ids, self._checkpoint)
+            if len(going):
+                self._state = replace(self._state, going=(*self._state.going, going))
+                self._known[self._checkpoint].drop(ids)
         noted = self.left_out
         for id_ in ids.tolist():
             if id_ not in noted:
