@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,10 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 import trial
-from samples import SAMPLES, Sample, digest
+from samples import SAMPLES, Sample, digest, examples
 
 import whence
-from whence.errors import WhenceError
+from whence.errors import MissingWritersWarning, StoreError, WhenceError
 
 HANG = 10.0
 """Seconds after which a reader hangs."""
@@ -37,7 +38,16 @@ PAGE = 4096
 MASTERS = "masters"
 """The folder of samples as they were made."""
 
-NEVER = ("crashed", "hung", "panicked", "silent", "other exceptions", "unnamed", "unverified")
+NEVER = (
+    "crashed",
+    "hung",
+    "panicked",
+    "silent",
+    "other exceptions",
+    "unnamed",
+    "unverified",
+    "wrongly mended",
+)
 
 
 @dataclass(frozen=True)
@@ -157,48 +167,84 @@ STRUCTURAL = (
     make_a_pipe,
 )
 
-IN_PLACE = ("flip", "truncate", "empty", "append", "zero_a_page", "replace")
-"""Faults that another copy of the file mends."""
-
 FAULTS: dict[str, Callable[[Path, Path, Fault], None]] = {
     each.__name__: each for each in (flip, truncate, *STRUCTURAL)
 }
 
 
-# What a reader makes of it
+# What becomes of it
 
 
-def outcome_of(fault: Fault, sample: Sample, folder: Path, sound: str) -> tuple[str, str]:
-    """What became of a fault: one of `NEVER`, "errors" or "same answers"; and how."""
+def outcome_of(fault: Fault, sample: Sample, folder: Path, sound: Sound) -> tuple[str, str]:
+    """One of `NEVER`, or what else became of a fault; and how."""
     try:
         found = digest(sample.read(folder))
-    except WhenceError as error:
-        text = str(error)
+        what = "same answers"
+    except (WhenceError, MissingWritersWarning) as error:
+        what, text = "errors", str(error)
         if "internal error" in text:
             return "panicked", text
         if not any(name in text for name in named(fault)):
             return "unnamed", text
-        return verified("errors", fault, sample, folder)
     except BaseException as error:
         kind = type(error).__name__
         return ("panicked" if "Panic" in kind else "other exceptions"), f"{kind}: {error}"
-    if found != sound:
+    if what == "same answers" and found != sound.answers:
         return "silent", "another answer"
-    return verified("same answers", fault, sample, folder)
-
-
-def verified(what: str, fault: Fault, sample: Sample, folder: Path) -> tuple[str, str]:
-    """The same, unless the store is damaged and `verify` finds nothing."""
     if sample.store is None or not is_committed(fault, sample):
         return what, ""
     try:
-        if not whence.verify(folder / sample.store).is_sound:
-            return what, ""
-    except WhenceError:
-        return what, ""
+        verification = whence.verify(folder / sample.store)
+        if verification.is_sound and not verification.missing_writers:
+            return "unverified", f"{what}, and verify finds nothing"
+    except StoreError:
+        pass
     except BaseException as error:
         return "other exceptions", f"of verify: {type(error).__name__}: {error}"
-    return "unverified", f"{what}, and verify finds nothing"
+    try:
+        wrong = wrongly_mended(folder / sample.store, sound.examples)
+    except BaseException as error:
+        wrong = f"{type(error).__name__}: {error}"
+    return ("wrongly mended", wrong) if wrong else (what, "")
+
+
+def wrongly_mended(path: Path, before: dict[tuple[str, object], str]) -> str:
+    """What is wrong after `repair`: of rows it left, or of those it says are lost; "" if nothing.
+
+    Args:
+        path: The store.
+        before: The examples that were there.
+    """
+    try:
+        done = whence.repair(path)
+    except StoreError:
+        return ""  # it says that it cannot
+    verification = whence.verify(path)
+    if not verification.is_sound and not done.unmended:
+        return f"it is not sound: {verification}"
+    with suppress(MissingWritersWarning):
+        left = examples(path)
+        lost = before.keys() - left.keys()
+        if left.keys() - before.keys():
+            return f"{len(left.keys() - before.keys())} rows are there that were not"
+        if any(before[key] != value for key, value in left.items()):
+            return "a row that is left is another"
+        if set(done.lost) - lost or len(lost) != len(set(done.lost)) + done.unnamed:
+            return f"{len(lost)} rows are lost, and {len(done.lost)} + {done.unnamed} said to be"
+    return ""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What is read of an undamaged sample.
+
+    Attributes:
+        answers: A digest of all.
+        examples: Of a store's rows.
+    """
+
+    answers: str
+    examples: dict[tuple[str, object], str]
 
 
 def named(fault: Fault) -> set[str]:
@@ -206,6 +252,7 @@ def named(fault: Fault) -> set[str]:
     names = {Path(name).name for name in (fault.file, fault.other) if name}
     if "folder" in fault.kind:
         names |= {Path(name).parent.name for name in (fault.file, fault.other) if name}
+        names |= {"writers " + name.split("-")[1] + "/" for name in names if "writer-" in name}
     return names
 
 
@@ -231,18 +278,22 @@ def reader(scratch: Path, pipe: Connection) -> None:
     copies = Path(tempfile.mkdtemp(dir=scratch))
     shutil.copytree(scratch / MASTERS, copies, dirs_exist_ok=True)
     samples = {sample.name: sample for sample in SAMPLES}
-    sound = {name: digest(sample.read(copies / name)) for name, sample in samples.items()}
+    sound = {
+        name: Sound(
+            digest(sample.read(copies / name)),
+            examples(copies / name / sample.store) if sample.store else {},
+        )
+        for name, sample in samples.items()
+    }
+    warnings.simplefilter("error", MissingWritersWarning)
     pipe.send("ready")
     while (fault := pipe.recv()) is not None:
         sample = samples[fault.sample]
         copy, master = copies / sample.name, scratch / MASTERS / sample.name
         FAULTS[fault.kind](copy / fault.file, copy / fault.other, fault)
         pipe.send(outcome_of(fault, sample, copy, sound[sample.name]))
-        if fault.kind in IN_PLACE:
-            shutil.copyfile(master / fault.file, copy / fault.file)
-        else:
-            shutil.rmtree(copy)
-            shutil.copytree(master, copy)
+        shutil.rmtree(copy)
+        shutil.copytree(master, copy)
 
 
 class Reader:

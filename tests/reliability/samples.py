@@ -113,6 +113,19 @@ def read_store(path: Path) -> Any:
     return found
 
 
+def examples(path: Path) -> dict[tuple[str, object], str]:
+    """A digest of each row, with the columns of its example, by checkpoint and id."""
+    store = whence.open(path)
+    ids, columns = store.ids.tolist(), [store.columns[name] for name in store.columns]
+    found = {}
+    for name, numbers in zip(store.checkpoints, store.row_numbers(missing="keep"), strict=True):
+        there = np.flatnonzero(numbers >= 0)
+        rows = store.core.read(numbers[there].astype(np.uint64))
+        for place, row in zip(there.tolist(), rows, strict=True):
+            found[name, ids[place]] = digest([row, [column[place] for column in columns]])
+    return found
+
+
 def make_members(path: Path) -> None:
     """What two processes of a job record side by side."""
     for number in (1, 2):
