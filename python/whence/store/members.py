@@ -14,7 +14,7 @@ from typing import Any
 
 from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError
 from whence.store.files import check_folder, store_errors
-from whence.store.manifest import Checkpoint, Manifest
+from whence.store.manifest import COMBINED, Checkpoint, Manifest
 
 PREFIX = "writer-"
 """How the names of the folders of writers begin."""
@@ -106,8 +106,11 @@ def combined(path: Path, found: list[tuple[str, Manifest]]) -> Manifest:
                 setattr(whole, what, here)
             elif here is not None:
                 _same(path, what, first_name, there, name, here)
+        if manifest.rows == COMBINED and whole.checkpoints and manifest.checkpoints:
+            there, here = ([each.name for each in it.checkpoints] for it in (whole, manifest))
+            _same(path, "checkpoints", first_name, there, name, here)
         places = [_place(path, whole, name, each) for each in manifest.checkpoints]
-        if manifest.rows != "per_checkpoint":
+        if manifest.rows == COMBINED:
             places = [0]
         whole.shards += [
             replace(shard, checkpoint=places[shard.checkpoint], member=name)
