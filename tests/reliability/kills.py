@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import trial
@@ -78,15 +79,6 @@ def lived(
     Raises:
         Wrong: If it failed by itself.
     """
-    child = subprocess.Popen(
-        [sys.executable, SCRIPT, folder, str(seed)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    json.dump(list(log.state.items()), child.stdin)
-    child.stdin.close()
     ready, failed = threading.Event(), []
 
     def listen() -> None:
@@ -102,15 +94,19 @@ def lived(
                 log.begin(said)
         ready.set()
 
-    listener = threading.Thread(target=listen)
-    listener.start()
-    ready.wait()
-    time.sleep(seconds)
-    alive = child.poll() is None and not failed
-    strike(child)
-    child.wait()
-    listener.join()
-    text = child.stderr.read()
+    words = [sys.executable, SCRIPT, folder, str(seed)]
+    with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as child:
+        json.dump(list(log.state.items()), child.stdin)
+        child.stdin.close()
+        listener = threading.Thread(target=listen)
+        listener.start()
+        ready.wait()
+        time.sleep(seconds)
+        alive = child.poll() is None and not failed
+        strike(child)
+        child.wait()
+        listener.join()
+        text = child.stderr.read()
     if not alive:
         raise Wrong(f"its writer ended by itself: {failed or text}")
 

@@ -66,10 +66,24 @@ class Shared(Life):
 
 
 class Voice:
-    """Tells the trial what happens in a process."""
+    """Tells the trial what happens in a process.
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    Args:
+        pipe: To the trial.
+        ready: Waits for all processes to have begun.
+        seconds: That they then go on for.
+    """
+
+    def __init__(self, pipe: Connection, ready: Any, seconds: float) -> None:
+        self._pipe, self._ready, self._seconds = pipe, ready, seconds
+        self._until = 0.0
+
+    def goes_on(self) -> bool:
+        """Whether there is time left."""
+        if not self._until:
+            self._ready.wait()
+            self._until = time.monotonic() + self._seconds
+        return time.monotonic() < self._until
 
     def count(self, what: str) -> None:
         self._pipe.send((what, None))
@@ -78,27 +92,28 @@ class Voice:
         self._pipe.send((what, str(how)))
 
 
-def write(folder: Path, seed: int, until: float, voice: Voice, gate: Any) -> None:
-    """Lives until then."""
+def write(folder: Path, seed: int, voice: Voice, gate: Any) -> None:
+    """Lives."""
     try:
         life = Shared(folder, seed, folder / "log", gate)
         life.prepare()
-        while time.time() < until:
+        life.step()  # what comes beside it is refused from now on
+        while voice.goes_on():
             voice.count(f"times {life.step()}")
         life.close()
     except Exception as error:
         voice.miss("other errors", f"of the writer: {type(error).__name__}: {error}")
 
 
-def intrude(folder: Path, seed: int, until: float, voice: Voice, gate: Any, holder: Any) -> None:
-    """Tries to write beside the writer until then."""
+def intrude(folder: Path, seed: int, voice: Voice, gate: Any, holder: Any) -> None:
+    """Tries to write beside the writer."""
     generator = np.random.default_rng(seed)
     tries = {
         "Writer": lambda path: Writer(path, manifest(DIM)).close(),
         "delete": lambda path: whence.delete(path, [1]),
         "compact": whence.compact,
     }
-    while time.time() < until:
+    while voice.goes_on():
         if not gate.acquire(timeout=0.1):
             continue
         name = str(generator.choice(list(tries)))
@@ -119,11 +134,11 @@ def intrude(folder: Path, seed: int, until: float, voice: Voice, gate: Any, hold
         time.sleep(0.02)
 
 
-def read(folder: Path, seed: int, until: float, voice: Voice) -> None:
-    """Opens the store and reads all of it, again and again until then."""
+def read(folder: Path, seed: int, voice: Voice) -> None:
+    """Opens the store and reads all of it, again and again."""
     generator = np.random.default_rng(seed)
     states = States(folder / "log")
-    while time.time() < until:
+    while voice.goes_on():
         first = states.confirmed()
         if first < 0:
             time.sleep(0.01)
@@ -179,13 +194,13 @@ def run(count: int, seed: int) -> trial.Outcome:
     context = multiprocessing.get_context("spawn")
     with trial.scratch() as folder:
         (folder / "log").touch()
-        until, gate, holder = time.time() + count, context.Lock(), context.Value("i", 0)
+        gate, holder, ready = context.Lock(), context.Value("i", 0), context.Barrier(2 + READERS)
         works = [(write, (gate,)), (intrude, (gate, holder)), *[(read, ())] * READERS]
         listening, processes = [], []
         for number, (work, given) in enumerate(works):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=work, args=(folder, seed + number, until, Voice(theirs), *given)
+                target=work, args=(folder, seed + number, Voice(theirs, ready, count), *given)
             )
             process.start()
             theirs.close()
