@@ -119,6 +119,17 @@ def test_a_lost_manifest_is_an_error_and_repair_goes_back(tmp_path, how):
     assert fill(path, random_rows(1, 64), ids=[7000]).ids.tolist() == [*range(1000), 7000]
 
 
+def test_a_damaged_older_manifest_is_damage_and_repair_removes_it(tmp_path):
+    path = tmp_path / "s"
+    large(path)
+    damage(min(path.glob("manifest-*")), 30)
+    assert len(whence.open(path)) == 2000
+    assert not whence.verify(path).is_sound
+    assert whence.repair(path).lost == []
+    assert whence.verify(path).is_sound
+    assert len(whence.open(path)) == 2000
+
+
 def test_repair_does_not_let_deleted_rows_come_back_unasked(tmp_path):
     path = tmp_path / "s"
     large(path)
