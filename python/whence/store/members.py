@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError
 from whence.store.files import check_folder, store_errors
-from whence.store.manifest import Checkpoint, Manifest
+from whence.store.manifest import COMBINED, Checkpoint, Manifest
 from whence.store.maps import StoredMap, read_map
 
 PREFIX = "writer-"
@@ -116,12 +116,15 @@ def combined(path: Path, found: list[tuple[str, Manifest]]) -> Manifest:
             if there is None:
                 setattr(whole, what, here)
             elif here is not None:
-                _same(path, what, first_name, _ordered(there), name, _ordered(here))
+                _same(path, what, first_name, there, name, here)
+        if manifest.rows == COMBINED and whole.checkpoints and manifest.checkpoints:
+            there, here = ([each.name for each in it.checkpoints] for it in (whole, manifest))
+            _same(path, "checkpoints", first_name, there, name, here)
         places = [_place(path, whole, name, each) for each in manifest.checkpoints]
-        if manifest.rows != "per_checkpoint":
+        if manifest.rows == COMBINED:
             places = [0]
         whole.shards += [
-            replace(shard, checkpoint=places[shard.checkpoint], member=name, own=shard.checkpoint)
+            replace(shard, checkpoint=places[shard.checkpoint], member=name)
             for shard in manifest.shards
         ]
         whole.skipped += [(places[at], id_) for at, id_ in manifest.skipped]
@@ -181,11 +184,6 @@ def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
         return np.array_equal(one, other)
     difference = np.linalg.norm(one.astype(np.float64) - other)
     return bool(difference <= MAP_ROUNDING * np.linalg.norm(one.astype(np.float64)))
-
-
-def _ordered(value: Any) -> Any:
-    """Columns with their order, in which their files are numbered."""
-    return list(value.items()) if isinstance(value, dict) else value
 
 
 def _same(path: Path, what: str, first: str, there: Any, name: str, here: Any) -> None:

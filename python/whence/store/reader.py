@@ -72,7 +72,14 @@ class Reader:
                 raise StoreError(f"path must be the folder of a store, got {got}")
         found = parts(path)
         self.manifest = combined(path, found)
-        self._described = [Description.read(path, shard) for shard in self.manifest.shards]
+        # Of each writer's own entries: in its descriptions checkpoints have its own numbers.
+        self._described = [
+            Description.read(path / name, shard) for name, part in found for shard in part.shards
+        ]
+        self._stems = {
+            name: {column: f"column-{index}" for index, column in enumerate(part.columns or {})}
+            for name, part in found
+        }
         # Read at once: `compact` takes the file away, and the rows with it.
         self._gone = {
             name: keys(part.gone.read(path / name)) for name, part in found if part.gone is not None
@@ -283,13 +290,12 @@ class Reader:
 
     def _read_examples(self, name: str) -> NDArray[Any]:
         """[examples] a column, at the first checkpoint that each example has."""
-        kinds = self.manifest.columns or {}
-        stem, kind = f"column-{list(kinds).index(name)}", kinds[name]
+        kind = (self.manifest.columns or {})[name]
         first = np.full(len(self), -1, np.int64)
         for rows in self._order[1][::-1]:
             first = np.where(rows >= 0, rows, first)
         read = [
-            read_column(shard.folder(self.path), described, stem, kind)
+            read_column(shard.folder(self.path), described, self._stems[shard.member][name], kind)
             for shard, described in self.shards
         ]
         found: NDArray[Any] = np.concatenate(read)[first] if read else np.empty(0)

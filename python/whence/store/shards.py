@@ -58,7 +58,6 @@ class Shard:
         rows: How many.
         described: Length and checksums of its description.
         member: The folder of the writer it is of, in a store of several; else none.
-        own: The number that this writer gave the checkpoint; None if it is the same.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Shard:
     rows: int
     described: Written
     member: str = ""
-    own: int | None = None
 
     @property
     def number(self) -> int:
@@ -133,11 +131,10 @@ class Description:
         found = cls.parse(folder / DESCRIPTION, read_json(folder / DESCRIPTION, shard.described))
         for name, written in found.files.items():
             check_length(folder / name, written.length)
-        checkpoint = shard.checkpoint if shard.own is None else shard.own
-        if (found.checkpoint, found.rows) != (checkpoint, shard.rows):
+        if (found.checkpoint, found.rows) != (shard.checkpoint, shard.rows):
             raise StoreError(
-                f"{folder / DESCRIPTION} must be of {shard.rows} rows of checkpoint {checkpoint} "
-                f"as in the manifest, got {found.rows} of {found.checkpoint}"
+                f"{folder / DESCRIPTION} must be of {shard.rows} rows of checkpoint "
+                f"{shard.checkpoint} as in the manifest, got {found.rows} of {found.checkpoint}"
             )
         return found
 
@@ -224,10 +221,19 @@ def last_number(folder: Path, prefix: str) -> int:
     Raises:
         StoreError: If the folder cannot be read.
     """
-    with store_errors(folder):
-        names = [each.name for each in folder.iterdir() if each.name.startswith(prefix)]
+    names = names_of(folder, prefix)
     numbers = [name.removeprefix(prefix).split(".")[0].split("-")[0] for name in names]
     return max((int(n) for n in numbers if n.isdecimal() and len(n) <= 18), default=0)
+
+
+def names_of(folder: Path, prefix: str) -> list[str]:
+    """The names in a folder that begin so, in order.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        return sorted(each.name for each in folder.iterdir() if each.name.startswith(prefix))
 
 
 class ShardWriter:
