@@ -407,6 +407,17 @@ def manifests(folder: Path) -> list[Path]:
         return [path for _, path in sorted(_numbered(folder, _NAME))]
 
 
+def gone_in(path: Path) -> set[str]:
+    """The name of the file of rows that a manifest says are gone, without a look at all it says.
+
+    Raises:
+        StoreError: If the manifest is damaged.
+    """
+    body = read_json(path)
+    gone = body.get("gone") if isinstance(body, dict) else None
+    return {gone["name"]} if isinstance(gone, dict) and isinstance(gone.get("name"), str) else set()
+
+
 def last_committed(folder: Path) -> int:
     """The highest number that a manifest has or had; 0 for none.
 

@@ -127,7 +127,7 @@ def combined(path: Path, found: list[tuple[str, Manifest]]) -> Manifest:
             if there is None:
                 setattr(whole, what, here)
             elif here is not None:
-                _same(path, what, first_name, _ordered(there), name, _ordered(here))
+                _same(path, what, first_name, there, name, here)
         if manifest.rows == COMBINED and whole.checkpoints and manifest.checkpoints:
             there, here = ([each.name for each in it.checkpoints] for it in (whole, manifest))
             _same(path, "checkpoints", first_name, there, name, here)
@@ -195,11 +195,6 @@ def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
         return np.array_equal(one, other)
     difference = np.linalg.norm(one.astype(np.float64) - other)
     return bool(difference <= MAP_ROUNDING * np.linalg.norm(one.astype(np.float64)))
-
-
-def _ordered(value: Any) -> Any:
-    """Columns with their order, in which their files are numbered."""
-    return list(value.items()) if isinstance(value, dict) else value
 
 
 def _same(path: Path, what: str, first: str, there: Any, name: str, here: Any) -> None:
