@@ -35,7 +35,12 @@ for (const e of [...document.querySelectorAll('body *')].slice(0, 200))
   e.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true, view: window}));
 """
 
-SEEN = "({name: window.name, title: document.title, address: location.href.split('#')[0]})"
+# Asked after the page has had its turn, in its own time, however busy the machine is.
+SEEN = """
+new Promise(done => setTimeout(() => setTimeout(() => done({
+  name: window.name, title: document.title, address: location.href.split('#')[0]
+}), 10), 10))
+"""
 
 SIGNS = {
     "Page.javascriptDialogOpening",
@@ -111,8 +116,10 @@ class Browser:
         os.close(self._from)
         self._profile.cleanup()
 
-    def opened(self, path, *, screenshot=None, height=1400):
+    def opened(self, path, *, screenshot=None, height=1400, fresh=False):
         """What the page at `path` did: its tree, and all by which it could have come alive."""
+        if fresh:
+            self._forget()
         session = self._tab()
         self.events.clear()
         address = Path(path).absolute().as_uri()
@@ -125,7 +132,6 @@ class Browser:
         for _ in range(3):
             for kind in ("keyDown", "keyUp"):
                 self.call("Input.dispatchKeyEvent", session, type=kind, key="Tab", code="Tab")
-        self._wait(lambda: False, 0.02)
         seen = self._evaluate(session, SEEN) or {}
         found = {"structure": structure, "title": seen.get("title"), "did": self._did(address)}
         if seen.get("name"):
@@ -133,9 +139,13 @@ class Browser:
         if seen.get("address") not in (address, None):
             found["did"].append(f"went to {seen['address']!r}")
         if found["did"]:  # the next page gets a tab that nothing has happened in
+            self._forget()
+        return found
+
+    def _forget(self):
+        if self._target is not None:
             self.call("Target.closeTarget", targetId=self._target)
             self._target = None
-        return found
 
     def _tab(self):
         if self._target is None:
@@ -170,7 +180,13 @@ class Browser:
 
     def _evaluate(self, session, code):
         try:
-            found = self.call("Runtime.evaluate", session, expression=code, returnByValue=True)
+            found = self.call(
+                "Runtime.evaluate",
+                session,
+                expression=code,
+                returnByValue=True,
+                awaitPromise=True,
+            )
         except RuntimeError:  # the page has just gone elsewhere
             return None
         return found["result"].get("value")

@@ -50,7 +50,7 @@ PAYLOADS = {
     "image": "<img src=x: onerror=LIVE>",
     "image after a double quote": '"><img src=x: onerror="LIVE">',
     "image after a single quote": "'><img src=x: onerror='LIVE'>",
-    "image without spaces": "<img/src=`x:`/onerror=LIVE>",
+    "image without spaces": "<img/src='x:'/onerror=LIVE>",
     "svg": "<svg/onload=LIVE>",
     "script in svg": "<svg><script>LIVE</script></svg>",
     "animation": "<svg><animate onbegin=LIVE attributeName=x dur=1s></svg>",
@@ -79,7 +79,7 @@ PAYLOADS = {
     "comment that closes": "--!><script>LIVE</script><!--",
     "tag left open": "<img src='URL?",
     "plaintext": "</title></textarea><plaintext>",
-    "all that can be closed": "</title></style></script></textarea></svg></td><script>LIVE<",
+    "all that can be closed": "</title></style></script></textarea></svg></td><svg onload=LIVE>",
     "cdata": "<![CDATA[><script>LIVE</script>]]>",
     # forms of the same that become it if decoded once more
     "entities": "&lt;script&gt;LIVE&lt;/script&gt;&#60;img src=x: onerror=LIVE&#62;&quot;",
@@ -648,10 +648,10 @@ def alive_in_browser(browser, folder, port):
             for page in pages:
                 path = folder / "raw.html"
                 path.write_text(page, encoding="utf-8")
-                did = browser.opened(path)["did"]
+                did = browser.opened(path, fresh=True)["did"]
                 acts.append([each for each in did if not each.startswith("was refused")])
         raw += any(acts[::2])
-        if any("window.name" in each for did in acts[1::2] for each in did):
+        if any(each.startswith("set ") for did in acts[1::2] for each in did):
             behind_policy.append(name)
     return raw, behind_policy
 
