@@ -22,7 +22,7 @@ from whence.store.files import (
     regular,
     store_errors,
 )
-from whence.store.gone import write_gone
+from whence.store.gone import GONE, write_gone
 from whence.store.lifecycle import leftovers
 from whence.store.lock import Lock
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
@@ -301,6 +301,12 @@ def _repair(path: Path, undelete: bool, progress: bool | None) -> Repair:
                         f"{error}; which rows were deleted is not known: bring the file back from "
                         "a copy, or pass undelete=True to let them come back"
                     ) from error
+        if went_back and not undelete and (later := _later_gone(path, manifest)):
+            raise StoreError(
+                f"{later} names rows that were deleted after the last manifest that can be read: "
+                "bring the newest manifest back from a copy, or pass undelete=True to let them "
+                "come back"
+            )
         mender = _Mender(path, manifest, gone)
         try:
             with bar("repairing", manifest.stored_bytes, progress) as shown:
@@ -346,6 +352,12 @@ def _readable(path: Path) -> tuple[Manifest, int, bool]:
             except StoreError:
                 continue
         raise first
+
+
+def _later_gone(path: Path, manifest: Manifest) -> Path | None:
+    """A file of rows that are gone which only a lost manifest named, if there is one."""
+    known = "" if manifest.gone is None else manifest.gone.name
+    return max((each for each in path.glob(f"{GONE}*.npy") if each.name > known), default=None)
 
 
 class _Mender:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,11 +29,16 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
+ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
+"""Names of the `.npy` files in the folders of a store."""
+
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
 
 NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
 """What numpy's parser ends in where there is no header of a `.npy` file."""
+
+_DIGITS = re.compile("[0-9a-f]*")
 
 _ALIGN = 64
 """The header of a `.npy` file is a multiple of this long, and at least twice it."""
@@ -65,9 +71,8 @@ class Written(NamedTuple):
         length, checksums = body
         if type(length) is not int or length < 0 or not isinstance(checksums, str):
             raise ValueError(f"a file must have a length and checksums, got {body!r:.80}")
-        if len(checksums) != 8 * -(-length // BLOCK):
+        if len(checksums) != 8 * -(-length // BLOCK) or not _DIGITS.fullmatch(checksums):
             raise ValueError(f"{length} bytes must have a checksum for each {BLOCK} of them")
-        bytes.fromhex(checksums)
         return cls(length, checksums)
 
     @property
@@ -103,8 +108,11 @@ class NewFile:
         self._rest = bytearray(head)  # what does not fill a block yet
         self._first: bytes | None = None  # the first block, while its head is not known
         self.length = 0
-        if head:
+        try:
             self._put(bytes(head))
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, part: Part) -> None:
         """Appends bytes."""
@@ -188,7 +196,19 @@ def sync_all(files: Iterable[NewFile]) -> None:
 def json_bytes(body: dict[str, Any]) -> bytes:
     """A JSON object on one line, and its checksum on the next."""
     text = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
-    return text + f"\n{checksum_of(text):08x}\n".encode()
+    return text + _tail(text)
+
+
+_TAIL = 10
+"""Bytes after the text of a JSON file: the end of its line, and its checksum on a line."""
+
+
+def _tail(text: bytes) -> bytes:
+    return f"\n{checksum_of(text):08x}\n".encode()
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number in JSON")
 
 
 def write_json(path: Path, body: dict[str, Any]) -> Written:
@@ -211,11 +231,11 @@ def parse_json(path: Path, content: bytes) -> Any:
     Raises:
         StoreError: If it is damaged.
     """
-    text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
-    if checksum != f"{checksum_of(text):08x}".encode():
+    text, end = content[:-_TAIL], content[-_TAIL:]
+    if end != _tail(text):
         raise StoreError(f"{path} is damaged: its checksum does not fit its text")
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 

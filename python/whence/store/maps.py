@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
+    ARRAY,
     Written,
     check_folder,
     json_bytes,
@@ -116,6 +117,7 @@ def checked_map(body: Any) -> StoredMap:
     if not isinstance(name, str) or not re.fullmatch(PREFIX + r"[0-9]{8}", name):
         raise ValueError(f"a map's name must be {PREFIX}N, got {name!r}")
     files = {each: Written.of(written) for each, written in body["files"].items()}
-    if any("/" in each or "\\" in each or each.startswith(".") for each in files):
-        raise ValueError("a map's files must lie in its folder")
+    for each in files:
+        if each != "map.json" and not ARRAY.fullmatch(each):
+            raise ValueError(f"a map's files must lie in its folder, got {each!r:.80}")
     return StoredMap(name, dict(body["identity"]), files)

@@ -12,16 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError
 from whence.store.files import check_folder, store_errors
 from whence.store.manifest import COMBINED, Checkpoint, Manifest
+from whence.store.maps import StoredMap, read_map
 
 PREFIX = "writer-"
 """How the names of the folders of writers begin."""
 
-MAX_WRITERS = 9999
+MAP_ROUNDING = 1e-4
+"""How far maps of writers may differ, as a share of their norm: other processors sum in other
+orders."""
 
-_FOLDER = re.compile(PREFIX + r"([0-9]{1,4})-of-([0-9]{1,4})")
+_FOLDER = re.compile(PREFIX + r"([1-9][0-9]{0,3})-of-([1-9][0-9]{0,3})")
 _ASKED = re.compile(r"([0-9]{1,4})/([0-9]{1,4})")
 
 
@@ -40,20 +46,30 @@ def member_of(writer: str) -> str:
     return f"{PREFIX}{int(match[1])}-of-{int(match[2])}"
 
 
+def writer_of(member: str) -> str:
+    """The writer, as in "3/8", of the folder of this name."""
+    return member.removeprefix(PREFIX).replace("-of-", "/")
+
+
 def members(path: Path) -> dict[str, int]:
     """The folders of writers in a store: name -> number; none for a store of one writer.
 
     Raises:
-        StoreError: If they are of jobs of different sizes, or beside a store of one writer.
+        StoreError: If they are of jobs of different sizes, or beside a store of one writer, or one
+            is named as none can be: it may hold rows.
     """
     with store_errors(path):
-        names = [each.name for each in path.iterdir() if each.name.startswith(PREFIX)]
-    found = {name: match for name in sorted(names) if (match := _FOLDER.fullmatch(name))}
+        names = sorted(each.name for each in path.iterdir() if each.name.startswith(PREFIX))
+    found = {}
+    for name in names:
+        match = _FOLDER.fullmatch(name)
+        if match is None or int(match[1]) > int(match[2]):
+            raise StoreError(f"{path / name} must be named {PREFIX}N-of-M, with N up to M")
+        found[name] = match
     totals = {match[2] for match in found.values()}
     if len(totals) > 1:
-        raise StoreError(
-            f"{path} must be of writers of one job, got {' and '.join(sorted(found)[:2])}"
-        )
+        of = " and of ".join(sorted(totals, key=int))
+        raise StoreError(f"{path} must be of writers of one job, got writers of {of}")
     if found and Manifest.exists(path):
         raise StoreError(f"{path} must be of one writer or of several, got a manifest beside them")
     numbers = {name: int(match[1]) for name, match in found.items()}
@@ -80,7 +96,13 @@ def parts(path: Path) -> list[tuple[str, Manifest]]:
     for name in members(path):
         check_folder(path / name)
         if Manifest.exists(path / name):
-            found.append((name, Manifest.load(path / name)[0]))
+            manifest, _ = Manifest.load(path / name)
+            if manifest.writer != writer_of(name):
+                raise StoreError(
+                    f"{path / name} must be of writer {writer_of(name)}, got the folder of "
+                    f"{manifest.writer}"
+                )
+            found.append((name, manifest))
     return found or [("", Manifest.load(path)[0])]
 
 
@@ -105,7 +127,7 @@ def combined(path: Path, found: list[tuple[str, Manifest]]) -> Manifest:
             if there is None:
                 setattr(whole, what, here)
             elif here is not None:
-                _same(path, what, first_name, there, name, here)
+                _same(path, what, first_name, _ordered(there), name, _ordered(here))
         if manifest.rows == COMBINED and whole.checkpoints and manifest.checkpoints:
             there, here = ([each.name for each in it.checkpoints] for it in (whole, manifest))
             _same(path, "checkpoints", first_name, there, name, here)
@@ -134,6 +156,7 @@ def _place(path: Path, whole: Manifest, name: str, found: Checkpoint) -> int:
             return index
         if there.map is not None and found.map is not None:
             _same(path, "map", there.name, there.map.identity, name, found.map.identity)
+            _check_maps(path, there, there.map, found.map)
         moving = "moving" in (there.weights, found.weights)
         if not moving:
             _same(path, "weights", there.name, there.first, name, found.first)
@@ -141,6 +164,42 @@ def _place(path: Path, whole: Manifest, name: str, found: Checkpoint) -> int:
         return index
     whole.checkpoints.append(found)
     return len(whole.checkpoints) - 1
+
+
+def _check_maps(path: Path, checkpoint: Checkpoint, one: StoredMap, other: StoredMap) -> None:
+    """Nothing, if two maps make the same rows, but for rounding.
+
+    Factors that two processes have fitted each for itself need not: their rows would lie in
+    different bases, and their products would mean nothing.
+
+    Raises:
+        MismatchError: If they do not.
+        StoreError: If one is damaged.
+    """
+    if one.files == other.files:
+        return
+    (said, mine), (says, theirs) = (read_map(path, each) for each in (one, other))
+    if said == says and mine.keys() == theirs.keys():
+        pairs = [(mine[name], theirs[name]) for name in mine]
+        if all(a.shape == b.shape and a.dtype == b.dtype and _close(a, b) for a, b in pairs):
+            return
+    raise MismatchError(
+        f"map must be the same for all writers of {path}, got others in {one.name} and "
+        f"{other.name} of checkpoint {checkpoint.name!r}; fit factors once, save them, and load "
+        "them in each process"
+    )
+
+
+def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    if one.dtype.kind != "f":
+        return np.array_equal(one, other)
+    difference = np.linalg.norm(one.astype(np.float64) - other)
+    return bool(difference <= MAP_ROUNDING * np.linalg.norm(one.astype(np.float64)))
+
+
+def _ordered(value: Any) -> Any:
+    """Columns with their order, in which their files are numbered."""
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 def _same(path: Path, what: str, first: str, there: Any, name: str, here: Any) -> None:

@@ -28,7 +28,7 @@ from whence.store.manifest import BITS, DTYPES, MARKER, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, write_map
 from whence.store.members import PREFIX as MEMBER
-from whence.store.members import member_of, members
+from whence.store.members import member_of, members, writer_of
 from whence.store.reader import read_ids
 from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
 
@@ -120,7 +120,8 @@ class Writer:
                 if wanted is not None:
                     _check_same(path, manifest, wanted)
             elif wanted is not None:
-                self._state = _State(wanted, 0)
+                named = None if writer is None else writer_of(member_of(writer))
+                self._state = _State(replace(wanted, writer=named), 0)
             self._next_shard = 1 + last_number(path, SHARD)
             self._known = [
                 _KnownIds(
@@ -135,6 +136,9 @@ class Writer:
             self._lock.close()
             raise
         self._ids: dict[str, _ShardIds] = {}
+        # The files of what is gone that this and the last manifest name.
+        gone_now = self.manifest.gone
+        self._old_gone = set() if gone_now is None else {gone_now.name}
         self._attempt: _Attempt | None = None
         self._waiting_bytes = 0
         # Where waiting rows lie, and how many bytes of it are taken.
@@ -446,9 +450,12 @@ class Writer:
         self._attempt = replace(self._attempt, manifest=saved)
         self._settle()
         Manifest.settle(self.path, number)
-        if before.manifest.gone is not None and named is not before.manifest.gone:
+        # The manifest before this one is kept, and so is what it names.
+        kept = {each.name for each in (before.manifest.gone, named) if each is not None}
+        for name in self._old_gone - kept:
             with contextlib.suppress(OSError):
-                (self.path / before.manifest.gone.name).unlink(missing_ok=True)
+                (self.path / name).unlink(missing_ok=True)
+        self._old_gone = kept
 
     def replace_shards(self, shards: list[Shard]) -> None:
         """Commits other shards in the place of all: what `compact` and `repair` have written.
