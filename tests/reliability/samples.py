@@ -33,7 +33,7 @@ class Sample:
     """
 
     name: str
-    make: Callable[[Path], None]
+    make: Callable[[Path], Any]
     read: Callable[[Path], Any]
     store: str | None = None
 
@@ -150,16 +150,15 @@ def small_model() -> tuple[Any, Any]:
     return model, torch.randn(9, 4)
 
 
-def factors() -> Any:
+def factors(**options: Any) -> Any:
     """Those of the model's curvature."""
     model, x = small_model()
 
     def loss(batch: Any) -> Any:
         return model(batch).square().sum(1).mean()
 
-    return whence.fit_factors(
-        model, [x[:5], x[5:]], loss, labels="empirical", sample=9, progress=False
-    )
+    options = {"labels": "empirical", "sample": 9, "progress": False, **options}
+    return whence.fit_factors(model, [x[:5], x[5:]], loss, **options)
 
 
 def make_recorded(path: Path, **options: Any) -> None:
@@ -176,9 +175,34 @@ def make_factors(path: Path) -> None:
 
 
 def read_factors(path: Path) -> Any:
-    found = whence.Factors.load(path)
+    return told_by(whence.Factors.load(path))
+
+
+def told_by(found: Any) -> Any:
+    """All that factors say."""
     statistics = [at.statistics for at in found.checkpoints]
     return [repr(found), found.model, found.settings, statistics, found.directions]
+
+
+def fit_in(path: Path) -> Any:
+    """What a fit says that keeps what it has, and goes on with what it finds."""
+    states = {name: small_model()[0].state_dict() for name in ("early", "late")}
+    return told_by(factors(path=path, states=states))
+
+
+# Retrained models
+
+
+def retrain_in(path: Path) -> Any:
+    """What models say that are kept as they are trained, and trained only where they are not."""
+    return whence.evaluate.retrain(
+        lambda places, seed: places.sum() + seed / 7,
+        whence.evaluate.subsets(20, 3),
+        2,
+        lambda model: np.arange(4) / 3 + model,
+        path,
+        progress=False,
+    )
 
 
 # Indexes
@@ -227,4 +251,6 @@ SAMPLES = [
     Sample("index of codes", partial(make_index, method="certified"), read_index, store="rows"),
     Sample("index with a graph", partial(make_index, method="hnsw"), read_index, store="rows"),
     Sample("factors", make_factors, read_factors),
+    Sample("fit under way", fit_in, fit_in),
+    Sample("retrained models", retrain_in, retrain_in),
 ]
