@@ -215,11 +215,13 @@ def write_json(path: Path, body: dict[str, Any]) -> Written:
     """Writes a JSON object and its checksum; the file appears whole, or not at all.
 
     Raises:
-        StoreError: If the system refuses.
+        StoreError: If the system refuses, or it is longer than one that is read.
     """
-    temporary = path.with_suffix(".part")
+    temporary, content = path.with_suffix(".part"), json_bytes(body)
+    if len(content) > MAX_JSON:
+        raise StoreError(f"{path} must be at most {MAX_JSON} bytes long, got {len(content)}")
     with store_errors(path):
-        written = write(temporary, json_bytes(body))
+        written = write(temporary, content)
         temporary.replace(path)
         sync_directory(path.parent)
     return written
@@ -503,6 +505,17 @@ def check_header(path: Path, content: bytes, kind: str, shape: tuple[int, ...]) 
             f"that begins with {bytes(content[: len(wanted)])!r:.160}"
         )
     return len(wanted)
+
+
+def read_header(path: Path, written: Written, kind: str, shape: tuple[int, ...]) -> int:
+    """The byte at which the values of a `.npy` file begin, of which no block is checked yet.
+
+    Raises:
+        StoreError: If it is not as long as it was, or of another type or shape than asked for.
+    """
+    with regular(path, written.length) as (handle, length):
+        content = read_part(path, handle, 0, min(length, len(header(kind, shape))))
+    return check_header(path, content, kind, shape)
 
 
 def stamp(path: Path) -> tuple[int, int, int]:

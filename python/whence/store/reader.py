@@ -26,6 +26,7 @@ from whence.store.files import (
     Written,
     header,
     read_array,
+    read_header,
     read_range,
     read_strings,
     store_errors,
@@ -153,7 +154,8 @@ class Reader:
         kind = DTYPES[self.manifest.dtype]
         for shard, described in self.shards:
             path = shard.folder(self.path) / "rows.npy"
-            offset = len(header(kind, (shard.rows, self.manifest.row_width)))
+            shape = (shard.rows, self.manifest.row_width)
+            offset = read_header(path, file_of(described, path), kind, shape)
             files.append((path, offset, shard.rows, file_of(described, path).blocks))
         return _core.Rows(files, self.dim, self.manifest.dtype, self.scales, self._memory_map)
 
