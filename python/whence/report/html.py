@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from whence._files import write_text
+from whence._plain import clean, line
 from whence.report import png, style
 from whence.report.chart import bar
-from whence.report.safe import Html, clean, escape, join, line, signed, tag, value
+from whence.report.safe import Html, escape, join, signed, tag, value
 from whence.report.text import QUERIES_SHOWN, RANKS_SHOWN, counted, left_out
 from whence.search import Hits, Show, Side
 
@@ -94,14 +95,7 @@ def write_page(
         OSError: If the file cannot be written.
     """
     sections = [*before, legend(hits), hits_section(hits, show, queries, captions, badge), *after]
-    written = document(title, sections, lead=lead)
-    # A name of its own per process: of two writers the later one wins, and no page is half of each.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(written, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, document(title, sections, lead=lead))
 
 
 def document(title: str, sections: Sequence[Section], *, lead: Sequence[str] = ()) -> str:
