@@ -28,6 +28,7 @@ KEYS = {
     "shards",
     "packs",
     "gone",
+    "writer",
     "skipped",
 }
 ARRAY = r"[a-z0-9-]+\.npy"

@@ -73,6 +73,6 @@ def manifest(folder, number, shards, dim, **other):
     body["sketch"] = {"kind": "chunked_sjlt", "dim": dim, "seed": 0, "hash_version": 1}
     body |= {"dtype": "float32", "reduction": "mean", "model": {"digest": "", "parameters": []}}
     body |= {"ids": "int64", "columns": [], "checkpoints": [checkpoint], "rows": "per_checkpoint"}
-    body |= {"shards": shards, "packs": [], "gone": None, "skipped": []}
+    body |= {"shards": shards, "packs": [], "gone": None, "writer": None, "skipped": []}
     put(folder / f"manifest-{number:08}.json", object_bytes(body | other))
     put(folder / f"committed-{number:08}", b"")

@@ -68,6 +68,8 @@ def read(path):
     """What the independent reader finds in a store, and that nothing in it is left over."""
     folders = sorted(path.glob("writer-*"), key=lambda each: int(each.name.split("-")[1]))
     parts = [format_reader.Store(folder) for folder in folders or [path]]
+    for folder, part in zip(folders, parts, strict=False):
+        assert folder.name == f"writer-{part.manifest['writer'].replace('/', '-of-')}"
     assert [part.left for part in parts] == [[]] * len(parts)
     found = Content([], {})
     for part in parts:
@@ -363,7 +365,7 @@ def test_writers_of_others_are_read_as_one(tmp_path):
     for number in (1, 2):
         folder = tmp_path / f"writer-{number}-of-2"
         entry = by_hand.shard(folder, 1, values.rows([number]) / 8, [8.0], [number])
-        by_hand.manifest(folder, 1, [entry], 13)
+        by_hand.manifest(folder, 1, [entry], 13, writer=f"{number}/2")
     assert opened(tmp_path).ids == [1, 2]
     assert opened(tmp_path).bits == read(tmp_path).bits
 

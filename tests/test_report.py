@@ -472,6 +472,13 @@ def test_direction_marks_cannot_reorder_what_stands_beside_them(tmp_path):
     assert sorted(set(names)) == ["<bdi>id \\u202eabc</bdi>", "<bdi>id def\\u200f</bdi>"]
 
 
+def test_a_long_id_or_label_does_not_fill_the_page(tmp_path):
+    long = "W" * 100_000
+    store = fill(tmp_path / "s", random_rows(2), [long, "b"], label=[long, "c"])
+    page = page_of(store.search(random_rows(1), k=2), tmp_path)
+    assert 300 < len("".join(text for text in page.texts if "WWW" in text)) < 1000
+
+
 def test_half_a_surrogate_pair_can_be_written(hits, tmp_path):
     page = page_of(hits, tmp_path, show=lambda _: "half \ud800 a pair")
     assert r"half \ud800 a pair" in page.texts

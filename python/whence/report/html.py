@@ -26,6 +26,7 @@ from whence.search import Hits, Show, Side
 
 _EXCERPT = 280  # characters of a text that a card shows before it is opened
 _EXCERPT_LINES = 8
+_NAME = 160  # characters of an id, a label or a badge on a card: one must not fill the page
 _PICTURE = 96  # pixels that the longer side of a small image is enlarged to, about
 
 
@@ -250,7 +251,7 @@ def hits_section(
         # Asked for once per example: an example is often among the hits of many queries.
         if show is not None and identity not in pictures:
             pictures[identity] = picture(
-                f"show({identity!r})", show(identity), f"training example {identity}"
+                f"show({identity!r})", show(identity), line(f"training example {identity}", _NAME)
             )
         return pictures.get(identity)
 
@@ -364,15 +365,19 @@ def _card(card: Card, largest: float, both_ways: bool) -> list[Html]:
     parts = []
     if card.score is not None:
         parts += [score(card.score), bar(card.score, largest, both_ways=both_ways)]
-    parts.append(tag("div", tag("bdi", line(card.name)), class_="name"))
+    parts.append(tag("div", tag("bdi", line(card.name, _NAME)), class_="name"))
     if card.notes:
         notes = (
-            tag("div", tag("dt", tag("bdi", line(name))), tag("dd", tag("bdi", line(str(note)))))
+            tag(
+                "div",
+                tag("dt", tag("bdi", line(name, _NAME))),
+                tag("dd", tag("bdi", line(str(note), _NAME))),
+            )
             for name, note in card.notes.items()
         )
         parts.append(tag("dl", *notes, class_="notes"))
     if card.badge is not None:
-        parts.append(tag("span", line(card.badge), class_="badge"))
+        parts.append(tag("span", line(card.badge, _NAME), class_="badge"))
     if card.picture is None:
         return parts
     # Images are of one size, texts are not: scores above them stand in one line.

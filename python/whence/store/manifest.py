@@ -104,6 +104,7 @@ class Manifest:
         skipped: [checkpoint, id] of examples left out because their gradient was not finite.
         rows: "per_checkpoint": an example has a row in each checkpoint it was recorded in;
             "combined": it has one, the weighted sum over all of them.
+        writer: Which of several writers recorded it, as in "3/8"; None for the only one.
         unknown: What a later version has added, which is kept.
     """
 
@@ -119,6 +120,7 @@ class Manifest:
     rows: str = "per_checkpoint"
     packs: list[Pack] = field(default_factory=list)
     gone: Gone | None = None
+    writer: str | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -350,6 +352,8 @@ class Manifest:
                 weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
             ):
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
+        if not isinstance(self.writer, (str, type(None))):
+            raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("shards must have distinct names")
         known = range(len(self.row_sets))

@@ -46,6 +46,11 @@ def member_of(writer: str) -> str:
     return f"{PREFIX}{int(match[1])}-of-{int(match[2])}"
 
 
+def writer_of(member: str) -> str:
+    """The writer, as in "3/8", of the folder of this name."""
+    return member.removeprefix(PREFIX).replace("-of-", "/")
+
+
 def members(path: Path) -> dict[str, int]:
     """The folders of writers in a store: name -> number; none for a store of one writer.
 
@@ -91,7 +96,13 @@ def parts(path: Path) -> list[tuple[str, Manifest]]:
     for name in members(path):
         check_folder(path / name)
         if Manifest.exists(path / name):
-            found.append((name, Manifest.load(path / name)[0]))
+            manifest, _ = Manifest.load(path / name)
+            if manifest.writer != writer_of(name):
+                raise StoreError(
+                    f"{path / name} must be of writer {writer_of(name)}, got the folder of "
+                    f"{manifest.writer}"
+                )
+            found.append((name, manifest))
     return found or [("", Manifest.load(path)[0])]
 
 

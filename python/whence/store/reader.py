@@ -32,7 +32,7 @@ from whence.store.files import (
     store_errors,
 )
 from whence.store.gone import keys
-from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest
+from whence.store.manifest import COLUMN_KINDS, DTYPES, READ_ATTEMPTS, Manifest
 from whence.store.members import combined, missing, parts
 from whence.store.shards import Description, Shard
 
@@ -71,19 +71,31 @@ class Reader:
             if not path.is_dir():
                 got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
                 raise StoreError(f"path must be the folder of a store, got {got}")
-        found = parts(path)
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                found = parts(path)
+                # Of each writer's own entries: its descriptions have its own numbers.
+                self._described = [
+                    Description.read(path / name, shard)
+                    for name, part in found
+                    for shard in part.shards
+                ]
+                # Read at once: `compact` takes the file away, and the rows with it.
+                self._gone = {
+                    name: keys(part.gone.read(path / name))
+                    for name, part in found
+                    if part.gone is not None
+                }
+                break
+            except StoreError as error:
+                # A writer may have committed and removed meanwhile what the manifest named.
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                if not gone or attempt == READ_ATTEMPTS - 1:
+                    raise
         self.manifest = combined(path, found)
-        # Of each writer's own entries: in its descriptions checkpoints have its own numbers.
-        self._described = [
-            Description.read(path / name, shard) for name, part in found for shard in part.shards
-        ]
         self._stems = {
             name: {column: f"column-{index}" for index, column in enumerate(part.columns or {})}
             for name, part in found
-        }
-        # Read at once: `compact` takes the file away, and the rows with it.
-        self._gone = {
-            name: keys(part.gone.read(path / name)) for name, part in found if part.gone is not None
         }
         self.missing_writers = missing(path)
         if self.missing_writers:

@@ -28,7 +28,7 @@ from whence.store.manifest import BITS, DTYPES, KEPT, MARKER, Checkpoint, Manife
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, write_map
 from whence.store.members import PREFIX as MEMBER
-from whence.store.members import member_of, members
+from whence.store.members import member_of, members, writer_of
 from whence.store.reader import read_ids
 from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number, names_of
 
@@ -120,7 +120,8 @@ class Writer:
                 if wanted is not None:
                     _check_same(path, manifest, wanted)
             elif wanted is not None:
-                self._state = _State(wanted, 0)
+                named = None if writer is None else writer_of(member_of(writer))
+                self._state = _State(replace(wanted, writer=named), 0)
             self._next_shard = 1 + last_number(path, SHARD)
             self._known = [
                 _KnownIds(
@@ -526,7 +527,7 @@ class Writer:
         this fails, the commit writes them again, or says what is wrong.
         """
         try:
-            self._shard_of(self._state.waiting)
+            self._shard_of(self._state.waiting).start()
         except StoreError:
             self._abandon()
         except BaseException:
