@@ -56,3 +56,24 @@ def matrix(count, dim):
     places = np.arange(count * dim).reshape(count, dim)
     waves = np.sin(places * 0.7) + 0.25 * np.cos(places * places % 17)
     return (waves * (1 + np.arange(count) % 5)[:, None]).astype(np.float32)
+
+
+def fitted():
+    """Factors of a linear model, fitted to rows of `matrix`."""
+    import torch
+
+    import whence
+
+    model = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(8.0).reshape(2, 4) / 8 - 0.5)
+        model.bias.copy_(torch.tensor([0.25, -0.5]))
+    x = torch.from_numpy(matrix(12, 4))
+    return whence.fit_factors(
+        model,
+        list(x.split(4)),
+        lambda x: model(x).square().mean(),
+        labels="empirical",
+        sample=12,
+        progress=False,
+    )

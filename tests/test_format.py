@@ -12,6 +12,7 @@ import format_writer as by_hand
 import golden_values as values
 import numpy as np
 import pytest
+import torch
 from filled import fill, manifest, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,6 +209,18 @@ def test_a_golden_graph_is_walked():
     hits = index.search(values.matrix(4, 12), k=1, side="helpful", approximate=True)
     assert hits.helpful.ids.shape == (4, 1)
     assert "graph" in repr(index) + str(index.explain())
+
+
+def test_golden_factors_are_those_of_a_new_fit():
+    found, fitted = whence.Factors.load(GOLDEN / "factors-1" / "linear"), values.fitted()
+    assert found.model == fitted.model
+    eigenvalues, expected = found.eigenvalues(), fitted.eigenvalues()
+    assert eigenvalues.keys() == expected.keys()
+    for key, those in expected.items():
+        assert torch.allclose(eigenvalues[key].double(), those.double(), rtol=1e-4, atol=1e-7)
+    assert found.maps[0].width == fitted.maps[0].width
+    kept = found.directions.values
+    assert torch.allclose(kept, fitted.directions.values, rtol=1e-3, atol=1e-6 * float(kept.max()))
 
 
 # --- what whence writes, read by others ---------------------------------------------------------

@@ -134,6 +134,11 @@ def make_index(path, method):
     index.save(path)
 
 
+def make_factors(path):
+    """Factors of a small model."""
+    values.fitted().save(path)
+
+
 STORES = {dtype: (make_dtype, dtype) for dtype in ["float32", *values.BITS]}
 STORES |= {
     "numbers": (make_columns, values.NUMBERS),
@@ -145,6 +150,7 @@ STORES |= {
     "factored": (make_factored,),
 }
 MADE = {f"store-1/{name}": how for name, how in STORES.items()}
+MADE |= {"factors-1/linear": (make_factors,)}
 MADE |= {f"index-1/{method}": (make_index, method) for method in ("certified", "hnsw")}
 
 
