@@ -30,14 +30,13 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
-ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
-"""Names of the `.npy` files in the folders of a store."""
-
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
 
 NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
 """What numpy's parser ends in where there is no header of a `.npy` file."""
+
+_ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
 
 _DIGITS = re.compile("[0-9a-f]*")
 
@@ -80,6 +79,17 @@ class Written(NamedTuple):
     def blocks(self) -> NDArray[np.uint32]:
         """[blocks] the checksum of each."""
         return np.frombuffer(bytes.fromhex(self.checksums), ">u4").astype(np.uint32)
+
+
+def array_name(name: str) -> str:
+    """The name of an array's file, once it is one that lies in the folder it is said to lie in.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _ARRAY.fullmatch(name):
+        raise ValueError(f"a file must lie in its folder, got {name!r:.80}")
+    return name
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import StoreError
 from whence.store.files import (
-    ARRAY,
     NewFile,
     Written,
+    array_name,
     array_parts,
     check_folder,
     check_length,
@@ -146,10 +146,7 @@ class Description:
             StoreError: If it cannot be one.
         """
         try:
-            files = {name: Written.of(each) for name, each in body["files"].items()}
-            for name in files:
-                if not ARRAY.fullmatch(name):
-                    raise ValueError(f"a file must lie in the folder, got {name!r:.80}")
+            files = {array_name(name): Written.of(each) for name, each in body["files"].items()}
             checkpoint, rows, error = body["checkpoint"], body["rows"], body.get("error")
             if type(checkpoint) is not int or type(rows) is not int:
                 raise ValueError("checkpoint and rows must be numbers")
