@@ -8,7 +8,7 @@ from filled import manifest, random_rows
 
 import whence
 from whence import errors
-from whence.store import COMBINED, Checkpoint, Writer
+from whence.store import COMBINED, Checkpoint, Manifest, Writer
 
 
 def write(path, writer, ids, *names, columns=()):
@@ -58,3 +58,22 @@ def test_sums_over_other_checkpoints_are_refused(tmp_path):
     write_sums(tmp_path / "s", "2/2", [2, 3], "0")
     with pytest.raises(errors.MismatchError, match=r"checkpoints must be .* \['0', '1'\] in"):
         whence.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize(("change", "fits"), [(1 + 1e-6, True), (-1, False), (1.1, False)])
+def test_writers_have_one_map_but_for_rounding(tmp_path, change, fits):
+    spec = {"layout": "preconditioned", "basis": "none", "coordinates": 16, "dim": 16}
+    basis = random_rows(16)
+    for number, factor in ((1, 1), (2, change)):
+        wanted = Manifest(spec, "float32", "mean", {"digest": "none", "parameters": []})
+        held = Writer(tmp_path / "s", wanted, f"{number}/2")
+        arrays = {"basis": (basis * factor).astype(np.float32), "rows": np.arange(3)}
+        there = held.write_map({"weights": "x"}, [{"kind": "linear"}], arrays)
+        held.set_checkpoint(Checkpoint("0", first="x", map=there))
+        held.append(np.array([number]), random_rows(1), {})
+        held.close()
+    if fits:
+        assert whence.open(tmp_path / "s").ids.tolist() == [1, 2]
+    else:
+        with pytest.raises(errors.MismatchError, match="precondition must be the same for all w"):
+            whence.open(tmp_path / "s")

@@ -28,6 +28,9 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
+PIECE = 4 << 20
+"""Bytes of a file that are read at a time, where they are copied."""
+
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
 
@@ -191,13 +194,18 @@ def json_bytes(body: dict[str, Any]) -> bytes:
     return text + f"\n{checksum_of(text):08x}\n".encode()
 
 
+def unfinished(path: Path) -> Path:
+    """Where a file of JSON lies until it is whole."""
+    return path.with_suffix(".part")
+
+
 def write_json(path: Path, body: dict[str, Any]) -> Written:
     """Writes a JSON object and its checksum; the file appears whole, or not at all.
 
     Raises:
         StoreError: If the system refuses.
     """
-    temporary = path.with_suffix(".part")
+    temporary = unfinished(path)
     with store_errors(path):
         written = write(temporary, json_bytes(body))
         temporary.replace(path)

@@ -339,6 +339,9 @@ class Manifest:
         for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
             if type(index) is not int or index not in known:
                 raise ValueError(f"rows must be of a known checkpoint, got {index!r}")
+        for _, id_ in self.skipped:
+            if type(id_) is not {"int64": int, "str": str}.get(self.ids or ""):
+                raise ValueError(f"skipped ids must be {self.ids}, got {id_!r:.80}")
         for parameter in self.model["parameters"]:
             if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
                 raise ValueError("parameters must have names and kinds")
