@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from filled import fill, random_rows
+from filled import fill, manifest, random_rows
 
 import whence
 from whence import errors
+from whence.store import Checkpoint, Writer
 from whence.store.files import BLOCK
 
 
@@ -118,6 +119,17 @@ def test_a_lost_manifest_is_an_error_and_repair_goes_back(tmp_path, how):
     assert fill(path, random_rows(1, 64), ids=[7000]).ids.tolist() == [*range(1000), 7000]
 
 
+def test_a_damaged_older_manifest_is_damage_and_repair_removes_it(tmp_path):
+    path = tmp_path / "s"
+    large(path)
+    damage(min(path.glob("manifest-*")), 30)
+    assert len(whence.open(path)) == 2000
+    assert not whence.verify(path).is_sound
+    assert whence.repair(path).lost == []
+    assert whence.verify(path).is_sound
+    assert len(whence.open(path)) == 2000
+
+
 def test_repair_does_not_let_deleted_rows_come_back_unasked(tmp_path):
     path = tmp_path / "s"
     large(path)
@@ -127,6 +139,32 @@ def test_repair_does_not_let_deleted_rows_come_back_unasked(tmp_path):
         whence.repair(path)
     whence.repair(path, undelete=True)
     assert len(whence.open(path)) == 2000
+
+
+def test_repair_does_not_go_back_before_a_deletion_unasked(tmp_path):
+    path = tmp_path / "s"
+    large(path)
+    whence.delete(path, [3])
+    damage(max(path.glob("manifest-*")), 40)
+    with pytest.raises(errors.StoreError, match="deleted after the last manifest"):
+        whence.repair(path)
+    assert whence.repair(path, undelete=True).went_back
+    assert len(whence.open(path)) == 2000
+
+
+def test_folders_of_writers_that_were_exchanged_are_damage(tmp_path):
+    for number in (1, 2):
+        writer = Writer(tmp_path / "s", manifest(), f"{number}/2")
+        writer.set_checkpoint(Checkpoint("0"))
+        writer.append(np.array([number]), random_rows(1), {})
+        writer.close()
+    one, two = (tmp_path / "s" / f"writer-{number}-of-2" for number in (1, 2))
+    one.rename(tmp_path / "aside")
+    two.rename(one)
+    (tmp_path / "aside").rename(two)
+    with pytest.raises(errors.StoreError, match="must be of writer 1/2, got the folder of 2/2"):
+        whence.open(tmp_path / "s")
+    assert not whence.verify(tmp_path / "s").is_sound
 
 
 def test_deleted_rows_stay_deleted_after_repair(tmp_path):

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from whence import store
+from whence._plain import clean, line
 from whence.errors import IdError, MissingDependencyError, WhenceError
 
 # As a shell reports them: a store that is not sound, wrong use or an error, Ctrl-C, and output
@@ -39,18 +40,23 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _UNREAD
     except (WhenceError, OSError) as error:
-        print(f"whence: {error}", file=sys.stderr)
+        _print(f"whence: {error}", sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
-        print("whence: interrupted", file=sys.stderr)
+        _print("whence: interrupted", sys.stderr)
         return _INTERRUPTED
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are safe in a terminal: they repeat arguments, which can be names of files."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(line(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="whence", description="Which training examples made the model do this?"
-    )
+    parser = _Parser(prog="whence", description="Which training examples made the model do this?")
     parser.add_argument("--version", action="version", version=f"whence {version('whence')}")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
@@ -119,9 +125,9 @@ def _seed(text: str) -> int:
 def _show(found: Any, arguments: argparse.Namespace) -> None:
     """Prints what a call found."""
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2, default=str))
+        _print(json.dumps(dataclasses.asdict(found), indent=2, default=str))
     else:
-        print(found)
+        _print(str(found))
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -156,9 +162,9 @@ def _delete(arguments: argparse.Namespace) -> int:
     missing = "skip" if arguments.skip_missing else "error"
     rows = store.delete(arguments.store, ids, missing=missing)
     if arguments.json:
-        print(json.dumps({"rows": rows}))
+        _print(json.dumps({"rows": rows}))
     else:
-        print(f"{rows:,} rows deleted; whence compact takes their bytes off the disk")
+        _print(f"{rows:,} rows deleted; whence compact takes their bytes off the disk")
     return 0
 
 
@@ -175,5 +181,15 @@ def _demo(arguments: argparse.Namespace) -> int:
             f"the demo needs {missing}: pip install 'whence[demo]'"
         ) from error
     results = demo.run(arguments.out, arguments.seed)
-    print(json.dumps(results, indent=2) if arguments.json else demo.summary(results))
+    _print(json.dumps(results, indent=2) if arguments.json else demo.summary(results))
     return 0
+
+
+def _print(text: str, file: TextIO | None = None) -> None:
+    """Prints what may hold names of files and data; a character that `file` has not is written out.
+
+    All that the command prints goes through here.
+    """
+    file = sys.stdout if file is None else file
+    encoding = file.encoding or "utf-8"
+    print(clean(text).encode(encoding, "backslashreplace").decode(encoding), file=file)

@@ -17,6 +17,7 @@ from torch import nn
 
 from whence import _arrays
 from whence._arrays import Ids
+from whence._plain import line
 from whence.errors import (
     ArgumentError,
     CheckpointError,
@@ -77,7 +78,7 @@ class Coverage:
             text += f"; no rule for {', '.join(self.uncovered)}"
         if self.silent:
             text += f"; no gradient yet in {', '.join(self.silent)}"
-        return text
+        return line(text)
 
 
 @dataclass

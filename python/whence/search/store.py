@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whence._plain import line
 from whence.errors import CheckpointError
 from whence.factored import Factored
 from whence.search.hits import COSINE, METHOD, Hits
@@ -48,7 +49,9 @@ class Store(Reader, Source):
             return "gradient products, both sides divided by the roots of the optimizer's moments"
         names = [checkpoint.name for checkpoint in self.manifest.checkpoints]
         over = f", over checkpoints {', '.join(names)}" if len(names) > 1 else ""
-        return f"{kind} influence: gradient products, preconditioned by the loss's curvature{over}"
+        return line(
+            f"{kind} influence: gradient products, preconditioned by the loss's curvature{over}"
+        )
 
     def __repr__(self) -> str:
         sketch = self.manifest.sketch
@@ -61,7 +64,7 @@ class Store(Reader, Source):
             what = f"{sketch['kind']} dim {sketch['dim']} seed {sketch['seed']}"
         error = self.quantisation_error
         lost = "" if error is None else f", relative error {error:.3f}"
-        return (
+        return line(
             f"<whence store {str(self.path)!r}: {len(self)} examples, "
             f"{len(names)} checkpoints {names}{' combined' * combined}, {what}, "
             f"{self.manifest.dtype}{lost}>"

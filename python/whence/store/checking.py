@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence.errors import StoreError, WhenceError
+from whence.errors import MissingWritersWarning, StoreError, WhenceError
 from whence.store.files import (
     BLOCK,
     Written,
@@ -22,7 +23,7 @@ from whence.store.files import (
     regular,
     store_errors,
 )
-from whence.store.gone import write_gone
+from whence.store.gone import GONE, write_gone
 from whence.store.lifecycle import leftovers
 from whence.store.lock import Lock
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
@@ -176,7 +177,9 @@ class _Check:
     def meaning(self) -> None:
         """Looks at what the bytes say: every id once, offsets in order, values that can be."""
         try:
-            reader = Reader(self.path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MissingWritersWarning)  # they are listed
+                reader = Reader(self.path)
             _ = reader.ids, reader.scales, reader.core
             for name in reader.columns:
                 _ = reader.columns[name]
@@ -301,6 +304,12 @@ def _repair(path: Path, undelete: bool, progress: bool | None) -> Repair:
                         f"{error}; which rows were deleted is not known: bring the file back from "
                         "a copy, or pass undelete=True to let them come back"
                     ) from error
+        if went_back and not undelete and (later := _later_gone(path, manifest)):
+            raise StoreError(
+                f"{later} names rows that were deleted after the last manifest that can be read: "
+                "bring the newest manifest back from a copy, or pass undelete=True to let them "
+                "come back"
+            )
         mender = _Mender(path, manifest, gone)
         try:
             with bar("repairing", manifest.stored_bytes, progress) as shown:
@@ -319,6 +328,7 @@ def _repair(path: Path, undelete: bool, progress: bool | None) -> Repair:
                 mended.save(path, number)
                 Manifest.settle(path, number, kept=0, every=True)
                 mender.remove_damaged()
+            _remove_damaged_manifests(path, number)
         except BaseException:
             mender.abandon()
             raise
@@ -346,6 +356,22 @@ def _readable(path: Path) -> tuple[Manifest, int, bool]:
             except StoreError:
                 continue
         raise first
+
+
+def _remove_damaged_manifests(path: Path, number: int) -> None:
+    """Removes older manifests that cannot be read: nobody misses them."""
+    for older in manifests(path):
+        if older != Manifest.path(path, number):
+            try:
+                read_json(older)
+            except StoreError:
+                older.unlink(missing_ok=True)
+
+
+def _later_gone(path: Path, manifest: Manifest) -> Path | None:
+    """A file of rows that are gone which only a lost manifest named, if there is one."""
+    known = "" if manifest.gone is None else manifest.gone.name
+    return max((each for each in path.glob(f"{GONE}*.npy") if each.name > known), default=None)
 
 
 class _Mender:

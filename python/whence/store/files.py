@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,9 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
+ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
+"""Names of the `.npy` files in the folders of a store."""
+
 PIECE = 4 << 20
 """Bytes of a file that are read at a time, where they are copied."""
 
@@ -36,6 +40,8 @@ SYNCS = 8
 
 NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
 """What numpy's parser ends in where there is no header of a `.npy` file."""
+
+_DIGITS = re.compile("[0-9a-f]*")
 
 _ALIGN = 64
 """The header of a `.npy` file is a multiple of this long, and at least twice it."""
@@ -68,9 +74,8 @@ class Written(NamedTuple):
         length, checksums = body
         if type(length) is not int or length < 0 or not isinstance(checksums, str):
             raise ValueError(f"a file must have a length and checksums, got {body!r:.80}")
-        if len(checksums) != 8 * -(-length // BLOCK):
+        if len(checksums) != 8 * -(-length // BLOCK) or not _DIGITS.fullmatch(checksums):
             raise ValueError(f"{length} bytes must have a checksum for each {BLOCK} of them")
-        bytes.fromhex(checksums)
         return cls(length, checksums)
 
     @property
@@ -106,8 +111,11 @@ class NewFile:
         self._rest = bytearray(head)  # what does not fill a block yet
         self._first: bytes | None = None  # the first block, while its head is not known
         self.length = 0
-        if head:
+        try:
             self._put(bytes(head))
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, part: Part) -> None:
         """Appends bytes."""
@@ -191,7 +199,19 @@ def sync_all(files: Iterable[NewFile]) -> None:
 def json_bytes(body: dict[str, Any]) -> bytes:
     """A JSON object on one line, and its checksum on the next."""
     text = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
-    return text + f"\n{checksum_of(text):08x}\n".encode()
+    return text + _tail(text)
+
+
+_TAIL = 10
+"""Bytes after the text of a JSON file: the end of its line, and its checksum on a line."""
+
+
+def _tail(text: bytes) -> bytes:
+    return f"\n{checksum_of(text):08x}\n".encode()
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number in JSON")
 
 
 def unfinished(path: Path) -> Path:
@@ -203,11 +223,13 @@ def write_json(path: Path, body: dict[str, Any]) -> Written:
     """Writes a JSON object and its checksum; the file appears whole, or not at all.
 
     Raises:
-        StoreError: If the system refuses.
+        StoreError: If the system refuses, or it is longer than one that is read.
     """
-    temporary = unfinished(path)
+    temporary, content = unfinished(path), json_bytes(body)
+    if len(content) > MAX_JSON:
+        raise StoreError(f"{path} must be at most {MAX_JSON} bytes long, got {len(content)}")
     with store_errors(path):
-        written = write(temporary, json_bytes(body))
+        written = write(temporary, content)
         temporary.replace(path)
         sync_directory(path.parent)
     return written
@@ -219,11 +241,11 @@ def parse_json(path: Path, content: bytes) -> Any:
     Raises:
         StoreError: If it is damaged.
     """
-    text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
-    if checksum != f"{checksum_of(text):08x}".encode():
+    text, end = content[:-_TAIL], content[-_TAIL:]
+    if end != _tail(text):
         raise StoreError(f"{path} is damaged: its checksum does not fit its text")
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -491,6 +513,17 @@ def check_header(path: Path, content: bytes, kind: str, shape: tuple[int, ...]) 
             f"that begins with {bytes(content[: len(wanted)])!r:.160}"
         )
     return len(wanted)
+
+
+def read_header(path: Path, written: Written, kind: str, shape: tuple[int, ...]) -> int:
+    """The byte at which the values of a `.npy` file begin, of which no block is checked yet.
+
+    Raises:
+        StoreError: If it is not as long as it was, or of another type or shape than asked for.
+    """
+    with regular(path, written.length) as (handle, length):
+        content = read_part(path, handle, 0, min(length, len(header(kind, shape))))
+    return check_header(path, content, kind, shape)
 
 
 def stamp(path: Path) -> tuple[int, int, int]:

@@ -104,6 +104,7 @@ class Manifest:
         skipped: [checkpoint, id] of examples left out because their gradient was not finite.
         rows: "per_checkpoint": an example has a row in each checkpoint it was recorded in;
             "combined": it has one, the weighted sum over all of them.
+        writer: Which of several writers recorded it, as in "3/8"; None for the only one.
         unknown: What a later version has added, which is kept.
     """
 
@@ -119,6 +120,7 @@ class Manifest:
     rows: str = "per_checkpoint"
     packs: list[Pack] = field(default_factory=list)
     gone: Gone | None = None
+    writer: str | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -185,8 +187,9 @@ class Manifest:
         body |= {
             each.name: getattr(saved, each.name)
             for each in fields(saved)
-            if each.name not in ("unknown", "shards", "packs", "gone", "checkpoints")
+            if each.name not in ("unknown", "columns", "shards", "packs", "gone", "checkpoints")
         }
+        body["columns"] = None if saved.columns is None else list(saved.columns.items())
         body["checkpoints"] = [asdict(each) for each in saved.checkpoints]
         body["shards"] = [shard.entry() for shard in saved.shards[packed:]]
         body["packs"] = [asdict(pack) for pack in packs]
@@ -268,21 +271,35 @@ class Manifest:
 
     @classmethod
     def _from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+        path = cls.path(folder, number)
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise ValueError("format must be a whence store")
-        if (version := body.pop("version")) != VERSION:
-            raise ValueError(f"version must be {VERSION}, got {version!r}")
-        needed = [word for word in body.pop("requires") if word not in REQUIRES]
+        if type(version := body.pop("version")) is not int:
+            raise ValueError(f"version must be a number, got {version!r:.80}")
+        if version != VERSION:
+            why = (
+                "a later version of whence can read it"
+                if version > VERSION
+                else "it is of before the format was fixed, and has to be recorded again"
+            )
+            raise StoreError(f"{path}: version must be {VERSION}, got {version}; {why}")
+        if not isinstance(requires := body.pop("requires"), list):
+            raise ValueError(f"requires must be a list, got {requires!r:.80}")
+        needed = [word for word in requires if word not in REQUIRES]
         if needed:
-            raise ValueError(
-                f"requires must be of {sorted(REQUIRES)}, which this version of whence knows, got "
-                f"{needed[0]!r:.80}"
+            raise StoreError(
+                f"{path}: requires must be of {sorted(REQUIRES)}, which this version of whence "
+                f"knows, got {needed[0]!r:.80}"
             )
         if body.pop("number") != number:
             raise ValueError(f"number must be {number}, as in its name")
         known = {each.name for each in fields(cls)} - {"unknown"}
         unknown = {name: body.pop(name) for name in set(body) - known}
         manifest = cls(**body, unknown=unknown)
+        if body["columns"] is not None:
+            manifest.columns = dict(body["columns"])
+            if len(manifest.columns) < len(body["columns"]):
+                raise ValueError("columns must have distinct names")
         manifest.checkpoints = [
             Checkpoint(
                 **{**each, "map": None if (it := each.get("map")) is None else checked_map(it)}
@@ -314,8 +331,8 @@ class Manifest:
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
-            if kind not in COLUMN_KINDS:
-                raise ValueError(f"column {name!r} must be of a known type, got {kind!r}")
+            if not isinstance(name, str) or kind not in COLUMN_KINDS:
+                raise ValueError(f"column {name!r:.80} must be of a known type, got {kind!r}")
         if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
             raise ValueError("checkpoints must have distinct names")
         for checkpoint in self.checkpoints:
@@ -331,6 +348,8 @@ class Manifest:
                 weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
             ):
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
+        if not isinstance(self.writer, (str, type(None))):
+            raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
         if self.rows not in ("per_checkpoint", COMBINED):
             raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
@@ -389,6 +408,17 @@ def manifests(folder: Path) -> list[Path]:
     """
     with store_errors(folder):
         return [path for _, path in sorted(_numbered(folder, _NAME))]
+
+
+def gone_in(path: Path) -> set[str]:
+    """The name of the file of rows that a manifest says are gone, without a look at all it says.
+
+    Raises:
+        StoreError: If the manifest is damaged.
+    """
+    body = read_json(path)
+    gone = body.get("gone") if isinstance(body, dict) else None
+    return {gone["name"]} if isinstance(gone, dict) and isinstance(gone.get("name"), str) else set()
 
 
 def last_committed(folder: Path) -> int:

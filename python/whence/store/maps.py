@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
+    ARRAY,
     PIECE,
     NewFile,
     Written,
@@ -29,9 +30,6 @@ from whence.store.files import (
 
 PREFIX = "map-"
 """How the names of their folders begin."""
-
-ROUNDING = 1e-3
-"""How far arrays of one map, made on two machines, may lie apart, beside their norm."""
 
 _KINDS = {"<f4", "<i8"}
 """What `.npy` calls the types of their arrays."""
@@ -112,25 +110,6 @@ def read_map(path: Path, stored: StoredMap) -> tuple[Any, dict[str, NDArray[Any]
         raise StoreError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
 
-def same_map(path: Path, one: StoredMap, other: StoredMap) -> bool:
-    """Whether two maps of the store at `path` make the same rows, but for rounding.
-
-    Raises:
-        StoreError: If they differ in their bytes, and are damaged.
-    """
-    if one.identity != other.identity:
-        return False
-    if one.files == other.files:
-        return True
-    # Other machines have other rounding, and may turn eigenvectors around.
-    (there, left), (here, right) = read_map(path, one), read_map(path, other)
-    return (there, left.keys()) == (here, right.keys()) and all(
-        left[name].shape == right[name].shape
-        and np.linalg.norm(left[name] - right[name]) <= ROUNDING * np.linalg.norm(left[name])
-        for name in left
-    )
-
-
 def copy_map(source: Path, stored: StoredMap, path: Path, number: int) -> StoredMap:
     """Copies a map into a new folder of another store, in pieces.
 
@@ -171,6 +150,7 @@ def checked_map(body: Any) -> StoredMap:
     if not isinstance(name, str) or not re.fullmatch(PREFIX + r"[0-9]{8}", name):
         raise ValueError(f"a map's name must be {PREFIX}N, got {name!r}")
     files = {each: Written.of(written) for each, written in body["files"].items()}
-    if any("/" in each or "\\" in each or each.startswith(".") for each in files):
-        raise ValueError("a map's files must lie in its folder")
+    for each in files:
+        if each != "map.json" and not ARRAY.fullmatch(each):
+            raise ValueError(f"a map's files must lie in its folder, got {each!r:.80}")
     return StoredMap(name, dict(body["identity"]), files)

@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from whence.errors import (
     ArgumentError,
     DtypeError,
@@ -22,14 +25,16 @@ from whence.errors import (
 )
 from whence.store.files import check_folder, store_errors
 from whence.store.manifest import COMBINED, Checkpoint, Manifest
-from whence.store.maps import same_map
+from whence.store.maps import StoredMap, read_map
 
 PREFIX = "writer-"
 """How the names of the folders of writers begin."""
 
-MAX_WRITERS = 9999
+MAP_ROUNDING = 1e-4
+"""How far maps of writers may differ, as a share of their norm: other processors sum in other
+orders."""
 
-_FOLDER = re.compile(PREFIX + r"([0-9]{1,4})-of-([0-9]{1,4})")
+_FOLDER = re.compile(PREFIX + r"([1-9][0-9]{0,3})-of-([1-9][0-9]{0,3})")
 _ASKED = re.compile(r"([0-9]{1,4})/([0-9]{1,4})")
 
 
@@ -48,20 +53,30 @@ def member_of(writer: str) -> str:
     return f"{PREFIX}{int(match[1])}-of-{int(match[2])}"
 
 
+def writer_of(member: str) -> str:
+    """The writer, as in "3/8", of the folder of this name."""
+    return member.removeprefix(PREFIX).replace("-of-", "/")
+
+
 def members(path: Path) -> dict[str, int]:
     """The folders of writers in a store: name -> number; none for a store of one writer.
 
     Raises:
-        StoreError: If they are of jobs of different sizes, or beside a store of one writer.
+        StoreError: If they are of jobs of different sizes, or beside a store of one writer, or one
+            is named as none can be: it may hold rows.
     """
     with store_errors(path):
-        names = [each.name for each in path.iterdir() if each.name.startswith(PREFIX)]
-    found = {name: match for name in sorted(names) if (match := _FOLDER.fullmatch(name))}
+        names = sorted(each.name for each in path.iterdir() if each.name.startswith(PREFIX))
+    found = {}
+    for name in names:
+        match = _FOLDER.fullmatch(name)
+        if match is None or int(match[1]) > int(match[2]):
+            raise StoreError(f"{path / name} must be named {PREFIX}N-of-M, with N up to M")
+        found[name] = match
     totals = {match[2] for match in found.values()}
     if len(totals) > 1:
-        raise StoreError(
-            f"{path} must be of writers of one job, got {' and '.join(sorted(found)[:2])}"
-        )
+        of = " and of ".join(sorted(totals, key=int))
+        raise StoreError(f"{path} must be of writers of one job, got writers of {of}")
     if found and Manifest.exists(path):
         raise StoreError(f"{path} must be of one writer or of several, got a manifest beside them")
     numbers = {name: int(match[1]) for name, match in found.items()}
@@ -113,7 +128,13 @@ def parts(path: Path) -> list[tuple[str, Manifest]]:
     for name in members(path):
         check_folder(path / name)
         if Manifest.exists(path / name):
-            found.append((name, Manifest.load(path / name)[0]))
+            manifest, _ = Manifest.load(path / name)
+            if manifest.writer != writer_of(name):
+                raise StoreError(
+                    f"{path / name} must be of writer {writer_of(name)}, got the folder of "
+                    f"{manifest.writer}"
+                )
+            found.append((name, manifest))
     return found or [("", Manifest.load(path)[0])]
 
 
@@ -134,7 +155,15 @@ def combined(path: Path, found: list[tuple[str, Manifest]], among: str) -> Manif
     if not first_name:
         return first
     whole = replace(
-        first, checkpoints=[], shards=[], skipped=[], packs=[], gone=None, ids=None, columns=None
+        first,
+        checkpoints=[],
+        shards=[],
+        skipped=[],
+        packs=[],
+        gone=None,
+        ids=None,
+        columns=None,
+        writer=None,
     )
     for name, manifest in found:
         for what in ("sketch", "dtype", "reduction", "rows"):
@@ -168,30 +197,53 @@ def _place(path: Path, among: str, whole: Manifest, name: str, found: Checkpoint
         if there.name != found.name:
             continue
         for what in ("learning_rate", "weight"):
-            _same(
-                among,
-                f"{what} of {there.name!r}",
-                "others",
-                getattr(there, what),
-                name,
-                getattr(found, what),
-            )
+            _same(among, what, there.name, getattr(there, what), name, getattr(found, what))
         if there.first is None or found.first is None:
             whole.checkpoints[index] = there if found.first is None else found
             return index
-        maps = there.map, found.map
-        if maps[0] is not None and maps[1] is not None and not same_map(path, maps[0], maps[1]):
-            raise MismatchError(
-                f"precondition must be the same for all {among}, got another for {there.name!r} in "
-                f"{name}; fit the factors once, and load them for each"
-            )
+        if there.map is not None and found.map is not None:
+            _same(among, "map", there.name, there.map.identity, name, found.map.identity)
+            _check_maps(path, among, there, there.map, found.map)
         moving = "moving" in (there.weights, found.weights)
         if not moving:
-            _same(among, f"weights of {there.name!r}", "others", there.first, name, found.first)
+            _same(among, "weights", there.name, there.first, name, found.first)
         whole.checkpoints[index] = replace(there, weights="moving" if moving else "fixed")
         return index
     whole.checkpoints.append(found)
     return len(whole.checkpoints) - 1
+
+
+def _check_maps(
+    path: Path, among: str, checkpoint: Checkpoint, one: StoredMap, other: StoredMap
+) -> None:
+    """Nothing, if two maps make the same rows, but for rounding.
+
+    Factors that two processes have fitted each for itself need not: their rows would lie in
+    different bases, and their products would mean nothing.
+
+    Raises:
+        MismatchError: If they do not.
+        StoreError: If one is damaged.
+    """
+    if one.files == other.files:
+        return
+    (said, mine), (says, theirs) = (read_map(path, each) for each in (one, other))
+    if said == says and mine.keys() == theirs.keys():
+        pairs = [(mine[name], theirs[name]) for name in mine]
+        if all(a.shape == b.shape and a.dtype == b.dtype and _close(a, b) for a, b in pairs):
+            return
+    raise MismatchError(
+        f"map must be the same for all {among}, got others in {one.name} and "
+        f"{other.name} of checkpoint {checkpoint.name!r}; fit factors once, save them, and load "
+        "them in each process"
+    )
+
+
+def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    if one.dtype.kind != "f":
+        return np.array_equal(one, other)
+    difference = np.linalg.norm(one.astype(np.float64) - other)
+    return bool(difference <= MAP_ROUNDING * np.linalg.norm(one.astype(np.float64)))
 
 
 def _same(among: str, what: str, first: str, there: Any, name: str, here: Any) -> None:

@@ -25,11 +25,12 @@ from whence.store.files import (
     Written,
     header,
     read_array,
+    read_header,
     read_range,
     read_strings,
 )
 from whence.store.gone import keys
-from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest
+from whence.store.manifest import COLUMN_KINDS, DTYPES, READ_ATTEMPTS, Manifest
 from whence.store.members import combined, parts, warn_of_missing
 from whence.store.shards import Description, Shard
 
@@ -66,17 +67,29 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = False) -> None:
         self.path = path = _arrays.path("path", path)
         self._memory_map = _arrays.boolean("memory_map", memory_map)
-        found = parts(path)
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                found = parts(path)
+                # Of each writer's own entries: its descriptions have its own numbers.
+                self._described = [
+                    Description.read(path / name, shard)
+                    for name, part in found
+                    for shard in part.shards
+                ]
+                # Read at once: `compact` takes the file away, and the rows with it.
+                self._gone = {
+                    name: keys(part.gone.read(path / name))
+                    for name, part in found
+                    if part.gone is not None
+                }
+                break
+            except StoreError as error:
+                # A writer may have committed and removed meanwhile what the manifest named.
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                if not gone or attempt == READ_ATTEMPTS - 1:
+                    raise
         self.parts = dict(found)
         self.manifest = combined(path, found, f"writers of {path}")
-        # Of each writer's own entries: in its descriptions checkpoints have its own numbers.
-        self._described = [
-            Description.read(path / name, shard) for name, part in found for shard in part.shards
-        ]
-        # Read at once: `compact` takes the file away, and the rows with it.
-        self._gone = {
-            name: keys(part.gone.read(path / name)) for name, part in found if part.gone is not None
-        }
         self.missing_writers = warn_of_missing(path, stacklevel=3)
         if len(found) > 1:
             _ = self._order  # an id that two writers have recorded is refused at once
@@ -127,7 +140,8 @@ class Reader:
         kind = DTYPES[self.manifest.dtype]
         for shard, described in self.shards:
             path = shard.folder(self.path) / "rows.npy"
-            offset = len(header(kind, (shard.rows, self.manifest.row_width)))
+            shape = (shard.rows, self.manifest.row_width)
+            offset = read_header(path, file_of(described, path), kind, shape)
             files.append((path, offset, shard.rows, file_of(described, path).blocks))
         return _core.Rows(files, self.dim, self.manifest.dtype, self.scales, self._memory_map)
 
@@ -281,7 +295,7 @@ class Reader:
         for rows in self._order[1][::-1]:
             first = np.where(rows >= 0, rows, first)
         stems = {  # a writer has its own order
-            member: f"column-{list(part.columns or {}).index(name)}"
+            member: f"column-{list(part.columns).index(name)}"
             for member, part in self.parts.items()
             if part.columns is not None
         }

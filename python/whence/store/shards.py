@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import StoreError
 from whence.store.files import (
+    ARRAY,
     NewFile,
     Written,
     array_parts,
@@ -45,7 +46,6 @@ DESCRIPTION = "shard.json"
 
 _SHARD = re.compile(SHARD + r"[0-9]{8,18}")
 _PACK = re.compile(PACK + r"[0-9]{8,18}\.json")
-_FILE = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Description:
         try:
             files = {name: Written.of(each) for name, each in body["files"].items()}
             for name in files:
-                if not _FILE.fullmatch(name):
+                if not ARRAY.fullmatch(name):
                     raise ValueError(f"a file must lie in the folder, got {name!r:.80}")
             checkpoint, rows, error = body["checkpoint"], body["rows"], body.get("error")
             if type(checkpoint) is not int or type(rows) is not int:
@@ -221,10 +221,19 @@ def last_number(folder: Path, prefix: str) -> int:
     Raises:
         StoreError: If the folder cannot be read.
     """
-    with store_errors(folder):
-        names = [each.name for each in folder.iterdir() if each.name.startswith(prefix)]
+    names = names_of(folder, prefix)
     numbers = [name.removeprefix(prefix).split(".")[0].split("-")[0] for name in names]
     return max((int(n) for n in numbers if n.isdecimal() and len(n) <= 18), default=0)
+
+
+def names_of(folder: Path, prefix: str) -> list[str]:
+    """The names in a folder that begin so, in order.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        return sorted(each.name for each in folder.iterdir() if each.name.startswith(prefix))
 
 
 class ShardWriter:

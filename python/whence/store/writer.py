@@ -24,13 +24,13 @@ from whence.errors import (
 from whence.store.files import store_errors, sync_directory
 from whence.store.gone import GONE, keys, write_gone
 from whence.store.lock import Lock
-from whence.store.manifest import BITS, DTYPES, MARKER, Checkpoint, Manifest
+from whence.store.manifest import BITS, DTYPES, KEPT, MARKER, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, write_map
 from whence.store.members import PREFIX as MEMBER
-from whence.store.members import member_of, members
+from whence.store.members import member_of, members, writer_of
 from whence.store.reader import read_ids
-from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
+from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number, names_of
 
 SHARD_BYTES = 64 << 20
 """Rows are committed at the latest when this many bytes of them wait."""
@@ -120,7 +120,8 @@ class Writer:
                 if wanted is not None:
                     _check_same(path, manifest, wanted)
             elif wanted is not None:
-                self._state = _State(wanted, 0)
+                named = None if writer is None else writer_of(member_of(writer))
+                self._state = _State(replace(wanted, writer=named), 0)
             self._next_shard = 1 + last_number(path, SHARD)
             self._known = [
                 _KnownIds(
@@ -135,6 +136,12 @@ class Writer:
             self._lock.close()
             raise
         self._ids: dict[str, _ShardIds] = {}
+        # Files of rows that are gone before those of today, by the commit that wrote others.
+        self._superseded = [
+            (self._state.number, name)
+            for name in names_of(path, GONE)
+            if self.manifest.gone is None or name != self.manifest.gone.name
+        ]
         self._attempt: _Attempt | None = None
         self._waiting_bytes = 0
         # Where waiting rows lie, and how many bytes of it are taken.
@@ -376,7 +383,7 @@ class Writer:
         ids = self._read_ids(shard)
         keep = np.ones(len(ids), np.bool_)
         gone = self._state.gone
-        rows = gone[gone[:, 0] == shard.number, 1]
+        rows = gone[slice(*np.searchsorted(gone[:, 0], [shard.number, shard.number + 1])), 1]
         keep[rows[rows < len(keep)]] = False
         return ids[keep]
 
@@ -440,6 +447,8 @@ class Writer:
         if before.going:
             gone = np.unique(np.concatenate([gone, *before.going]), axis=0)
             named = write_gone(self.path, number, gone)
+            here = named.name if named else ""  # which a killed writer may have left before
+            self._superseded = [each for each in self._superseded if each[1] != here]
         manifest = replace(before.manifest, shards=shards, gone=named)
         self._attempt = _Attempt(number, manifest, gone, len(before.waiting), len(before.going))
         saved = manifest.save(self.path, number)
@@ -447,8 +456,13 @@ class Writer:
         self._settle()
         Manifest.settle(self.path, number)
         if before.manifest.gone is not None and named is not before.manifest.gone:
-            with contextlib.suppress(OSError):
-                (self.path / before.manifest.gone.name).unlink(missing_ok=True)
+            self._superseded.append((number, before.manifest.gone.name))
+        # Those that an older manifest names stay with it: what was deleted must not come back if
+        # `repair` has to go back to that.
+        with contextlib.suppress(OSError):
+            while self._superseded and self._superseded[0][0] <= number - KEPT:
+                (self.path / self._superseded[0][1]).unlink(missing_ok=True)
+                del self._superseded[0]
 
     def replace_shards(self, shards: list[Shard]) -> None:
         """Commits other shards in the place of all: what `compact` and `repair` have written.

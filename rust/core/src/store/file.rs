@@ -5,6 +5,10 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 
 use crate::error::Error;
+use crate::stop::Watch;
+
+/// Bytes that are read between two looks at the watch.
+const STEP: usize = 1 << 20;
 
 /// Opens a regular file to read, and gives its length. Pipes and devices are refused before they are
 /// read, as they may never end; and links, unless they are to be followed, as they may lead to any
@@ -45,19 +49,29 @@ fn check_regular(path: &Path, found: &Metadata) -> Result<(), Error> {
     Err(damaged(path, format!("it must be a regular file, got {kind}")))
 }
 
-/// Fills `bytes` from byte `at` of a file on.
+/// Fills `bytes` from byte `at` of a file on, some at a time: a disk may be slow.
 ///
 /// # Errors
-/// [`Error::Damaged`] if the file ends before, [`Error::Io`].
-pub(super) fn read_at(file: &File, path: &Path, bytes: &mut [u8], at: u64) -> Result<(), Error> {
-    read_exact_at(file, bytes, at).map_err(|source| {
-        if source.kind() == ErrorKind::UnexpectedEof {
-            let end = at.saturating_add(bytes.len() as u64);
-            damaged(path, format!("it must have {end} bytes, and ends before"))
-        } else {
-            io_error(path, source)
-        }
-    })
+/// [`Error::Damaged`] if the file ends before, [`Error::Io`], [`Error::Stopped`].
+pub(super) fn read_at(
+    file: &File,
+    path: &Path,
+    bytes: &mut [u8],
+    at: u64,
+    watch: &Watch<'_>,
+) -> Result<(), Error> {
+    for (bytes, at) in bytes.chunks_mut(STEP).zip((at..).step_by(STEP)) {
+        watch.check()?;
+        read_exact_at(file, bytes, at).map_err(|source| {
+            if source.kind() == ErrorKind::UnexpectedEof {
+                let end = at.saturating_add(bytes.len() as u64);
+                damaged(path, format!("it must have {end} bytes, and ends before"))
+            } else {
+                io_error(path, source)
+            }
+        })?;
+    }
+    Ok(())
 }
 
 #[cfg(unix)]
