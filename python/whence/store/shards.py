@@ -271,6 +271,10 @@ class ShardWriter:
             self._rows.write(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
         self.rows += len(stored)
 
+    def start(self) -> None:
+        """Lets the system begin to write the rows so far."""
+        self._rows.start()
+
     def finish(
         self,
         scales: NDArray[np.float32],

@@ -527,7 +527,7 @@ class Writer:
         this fails, the commit writes them again, or says what is wrong.
         """
         try:
-            self._shard_of(self._state.waiting)
+            self._shard_of(self._state.waiting).start()
         except StoreError:
             self._abandon()
         except BaseException:

@@ -15,7 +15,7 @@ use crate::stop::Watch;
 pub const BLOCK: usize = 1 << 16;
 
 /// Blocks that are read at once, before they are checked.
-const PIECE: usize = 8;
+const PIECE: usize = 4;
 
 /// The checksum of each block of `bytes`.
 ///
