@@ -109,6 +109,18 @@ def test_stores_of_several_writers_become_one(tmp_path):
     Writer(tmp_path / "m", manifest()).close()  # one writer may go on
 
 
+def test_a_writer_is_not_merged_twice(tmp_path):
+    writer = Writer(tmp_path / "job", manifest(), "1/1")
+    writer.set_checkpoint(Checkpoint("0"))
+    writer.append(np.array([1]), random_rows(1), {})
+    writer.close()
+    paths = [tmp_path / "job", tmp_path / "job" / "writer-1-of-1"]
+    with pytest.raises(
+        errors.ArgumentError, match=r"paths must be distinct, got .*writer-1-of-1 t"
+    ):
+        whence.merge(paths, tmp_path / "m")
+
+
 def test_missing_writers_are_named(tmp_path):
     writer = Writer(tmp_path / "job", manifest(), "1/2")
     writer.set_checkpoint(Checkpoint("0"))
@@ -375,7 +387,7 @@ def test_two_merges_into_one_folder_are_refused(tmp_path):
         ("a", errors.DtypeError, "paths must be a list of paths, got str"),
         ([], errors.DtypeError, "paths must be a list of paths"),
         ([3], errors.DtypeError, r"paths\[0\] must be a path"),
-        (["a", "./a"], errors.ArgumentError, "paths must be distinct"),
+        (["a", "./a"], errors.ArgumentError, r"paths must be distinct, got .*a twice"),
         (["a", "nowhere"], errors.StoreError, "nowhere, which does not exist"),
     ],
 )

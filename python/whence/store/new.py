@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whence._arrays import Ids
 from whence.errors import StoreError
 from whence.store.files import mark, store_errors, sync_directory, unfinished
 from whence.store.lifecycle import mean_error
@@ -22,6 +20,7 @@ from whence.store.manifest import DTYPES, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import copy_map
 from whence.store.members import members
+from whence.store.pieces import Batch
 from whence.store.shards import PACK, SHARD, Shard, ShardWriter
 from whence.store.writer import SHARD_BYTES
 
@@ -46,6 +45,7 @@ class NewStore:
     Attributes:
         path: The store's folder.
         manifest: What the store will say about itself, but for its shards.
+        shards: Those that are written.
 
     Raises:
         LockedError: If another process writes there.
@@ -55,7 +55,7 @@ class NewStore:
     def __init__(self, name: str, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
         self._open: ShardWriter | None = None
         self._beside: list[tuple[NDArray[Any], ...]] = []
         self._errors: list[tuple[float | None, int]] = []
@@ -87,44 +87,30 @@ class NewStore:
             copied.append(replace(each, map=copy))
         self.manifest = replace(self.manifest, checkpoints=copied)
 
-    def append(
-        self,
-        checkpoint: int,
-        stored: NDArray[Any],
-        scales: NDArray[np.float32],
-        ids: Ids,
-        columns: Sequence[NDArray[Any]],
-        error: float | None = None,
-    ) -> None:
+    def append(self, batch: Batch, error: float | None = None) -> None:
         """Takes rows, which are checked already.
 
         Args:
-            checkpoint: The number of the checkpoint.
-            stored: [rows, width] as they are stored.
-            scales: [rows]
-            ids: [rows] of which none has a row at this checkpoint.
-            columns: [rows] each, in the manifest's order.
+            batch: The rows; none of the ids has one at its checkpoint.
             error: Mean relative error of quantised rows, if it is known.
 
         Raises:
             StoreError: If the system refuses.
         """
-        if not len(ids):
+        if not len(batch.ids):
             return
-        if self._open is not None and (
-            checkpoint != self._checkpoint or self._bytes >= SHARD_BYTES
-        ):
+        if batch.checkpoint != self._checkpoint or self._bytes >= SHARD_BYTES:
             self.finish()
         if self._open is None:
-            number = len(self._shards) + 1
+            number = len(self.shards) + 1
             kind, width = DTYPES[self.manifest.dtype], self.manifest.row_width
-            self._checkpoint = checkpoint
-            self._open = ShardWriter(self.path, number, checkpoint, kind, width)
-        self._open.append(stored)
-        beside = (scales, ids, *columns)
+            self._open = ShardWriter(self.path, number, batch.checkpoint, kind, width)
+        self._checkpoint = batch.checkpoint
+        self._open.append(batch.stored)
+        beside = (batch.scales, batch.ids, *batch.columns)
         self._beside.append(beside)
-        self._errors.append((error, len(ids)))
-        self._bytes += stored.nbytes + sum(map(_size, beside))
+        self._errors.append((error, len(batch.ids)))
+        self._bytes += batch.stored.nbytes + sum(map(_size, beside))
 
     def commit(self) -> None:
         """Makes the store appear, whole: when it returns, a crash or power cut keeps it.
@@ -133,7 +119,7 @@ class NewStore:
             StoreError: If the system refuses.
         """
         self.finish()
-        whole = replace(self.manifest, shards=self._shards, packs=[], gone=None)
+        whole = replace(self.manifest, shards=self.shards, packs=[], gone=None)
         whole.save(self.path, FIRST)
         Manifest.settle(self.path, FIRST)
         self._lock.close()
@@ -173,7 +159,7 @@ class NewStore:
             return
         scales, ids, *columns = (np.concatenate(each) for each in zip(*self._beside, strict=True))
         shard = self._open.finish(scales, ids, columns, mean_error(self._errors))
-        self._shards.append(shard)
+        self.shards.append(shard)
         self._open, self._beside, self._errors, self._bytes = None, [], [], 0
 
     def _clear(self) -> None:
