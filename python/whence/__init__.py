@@ -7,6 +7,7 @@
     query         the training examples that helped and harmed a query    (needs torch)
     open          a store, searched with arrays                           (numpy only)
     info, verify, repair, delete, compact   what a store holds, whether it is whole, and less of it
+    merge, split  one store of several, and several of one            (numpy only)
     Index         rows made ready to be asked often                       (numpy only)
     Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
     hashing       near rows, near duplicates and instances by random codes (numpy only)
@@ -26,7 +27,7 @@ from whence._core import HASH_VERSION
 from whence.errors import WhenceError
 from whence.search import Hits, Index, Matrix, Side, Store, open
 from whence.sketch import Sketch
-from whence.store import compact, delete, info, repair, verify
+from whence.store import compact, delete, info, merge, repair, split, verify
 
 if TYPE_CHECKING:
     from whence import methods
@@ -74,6 +75,7 @@ __all__ = [
     "hashing",
     "info",
     "interop",
+    "merge",
     "methods",
     "moments_of",
     "open",
@@ -83,6 +85,7 @@ __all__ = [
     "register_layer",
     "repair",
     "report",
+    "split",
     "suggest_checkpoints",
     "text",
     "verify",
