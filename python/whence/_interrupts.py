@@ -1,8 +1,8 @@
 """Ctrl-C while numpy or torch is inside one long call, such as LAPACK's of a large matrix.
 
-Python answers a signal on its main thread, between two of its own steps: a library that computes for
-half a minute lets it wait for as long. Here the main thread waits for a result instead of computing
-it. What it gave away goes on in the background to its end, for LAPACK cannot be stopped.
+Python answers a signal on its main thread, between two of its own steps: a library that computes
+for half a minute lets it wait for as long. Here the main thread waits for a result instead of
+computing it. What it gave away goes on in the background, for LAPACK cannot be stopped.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _settings() -> list[Callable[[], AbstractContextManager[Any]]]:
 
 
 def _as_many_threads(torch: Any) -> AbstractContextManager[Any]:
-    """Nothing; but a thread that has asked uses as many threads as the caller, not all there are."""
+    """Nothing; but a thread that has asked uses as many threads as its caller, and not all."""
     torch.get_num_threads()
     return ExitStack()
 
