@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence import _arrays
+from whence._plain import line
 from whence.curvature.basis import Directions, bases
 from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
 from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError, WhenceError
@@ -289,7 +290,7 @@ class Factors:
                 f"width        {self.suggested_dim} columns by default; of a sample of "
                 f"{self._found.examples:,} training examples hold {shares}"
             )
-        return "\n".join(lines)
+        return "\n".join(map(line, lines))
 
     def _held(self, checkpoint: int) -> float:
         """The share of Σ Λ / (Λ + damping) that the chosen coordinates hold."""
@@ -673,7 +674,7 @@ def load(path: Path) -> Factors:
             name: torch.from_numpy(
                 np.array(
                     read_array(
-                        path / f"{name}.npy", Written(*body["files"][name]), kind, tuple(shape)
+                        path / f"{name}.npy", Written.of(body["files"][name]), kind, tuple(shape)
                     )
                 )
             )

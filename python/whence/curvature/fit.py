@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from whence import _arrays
 from whence._core import MAX_DIM
 from whence._interrupts import interruptible
+from whence._plain import line
 from whence.curvature.basis import Leading
 from whence.curvature.factors import STAGES, At, Factors, Progress, Settings
 from whence.curvature.labels import DrawnLabels, Mixture
@@ -507,7 +508,7 @@ class _Fitting:
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
         shown: Iterable[Any] = tqdm(
-            batches, desc=name, unit="batch", leave=False, disable=not self._progress
+            batches, desc=line(name), unit="batch", leave=False, disable=not self._progress
         )
         return shown
 
