@@ -152,7 +152,7 @@ class _Check:
             self.bytes += older.stat().st_size
             if older != Manifest.path(folder, number):
                 try:
-                    read_json(older)
+                    Manifest.at(folder, int(older.stem.removeprefix("manifest-")))
                 except StoreError as error:
                     self._note(older, error)
         for pack in manifest.packs:  # read with the manifest
@@ -363,7 +363,7 @@ def _remove_damaged_manifests(path: Path, number: int) -> None:
     for older in manifests(path):
         if older != Manifest.path(path, number):
             try:
-                read_json(older)
+                Manifest.at(path, int(older.stem.removeprefix("manifest-")))
             except StoreError:
                 older.unlink(missing_ok=True)
 
@@ -478,7 +478,9 @@ class _Salvage:
             file_of(described, folder / f"{stem}.npy")
         for name, written in described.files.items():
             self._content[name], self._bad[name] = _blocks(folder / name, written)
-        self.is_whole = not any(len(bad) for bad in self._bad.values())
+        self.is_whole = not any(len(bad) for bad in self._bad.values()) and all(
+            _length(folder / name) == written.length for name, written in described.files.items()
+        )
         kind = "<i8" if manifest.ids == "int64" else ""
         self.whole_ids = self._of_column("ids", kind)
         self.whole = self.whole_ids & self._of_values("rows.npy", self._row_kind, self._width)
