@@ -158,6 +158,27 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_names_of_files_and_arguments_reach_the_terminal_as_text(tmp_path, capsys):
+    path = tmp_path / "red\x1b[31m\n\u202ename"
+    path.touch()
+    assert cli.main(["demo", "--out", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        rf"whence: --out must be a folder, got the file {tmp_path}/red\x1b[31m \u202ename" + "\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["demo", "\x1b]0;title\x07"])
+    assert r"unrecognized arguments: \x1b]0;title\x07" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_character_gets_it_written_out(monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(demo, "run", lambda *_: {})
+    monkeypatch.setattr(demo, "summary", lambda _: "naïve\nstore")
+    assert cli.main(["demo"]) == 0
+    assert file.buffer.getvalue() == b"na\\xefve\nstore\n"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"made_by": "someone"}', "\x00"])
 def test_a_file_of_the_same_name_does_not_make_a_folder_a_demos(tmp_path, content):
     (tmp_path / "demo.json").write_text(content, encoding="utf-8")

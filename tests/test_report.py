@@ -1,14 +1,19 @@
 """Text, fragments and pages show what hits hold, and nothing in the data is more than text."""
 
 import base64
+import csv
 import hashlib
+import os
 import re
 import struct
+import sys
 import zlib
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from filled import fill, random_rows
@@ -16,7 +21,7 @@ from filled import fill, random_rows
 import whence
 from whence.errors import ArgumentError, DtypeError
 from whence.report import chart, html, png
-from whence.report.safe import Html, clean, escape, line, signed, tag
+from whence.report.safe import Html, escape, signed, tag
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -338,6 +343,81 @@ def test_a_signed_score_always_has_its_sign(score, written):
     assert signed(score) == written
 
 
+# --- tables for programs
+
+
+def read_csv(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_csv_holds_the_table_of_pandas(hits, tmp_path):
+    path = tmp_path / "hits.csv"
+    assert hits.to_csv(path) == path
+    kinds = {"score": np.float32, "id": np.int64}
+    pandas.testing.assert_frame_equal(pandas.read_csv(path, dtype=kinds), hits.to_pandas())
+
+
+def test_the_table_has_each_hit_once_in_order(hits, store):
+    table = hits.to_pandas()
+    assert list(table) == ["query", "side", "rank", "id", "score", "label", "loss"]
+    row = iter(table.itertuples(index=False))
+    for query in range(3):
+        for name, side in (("helpful", hits.helpful), ("harmful", hits.harmful)):
+            for rank in range(4):
+                id_ = side.ids[query, rank]
+                found = (query, name, rank, id_, side.scores[query, rank])
+                assert next(row) == (
+                    *found,
+                    store.columns["label"][id_],
+                    store.columns["loss"][id_],
+                )
+    assert next(row, None) is None
+
+
+def test_a_csv_needs_no_pandas(hits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert len(read_csv(hits.to_csv(tmp_path / "hits.csv"))) == 1 + 3 * 2 * 4
+
+
+def test_text_in_a_csv_runs_nothing_and_numbers_stay_numbers(tmp_path):
+    ids = ["=1+1", "-2", "@SUM(A1)"]
+    label = ["+cmd|' /C calc'!A0", "two\nlines", 'quote " and, comma']
+    store = fill(tmp_path / "s", random_rows(3), ids, label=label, loss=[-1.5, 2.0, -3.0])
+    rows = read_csv(store.search(random_rows(1), k=3, side="helpful").to_csv(tmp_path / "h.csv"))
+    assert rows[0] == ["query", "side", "rank", "id", "score", "label", "loss"]
+    assert {row[3]: (row[5], row[6]) for row in rows[1:]} == {
+        "'=1+1": ("'+cmd|' /C calc'!A0", "-1.5"),
+        "'-2": ("two lines", "2.0"),
+        "'@SUM(A1)": ('quote " and, comma', "-3.0"),
+    }
+
+
+def test_names_of_columns_in_a_csv_run_nothing_and_hide_no_other(tmp_path):
+    columns = {"=1": [1], "id": [2], "column_id": [3], "score": [4]}
+    store = fill(tmp_path / "s", random_rows(1), **columns)
+    names, values = read_csv(store.search(random_rows(1), k=1).to_csv(tmp_path / "h.csv"))[:2]
+    own = ["query", "side", "rank", "id", "score"]
+    assert sorted(names[5:]) == ["'=1", "column_column_id", "column_id", "column_score"]
+    assert names[:5] == own
+    assert sorted(values[5:]) == ["1", "2", "3", "4"]
+
+
+def test_a_table_or_page_goes_into_a_device_and_does_not_take_its_place(hits, tmp_path):
+    link = tmp_path / "nowhere"
+    link.symlink_to(os.devnull)
+    hits.to_csv(link)
+    hits.to_html(link)
+    assert link.is_symlink()
+    assert not Path(os.devnull).is_file()
+
+
+def test_a_file_may_have_as_long_a_name_as_the_system_takes(hits, tmp_path):
+    for name, write in (("n" * 250 + ".html", hits.to_html), ("n" * 250 + ".csv", hits.to_csv)):
+        assert write(tmp_path / name).is_file()
+    assert len(list(tmp_path.glob("n*"))) == 2
+
+
 # --- nothing in the data is more than text
 
 
@@ -389,12 +469,19 @@ def test_direction_marks_cannot_reorder_what_stands_beside_them(tmp_path):
     path = hits.to_html(tmp_path / "page.html")
     assert re.search("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", str(hits)) is None
     names = re.findall(r'<div class="name">(.*?)</div>', path.read_text(encoding="utf-8"))
-    assert sorted(set(names)) == ["<bdi>id abc</bdi>", "<bdi>id def</bdi>"]
+    assert sorted(set(names)) == ["<bdi>id \\u202eabc</bdi>", "<bdi>id def\\u200f</bdi>"]
+
+
+def test_a_long_id_or_label_does_not_fill_the_page(tmp_path):
+    long = "W" * 100_000
+    store = fill(tmp_path / "s", random_rows(2), [long, "b"], label=[long, "c"])
+    page = page_of(store.search(random_rows(1), k=2), tmp_path)
+    assert 300 < len("".join(text for text in page.texts if "WWW" in text)) < 1000
 
 
 def test_half_a_surrogate_pair_can_be_written(hits, tmp_path):
     page = page_of(hits, tmp_path, show=lambda _: "half \ud800 a pair")
-    assert "half \ufffd a pair" in page.texts
+    assert r"half \ud800 a pair" in page.texts
 
 
 def test_text_is_escaped_unless_it_is_markup():
@@ -402,12 +489,6 @@ def test_text_is_escaped_unless_it_is_markup():
         '<p class="&quot;x&quot;">&lt;b&gt;<i></i></p>'
     )
     assert escape("a" + Html("<b>")) == "a&lt;b&gt;", "markup joined to text is text"
-
-
-def test_tabs_and_newlines_stay_in_texts_and_leave_lines():
-    assert clean("a\tb\nc\rd") == "a\tb\ncd"
-    assert line("a\tb\n\nc") == "a b c"
-    assert line("abcdefgh", 6) == "abc..."
 
 
 # --- the page as a file

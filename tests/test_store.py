@@ -246,6 +246,23 @@ def rewrite(path, change):
     newest.write_bytes(text + f"\n{zlib.crc32(text):08x}\n".encode())
 
 
+def rewrite_shard(path, number, change):
+    """Changes what describes a shard, and makes its checksums fit."""
+    folder = path / f"shard-{number:08}"
+    body = json.loads((folder / "shard.json").read_text().splitlines()[0])
+    change(body)
+    text = json.dumps(body).encode()
+    text += f"\n{zlib.crc32(text):08x}\n".encode()
+    (folder / "shard.json").write_bytes(text)
+
+    def vouch(manifest_):
+        for entry in manifest_["shards"]:
+            if entry[0] == folder.name:
+                entry[3:] = [len(text), f"{zlib.crc32(text):08x}"]
+
+    rewrite(path, vouch)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

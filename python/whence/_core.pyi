@@ -153,6 +153,8 @@ class Rows:
 
     A file is its path, where rows begin, their number, and the checksums of its blocks, by which
     each is checked when it is first read; None for a file that has none, which may be a link.
+    With `memory_map` files are looked at where the system keeps them: for such as nobody writes,
+    since a process that looks behind the end of one that has been cut is ended (SIGBUS).
     """
 
     def __new__(
@@ -161,6 +163,7 @@ class Rows:
         dim: int,
         dtype: str,
         scales: NDArray[np.float32],
+        memory_map: bool = False,
     ) -> Rows: ...
     @staticmethod
     def of(matrix: NDArray[Any]) -> Rows: ...

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from whence._plain import line
 from whence.attribution import query
 from whence.curvature import fit_factors
 from whence.errors import ArgumentError
@@ -409,8 +410,8 @@ def summary(results: dict[str, Any]) -> str:
         f"sign    {results['sign']}",
         f"method  {results['method']}",
         f"unit    {results['unit']}",
-        f"store   {results['store']}",
-        f"page    {results['page']}",
+        f"store   {line(results['store'])}",
+        f"page    {line(results['page'])}",
     ]
     return "\n".join(lines)
 
@@ -560,7 +561,7 @@ def _answer(evidence: Evidence, number: int) -> dict[str, Any]:
 
 def _named(example: dict[str, Any]) -> str:
     shows = "" if example["label"] == example["shows"] else f", shows {example['shows']}"
-    return f"{example['score']:<+8.3g}label {example['label']}{shows}"
+    return f"{example['score']:<+10.3g}label {example['label']}{shows}"
 
 
 def _ranked(results: dict[str, Any]) -> list[tuple[str, str, str]]:

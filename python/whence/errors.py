@@ -17,14 +17,20 @@
 
 And one warning, `MissingWritersWarning`: a store is read while some of its writers have no rows.
 
-Messages read "ARGUMENT must BE, got WHAT".
+Messages read "ARGUMENT must BE, got WHAT", on one line that is safe in a terminal: names and paths
+are in them.
 """
 
 from __future__ import annotations
 
+from whence._plain import line
+
 
 class WhenceError(Exception):
     """Any error that whence raises on purpose."""
+
+    def __str__(self) -> str:
+        return line(super().__str__())
 
 
 class ArgumentError(WhenceError, ValueError):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence import _arrays
+from whence._plain import line
 from whence.curvature.basis import Directions, bases
 from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
 from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError, WhenceError
@@ -31,8 +32,9 @@ from whence.gradients.preconditioned import LAYOUT, Prepared
 from whence.sketch import Sketch
 from whence.store.files import (
     Written,
-    parse_json,
+    array_name,
     read_array,
+    read_json,
     store_errors,
     sync_directory,
     write_array,
@@ -40,7 +42,7 @@ from whence.store.files import (
 )
 
 FORMAT = "whence factors"
-VERSION = 0
+VERSION = 1
 ENOUGH = 0.75
 """The share of unit rows' energy that a default basis holds."""
 
@@ -289,7 +291,7 @@ class Factors:
                 f"width        {self.suggested_dim} columns by default; of a sample of "
                 f"{self._found.examples:,} training examples hold {shares}"
             )
-        return "\n".join(lines)
+        return "\n".join(map(line, lines))
 
     def _held(self, checkpoint: int) -> float:
         """The share of Σ Λ / (Λ + damping) that the chosen coordinates hold."""
@@ -387,10 +389,10 @@ class Progress:
         description = path / "fit.json"
         with store_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            there = description.read_bytes() if description.exists() else None
-        if there is None:
+            there = description.exists()
+        if not there:
             write_json(description, asked)
-        elif (found := parse_json(description, there)) != asked:
+        elif (found := read_json(description)) != asked:
             odd = [name for name in asked if found.get(name, ...) != asked[name]]
             raise MismatchError(f"path must be new or of the same {', '.join(odd)}, got {path}")
         self._path = path
@@ -665,15 +667,23 @@ def load(path: Path) -> Factors:
     with store_errors(path):
         if not description.is_file():
             raise StoreError(f"path must be a folder of saved factors, got {path} without any")
-        body = parse_json(description, description.read_bytes())
+    body = read_json(description)
     try:
-        if body["format"] != FORMAT or body["version"] != VERSION:
-            raise ValueError(f"format must be {FORMAT} {VERSION}")
+        if body["format"] != FORMAT:
+            raise ValueError(f"format must be {FORMAT}")
+        if body["version"] != VERSION:
+            raise StoreError(
+                f"{description}: version must be {VERSION}, got {body['version']!r:.80}; fit the "
+                "factors again"
+            )
         arrays = {
             name: torch.from_numpy(
                 np.array(
                     read_array(
-                        path / f"{name}.npy", Written.of(body["files"][name]), kind, tuple(shape)
+                        path / array_name(f"{name}.npy"),
+                        Written.of(body["files"][name]),
+                        kind,
+                        tuple(shape),
                     )
                 )
             )

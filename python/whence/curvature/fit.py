@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._core import MAX_DIM
+from whence._interrupts import interruptible
+from whence._plain import line
 from whence.curvature.basis import Leading
 from whence.curvature.factors import STAGES, At, Factors, Progress, Settings
 from whence.curvature.labels import DrawnLabels, Mixture
@@ -349,7 +351,7 @@ class _Fitting:
             moment = torch.zeros(len(directions.values), len(directions.values))
             for group in self._groups(factors):
                 for rows in self._drawn(factors, states, group, directions.matrices):
-                    moment += rows.T @ rows / directions.examples
+                    moment += interruptible(torch.matmul, rows.T, rows) / directions.examples
             directions = replace(directions, moment=moment)
         return Factors(
             factors.model,
@@ -381,7 +383,7 @@ class _Fitting:
             found = self._everywhere("curvature", factors, states, part, mode)
             rows = torch.zeros(())
             for each, matrix in zip(found, matrices, strict=True):
-                rows = rows + each @ matrix
+                rows = rows + interruptible(torch.matmul, each, matrix)
             yield rows
 
     def _everywhere(
@@ -506,7 +508,7 @@ class _Fitting:
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
         shown: Iterable[Any] = tqdm(
-            batches, desc=name, unit="batch", leave=False, disable=not self._progress
+            batches, desc=line(name), unit="batch", leave=False, disable=not self._progress
         )
         return shown
 

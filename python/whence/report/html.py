@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from whence._files import write_text
+from whence._plain import clean, line
 from whence.report import png, style
 from whence.report.chart import bar
-from whence.report.safe import Html, clean, escape, join, line, signed, tag, value
+from whence.report.safe import Html, escape, join, signed, tag, value
 from whence.report.text import QUERIES_SHOWN, RANKS_SHOWN, counted, left_out
 from whence.search import Hits, Show, Side
 
 _EXCERPT = 280  # characters of a text that a card shows before it is opened
 _EXCERPT_LINES = 8
+_NAME = 160  # characters of an id, a label or a badge on a card: one must not fill the page
 _PICTURE = 96  # pixels that the longer side of a small image is enlarged to, about
 
 
@@ -94,14 +96,7 @@ def write_page(
         OSError: If the file cannot be written.
     """
     sections = [*before, legend(hits), hits_section(hits, show, queries, captions, badge), *after]
-    written = document(title, sections, lead=lead)
-    # A name of its own per process: of two writers the later one wins, and no page is half of each.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(written, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, document(title, sections, lead=lead))
 
 
 def document(title: str, sections: Sequence[Section], *, lead: Sequence[str] = ()) -> str:
@@ -256,7 +251,7 @@ def hits_section(
         # Asked for once per example: an example is often among the hits of many queries.
         if show is not None and identity not in pictures:
             pictures[identity] = picture(
-                f"show({identity!r})", show(identity), f"training example {identity}"
+                f"show({identity!r})", show(identity), line(f"training example {identity}", _NAME)
             )
         return pictures.get(identity)
 
@@ -370,15 +365,19 @@ def _card(card: Card, largest: float, both_ways: bool) -> list[Html]:
     parts = []
     if card.score is not None:
         parts += [score(card.score), bar(card.score, largest, both_ways=both_ways)]
-    parts.append(tag("div", tag("bdi", line(card.name)), class_="name"))
+    parts.append(tag("div", tag("bdi", line(card.name, _NAME)), class_="name"))
     if card.notes:
         notes = (
-            tag("div", tag("dt", tag("bdi", line(name))), tag("dd", tag("bdi", line(str(note)))))
+            tag(
+                "div",
+                tag("dt", tag("bdi", line(name, _NAME))),
+                tag("dd", tag("bdi", line(str(note), _NAME))),
+            )
             for name, note in card.notes.items()
         )
         parts.append(tag("dl", *notes, class_="notes"))
     if card.badge is not None:
-        parts.append(tag("span", line(card.badge), class_="badge"))
+        parts.append(tag("span", line(card.badge, _NAME), class_="badge"))
     if card.picture is None:
         return parts
     # Images are of one size, texts are not: scores above them stand in one line.

@@ -1,4 +1,4 @@
-"""Text out of training data, made harmless, and markup that cannot be mixed up with it.
+"""Markup that text out of training data cannot be mixed up with.
 
 Ids, labels, column names and texts are whatever was in a data set. Text becomes markup in one
 place, `escape`; what `tag` is given is escaped unless it is `Html`, so forgetting to escape shows
@@ -8,19 +8,10 @@ up as visible `&lt;`, never as a live tag.
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Iterable
 from typing import Any
 
-# Controls that a terminal or a parser may act on: C0 without tab and newline, DEL, C1, the
-# overrides, embeddings and isolates of bidirectional text, and code points that are no characters.
-_CONTROLS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufdd0-\ufdef\ufffe\uffff]"
-)
-# On one line also: what breaks it, and the marks that reorder what stands beside them.
-_MARKS = re.compile("[\u061c\u200e\u200f]")
-_BREAKS = re.compile("[\t\n\u2028\u2029]+")
-_SURROGATES = re.compile("[\ud800-\udfff]")
+from whence._plain import clean
 
 _VOID = frozenset({"img", "meta", "br"})
 
@@ -29,24 +20,6 @@ class Html(str):
     """Markup that is escaped already; anything else counts as text."""
 
     __slots__ = ()
-
-
-def clean(text: str) -> str:
-    """The text without control characters; half a surrogate pair becomes U+FFFD."""
-    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", text))
-
-
-def line(text: str, width: int | None = None) -> str:
-    """The text on one line, without control characters and direction marks.
-
-    Args:
-        text: Any text.
-        width: The most characters to keep; the end is then an ellipsis of three dots.
-    """
-    text = _MARKS.sub("", _BREAKS.sub(" ", clean(text)))
-    if width is not None and len(text) > width:
-        return text[: width - 3] + "..."
-    return text
 
 
 def value(item: Any) -> str:

@@ -18,7 +18,7 @@ PAGE = """\
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0; background: var(--back); color: var(--text);
+  margin: 0; background: var(--back); color: var(--text); overflow-wrap: anywhere;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
 }
 header, main, footer { max-width: 70rem; margin: 0 auto; padding: 0 1.25rem; }
@@ -30,7 +30,6 @@ h3 { font-size: 1.05rem; line-height: 1.35; margin: 0 0 .5rem; }
 h4 { font-size: .95rem; margin: 0 0 .5rem; }
 p { margin: .5rem 0; max-width: 50rem; }
 a { color: var(--plus); }
-h1, h2, h3, h4, p, dd, td, th, .text, .name { overflow-wrap: anywhere; }
 .soft { color: var(--soft); }
 .plus { color: var(--plus); }
 .minus { color: var(--minus); }
@@ -52,7 +51,10 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; 
 .gallery.texts { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .gallery.texts { align-items: start; }
 .gallery.texts .text { margin: .5rem 0 0; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem; font-size: .875rem; }
+.card {
+  border: 1px solid var(--line); border-radius: 8px; padding: .6rem; font-size: .875rem;
+  overflow: hidden;
+}
 .card .name { color: var(--soft); font-size: .8rem; }
 .score { font-weight: 700; font-variant-numeric: tabular-nums; font-size: 1rem; }
 .notes { margin: .25rem 0 0; }

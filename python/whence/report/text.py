@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
-from whence.report.safe import line, signed, value
+from whence._plain import line
+from whence.report.safe import signed, value
 from whence.search import Hits, Side
 
 QUERIES_SHOWN = 10
@@ -91,10 +92,10 @@ def _cell(hits: Hits, side: Side, query: int, rank: int) -> list[str]:
 
 
 def _cells(text: str) -> int:
-    """How many cells of a terminal the text takes: wide characters two, accents none."""
+    """How many cells of a terminal the text takes: wide ones two, accents and joiners none."""
     return sum(
         0
-        if unicodedata.combining(letter)
+        if unicodedata.category(letter) in ("Mn", "Me", "Cf")
         else 2
         if unicodedata.east_asian_width(letter) in "WF"
         else 1

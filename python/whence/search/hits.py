@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
@@ -12,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence._arrays import Ids
+from whence._files import write_text
 from whence._optional import imported
+from whence._plain import cell
 from whence.errors import ShapeError, WhenceError
 
 if TYPE_CHECKING:
@@ -146,32 +150,36 @@ class Hits:
         Raises:
             MissingDependencyError: If pandas is not installed.
         """
-        pandas = imported("pandas", "to_pandas", "pandas")
-        frames = []
-        for name, side in self.sides.items():
-            queries, width = side.scores.shape
-            positions = side.positions.reshape(-1)
-            frames.append(
-                pandas.DataFrame(
-                    {
-                        "query": np.repeat(np.arange(queries), width),
-                        "side": name,
-                        "rank": np.tile(np.arange(width), queries),
-                        "id": side.ids.reshape(-1),
-                        "score": side.scores.reshape(-1),
-                        **{
-                            column if column not in _TAKEN else f"column_{column}": values[
-                                positions
-                            ]
-                            for column, values in self.columns.items()
-                        },
-                    }
-                )
-            )
-        table = pandas.concat(frames, ignore_index=True)
-        return table.sort_values(
-            ["query", "side", "rank"], ascending=[True, False, True], ignore_index=True
-        )
+        return imported("pandas", "to_pandas", "pandas").DataFrame(self._table())
+
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
+        r"""Writes the table of `to_pandas` as CSV, in UTF-8; it needs no pandas.
+
+        One line of names, then one per hit. A positive score is helpful: training on the example
+        lowers the query's loss. A score that is read as float32 is the one that was written.
+
+        Ids and columns of text are whatever was in the data set: in the file their tabs and line
+        breaks are spaces, characters that are not seen are written out (`\u202e`), and an
+        apostrophe stands before `=`, `+`, `-` and `@` where a spreadsheet would read a formula.
+        Numbers stay numbers. The file appears whole or not at all.
+
+        Args:
+            path: The file to write.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        path, table = Path(path), self._table()
+        written = io.StringIO()
+        rows = csv.writer(written, lineterminator="\n")
+        rows.writerow(map(cell, table))
+        for row in zip(*table.values(), strict=True):
+            rows.writerow(cell(item) if isinstance(item, str) else str(item) for item in row)
+        write_text(path, written.getvalue())
+        return path
 
     def to_html(
         self,
@@ -202,10 +210,31 @@ class Hits:
         self._drawn().page(self, path, show, queries, title)
         return path
 
+    def _table(self) -> dict[str, NDArray[Any]]:
+        """Name -> [hits] values: by query, helpful before harmful, by rank."""
+
+        def joined(parts: Iterable[Any]) -> NDArray[Any]:
+            return np.concatenate(list(parts), axis=1).reshape(-1)
+
+        sides, queries = self.sides, len(self)
+        positions = joined(side.positions for side in sides.values())
+        table = {
+            "query": np.repeat(np.arange(queries), len(positions) // max(queries, 1)),
+            "side": joined(np.full(side.scores.shape, name) for name, side in sides.items()),
+            "rank": joined(
+                np.broadcast_to(np.arange(side.scores.shape[1]), side.scores.shape)
+                for side in sides.values()
+            ),
+            "id": joined(side.ids for side in sides.values()),
+            "score": joined(side.scores for side in sides.values()),
+        }
+        for name, values in self.columns.items():
+            while name in table:
+                name = f"column_{name}"
+            table[name] = values[positions]
+        return table
+
     def _drawn(self) -> Renderer:
         if self.renderer is None:
             raise WhenceError("hits need whence.report to be drawn: import whence first")
         return self.renderer
-
-
-_TAKEN = ("query", "side", "rank", "id", "score")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from whence import _arrays, _core
 from whence._optional import imported
+from whence._plain import line
 from whence.errors import ArgumentError, MismatchError
 from whence.search import basis as bases
 from whence.search import diverse as mixtures
@@ -80,7 +81,7 @@ class Explanation:
     def __str__(self) -> str:
         each = self.bytes / max(self.examples, 1)
         lines = [
-            f"method  {self.method}: {self.built}",
+            f"method  {self.method}: {line(self.built)}",
             f"why     {self.why}",
             f"memory  {self.bytes / 2**20:,.1f} MiB, {each:,.0f} bytes an example",
         ]

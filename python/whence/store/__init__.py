@@ -22,7 +22,11 @@ Shards are written and synced first; then a manifest that names them appears und
 in one step. What no manifest names was never confirmed, and is not read.
 """
 
+from whence.store.checking import Damage, Repair, Verification, repair, verify
+from whence.store.copying import merge, split
 from whence.store.examples import Places, eligible
+from whence.store.info import Info, info
+from whence.store.lifecycle import Compacted, compact, delete
 from whence.store.manifest import COMBINED, SECOND_MOMENTS, Checkpoint, Manifest
 from whence.store.maps import StoredMap, read_map
 from whence.store.reader import Reader
@@ -32,11 +36,23 @@ __all__ = [
     "COMBINED",
     "SECOND_MOMENTS",
     "Checkpoint",
+    "Compacted",
+    "Damage",
+    "Info",
     "Manifest",
     "Places",
     "Reader",
+    "Repair",
     "StoredMap",
+    "Verification",
     "Writer",
+    "compact",
+    "delete",
     "eligible",
+    "info",
+    "merge",
     "read_map",
+    "repair",
+    "split",
+    "verify",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,11 +30,18 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
+PIECE = 4 << 20
+"""Bytes of a file that are read at a time, where they are copied."""
+
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
 
 NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
 """What numpy's parser ends in where there is no header of a `.npy` file."""
+
+_ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
+
+_DIGITS = re.compile("[0-9a-f]*")
 
 _ALIGN = 64
 """The header of a `.npy` file is a multiple of this long, and at least twice it."""
@@ -65,15 +74,25 @@ class Written(NamedTuple):
         length, checksums = body
         if type(length) is not int or length < 0 or not isinstance(checksums, str):
             raise ValueError(f"a file must have a length and checksums, got {body!r:.80}")
-        if len(checksums) != 8 * -(-length // BLOCK):
+        if len(checksums) != 8 * -(-length // BLOCK) or not _DIGITS.fullmatch(checksums):
             raise ValueError(f"{length} bytes must have a checksum for each {BLOCK} of them")
-        bytes.fromhex(checksums)
         return cls(length, checksums)
 
     @property
     def blocks(self) -> NDArray[np.uint32]:
         """[blocks] the checksum of each."""
         return np.frombuffer(bytes.fromhex(self.checksums), ">u4").astype(np.uint32)
+
+
+def array_name(name: str) -> str:
+    """The name of an array's file, once it is one that lies in the folder it is said to lie in.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _ARRAY.fullmatch(name):
+        raise ValueError(f"a file must lie in its folder, got {name!r:.80}")
+    return name
 
 
 @contextmanager
@@ -103,8 +122,11 @@ class NewFile:
         self._rest = bytearray(head)  # what does not fill a block yet
         self._first: bytes | None = None  # the first block, while its head is not known
         self.length = 0
-        if head:
+        try:
             self._put(bytes(head))
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, part: Part) -> None:
         """Appends bytes."""
@@ -139,6 +161,13 @@ class NewFile:
             self._sums[0][0] = _checksums(head + self._first[self._head :])[0]
         sums = np.concatenate(self._sums) if self._sums else np.empty(0, np.uint32)
         return Written(self.length, sums.astype(">u4").tobytes().hex())
+
+    def start(self) -> None:
+        """Lets the system begin to write what was appended, if it can; waits for nothing."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                # On Linux this writes dirty pages, and keeps them: it drops only what is written.
+                os.posix_fadvise(self._handle, 0, self.length, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Makes its bytes durable."""
@@ -188,18 +217,37 @@ def sync_all(files: Iterable[NewFile]) -> None:
 def json_bytes(body: dict[str, Any]) -> bytes:
     """A JSON object on one line, and its checksum on the next."""
     text = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
-    return text + f"\n{checksum_of(text):08x}\n".encode()
+    return text + _tail(text)
+
+
+_TAIL = 10
+"""Bytes after the text of a JSON file: the end of its line, and its checksum on a line."""
+
+
+def _tail(text: bytes) -> bytes:
+    return f"\n{checksum_of(text):08x}\n".encode()
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number in JSON")
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file of JSON lies until it is whole."""
+    return path.with_suffix(".part")
 
 
 def write_json(path: Path, body: dict[str, Any]) -> Written:
     """Writes a JSON object and its checksum; the file appears whole, or not at all.
 
     Raises:
-        StoreError: If the system refuses.
+        StoreError: If the system refuses, or it is longer than one that is read.
     """
-    temporary = path.with_suffix(".part")
+    temporary, content = unfinished(path), json_bytes(body)
+    if len(content) > MAX_JSON:
+        raise StoreError(f"{path} must be at most {MAX_JSON} bytes long, got {len(content)}")
     with store_errors(path):
-        written = write(temporary, json_bytes(body))
+        written = write(temporary, content)
         temporary.replace(path)
         sync_directory(path.parent)
     return written
@@ -211,11 +259,11 @@ def parse_json(path: Path, content: bytes) -> Any:
     Raises:
         StoreError: If it is damaged.
     """
-    text, _, checksum = content.rstrip(b"\n").rpartition(b"\n")
-    if checksum != f"{checksum_of(text):08x}".encode():
+    text, end = content[:-_TAIL], content[-_TAIL:]
+    if end != _tail(text):
         raise StoreError(f"{path} is damaged: its checksum does not fit its text")
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -298,6 +346,8 @@ def regular(path: Path, length: int | None = None) -> Iterator[tuple[int, int]]:
     with store_errors(path):
         try:
             handle = os.open(path, _READ | _SYSTEM)
+        except FileNotFoundError as error:
+            raise _is_gone(path) from error
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise StoreError(f"{path} must be a file of the store, got a link") from None
@@ -321,8 +371,7 @@ def check_length(path: Path, length: int) -> None:
     Raises:
         StoreError: If it is not, or is a link, a pipe or a device.
     """
-    with store_errors(path):
-        found = path.lstat()
+    found = _status(path)
     if not stat.S_ISREG(found.st_mode):
         raise StoreError(f"{path} must be a regular file, got another kind")
     if found.st_size != length:
@@ -335,9 +384,22 @@ def check_folder(path: Path) -> None:
     Raises:
         StoreError: If it is not there, or a link or a file.
     """
+    if not stat.S_ISDIR(_status(path).st_mode):
+        raise StoreError(f"{path} must be a folder of the store, got a link or a file")
+
+
+def _status(path: Path) -> os.stat_result:
     with store_errors(path):
-        if not stat.S_ISDIR(path.lstat().st_mode):
-            raise StoreError(f"{path} must be a folder of the store, got a link or a file")
+        try:
+            return path.lstat()
+        except FileNotFoundError as error:
+            raise _is_gone(path) from error
+
+
+def _is_gone(path: Path) -> StoreError:
+    return StoreError(
+        f"{path} is gone: if the store was compacted or repaired since it was opened, open it again"
+    )
 
 
 def read_part(path: Path, handle: int, offset: int, length: int) -> bytes:
@@ -368,6 +430,20 @@ def read(path: Path, written: Written) -> bytes:
         content = read_part(path, handle, 0, length)
     check_blocks(path, content, written.blocks)
     return content
+
+
+def read_range(path: Path, written: Written, start: int, stop: int) -> bytes:
+    """Some bytes of a file, once the blocks that they lie in are those that were written.
+
+    Raises:
+        StoreError: If they are not, or the file cannot be read.
+    """
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    with regular(path, written.length) as (handle, length):
+        end = min(last * BLOCK, length)
+        content = read_part(path, handle, first * BLOCK, end - first * BLOCK)
+    check_blocks(path, content, written.blocks[first:last], first)
+    return content[start - first * BLOCK : stop - first * BLOCK]
 
 
 def check_blocks(path: Path, content: Part, checksums: NDArray[np.uint32], first: int = 0) -> None:
@@ -455,6 +531,17 @@ def check_header(path: Path, content: bytes, kind: str, shape: tuple[int, ...]) 
             f"that begins with {bytes(content[: len(wanted)])!r:.160}"
         )
     return len(wanted)
+
+
+def read_header(path: Path, written: Written, kind: str, shape: tuple[int, ...]) -> int:
+    """The byte at which the values of a `.npy` file begin, of which no block is checked yet.
+
+    Raises:
+        StoreError: If it is not as long as it was, or of another type or shape than asked for.
+    """
+    with regular(path, written.length) as (handle, length):
+        content = read_part(path, handle, 0, min(length, len(header(kind, shape))))
+    return check_header(path, content, kind, shape)
 
 
 def stamp(path: Path) -> tuple[int, int, int]:

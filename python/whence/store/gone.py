@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence.errors import StoreError
-from whence.store.files import Written, read_array, store_errors, write_array
+from whence.store.files import Written, read_array, store_errors, sync_directory, write_array
 
 GONE = "gone-"
 """How the names of their files begin."""
 
-_NAME = re.compile(GONE + r"\d{8,18}\.npy")
+_NAME = re.compile(GONE + r"[0-9]{8,18}\.npy")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,30 @@ def write_gone(folder: Path, number: int, rows: NDArray[np.int64]) -> Gone | Non
     rows = np.unique(rows, axis=0)
     name = f"{GONE}{number:08}.npy"
     with store_errors(folder / name):
-        return Gone(name, len(rows), *write_array(folder / name, rows))
+        written = write_array(folder / name, rows)
+        sync_directory(folder)  # or its name may be lost where that of the manifest is not
+    return Gone(name, len(rows), *written)
+
+
+def kept_rows(gone: NDArray[np.int64], number: int, rows: int) -> NDArray[np.bool_] | None:
+    """[rows] whether each row of a shard is left; None if all are.
+
+    Args:
+        gone: [gone, 2] shard and row, in order.
+        number: Of the shard.
+        rows: How many it has.
+
+    Raises:
+        StoreError: If rows are gone that it does not have.
+    """
+    here = gone[slice(*np.searchsorted(gone[:, 0], [number, number + 1])), 1]
+    if not len(here):
+        return None
+    if here[-1] >= rows:
+        raise StoreError(f"row {here[-1]} of shard {number} is gone, which has {rows} rows")
+    kept = np.ones(rows, np.bool_)
+    kept[here] = False
+    return kept
 
 
 def keys(rows: NDArray[np.int64]) -> NDArray[np.int64]:

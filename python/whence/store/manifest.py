@@ -104,6 +104,7 @@ class Manifest:
         skipped: [checkpoint, id] of examples left out because their gradient was not finite.
         rows: "per_checkpoint": an example has a row in each checkpoint it was recorded in;
             "combined": it has one, the weighted sum over all of them.
+        writer: Which of several writers recorded it, as in "3/8"; None for the only one.
         unknown: What a later version has added, which is kept.
     """
 
@@ -119,6 +120,7 @@ class Manifest:
     rows: str = "per_checkpoint"
     packs: list[Pack] = field(default_factory=list)
     gone: Gone | None = None
+    writer: str | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -155,6 +157,16 @@ class Manifest:
         """How many values of its `.npy` type a stored row has."""
         return -(-self.dim * BITS[self.dtype] // 8) if self.is_quantised else self.dim
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return self.row_width * {"<f2": 2, "<f4": 4}.get(DTYPES[self.dtype], 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored rows, also of those that are gone."""
+        return self.row_bytes * sum(shard.rows for shard in self.shards)
+
     def save(self, folder: Path, number: int) -> Manifest:
         """Commits: the manifest appears whole, or not at all.
 
@@ -171,18 +183,24 @@ class Manifest:
             packs.append(write_pack(folder, next_pack, self.shards[packed : packed + PACKED]))
             packed += PACKED
         saved = replace(self, packs=packs)
+        write_json(self.path(folder, number), saved.body(number))
+        return saved
+
+    def body(self, number: int) -> dict[str, Any]:
+        """What JSON holds of it, as the manifest of a number."""
         body = {"format": FORMAT, "version": VERSION, "requires": [], "number": number}
         body |= {
-            each.name: getattr(saved, each.name)
-            for each in fields(saved)
-            if each.name not in ("unknown", "shards", "packs", "gone", "checkpoints")
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in ("unknown", "columns", "shards", "packs", "gone", "checkpoints")
         }
-        body["checkpoints"] = [asdict(each) for each in saved.checkpoints]
-        body["shards"] = [shard.entry() for shard in saved.shards[packed:]]
-        body["packs"] = [asdict(pack) for pack in packs]
-        body["gone"] = None if saved.gone is None else asdict(saved.gone)
-        write_json(self.path(folder, number), body | saved.unknown)
-        return saved
+        packed = sum(pack.shards for pack in self.packs)
+        body["columns"] = None if self.columns is None else list(self.columns.items())
+        body["checkpoints"] = [asdict(each) for each in self.checkpoints]
+        body["shards"] = [shard.entry() for shard in self.shards[packed:]]
+        body["packs"] = [asdict(pack) for pack in self.packs]
+        body["gone"] = None if self.gone is None else asdict(self.gone)
+        return body | self.unknown
 
     @staticmethod
     def path(folder: Path, number: int) -> Path:
@@ -244,7 +262,7 @@ class Manifest:
         path = cls.path(folder, number)
         body = read_json(path)
         try:
-            return cls._from_json(body, folder, number)
+            return cls.from_json(body, folder, number)
         except StoreError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -257,22 +275,44 @@ class Manifest:
             return folder.is_dir() and bool(_numbered(folder, _NAME) or _numbered(folder, _MARKER))
 
     @classmethod
-    def _from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+    def from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+        """The manifest of a number, from what JSON holds of it; its packs are read.
+
+        Raises:
+            StoreError: If it is of another version, or a pack is damaged.
+            ValueError: If it is no manifest; or another error of Python's.
+        """
+        path = cls.path(folder, number)
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise ValueError("format must be a whence store")
-        if (version := body.pop("version")) != VERSION:
-            raise ValueError(f"version must be {VERSION}, got {version!r}")
-        needed = [word for word in body.pop("requires") if word not in REQUIRES]
+        if type(version := body.pop("version")) is not int:
+            raise ValueError(f"version must be a number, got {version!r:.80}")
+        if version != VERSION:
+            why = (
+                "a later version of whence can read it"
+                if version > VERSION
+                else "it is of before the format was fixed, and has to be recorded again"
+            )
+            raise StoreError(f"{path}: version must be {VERSION}, got {version}; {why}")
+        if not isinstance(requires := body.pop("requires"), list):
+            raise ValueError(f"requires must be a list, got {requires!r:.80}")
+        needed = [word for word in requires if word not in REQUIRES]
         if needed:
-            raise ValueError(
-                f"requires must be of {sorted(REQUIRES)}, which this version of whence knows, got "
-                f"{needed[0]!r:.80}"
+            raise StoreError(
+                f"{path}: requires must be of {sorted(REQUIRES)}, which this version of whence "
+                f"knows, got {needed[0]!r:.80}"
             )
         if body.pop("number") != number:
             raise ValueError(f"number must be {number}, as in its name")
         known = {each.name for each in fields(cls)} - {"unknown"}
         unknown = {name: body.pop(name) for name in set(body) - known}
         manifest = cls(**body, unknown=unknown)
+        if (columns := body["columns"]) is not None:
+            if not isinstance(columns, list):
+                raise ValueError(f"columns must be a list, got {columns!r:.80}")
+            manifest.columns = dict(columns)
+            if len(manifest.columns) < len(columns):
+                raise ValueError("columns must have distinct names")
         manifest.checkpoints = [
             Checkpoint(
                 **{**each, "map": None if (it := each.get("map")) is None else checked_map(it)}
@@ -301,11 +341,13 @@ class Manifest:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
         if self.is_preconditioned and not {"basis", "coordinates"} <= set(self.sketch):
             raise ValueError("sketch must say how rows are preconditioned")
+        if self.rows not in ("per_checkpoint", COMBINED):
+            raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r:.80}")
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
-            if kind not in COLUMN_KINDS:
-                raise ValueError(f"column {name!r} must be of a known type, got {kind!r}")
+            if not isinstance(name, str) or kind not in COLUMN_KINDS:
+                raise ValueError(f"column {name!r:.80} must be of a known type, got {kind!r}")
         if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
             raise ValueError("checkpoints must have distinct names")
         for checkpoint in self.checkpoints:
@@ -321,14 +363,17 @@ class Manifest:
                 weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
             ):
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
-        if self.rows not in ("per_checkpoint", COMBINED):
-            raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
+        if not isinstance(self.writer, (str, type(None))):
+            raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("shards must have distinct names")
         known = range(len(self.row_sets))
         for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
             if type(index) is not int or index not in known:
                 raise ValueError(f"rows must be of a known checkpoint, got {index!r}")
+        for _, id_ in self.skipped:
+            if type(id_) is not {"int64": int, "str": str}.get(self.ids or ""):
+                raise ValueError(f"skipped ids must be {self.ids}, got {id_!r:.80}")
         for parameter in self.model["parameters"]:
             if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
                 raise ValueError("parameters must have names and kinds")
@@ -337,8 +382,8 @@ class Manifest:
 MARKER = "committed-"
 """How the name of the marker of the newest manifest begins."""
 
-_NAME = re.compile(r"manifest-(\d{8,18})\.json")
-_MARKER = re.compile(MARKER + r"(\d{8,18})")
+_NAME = re.compile(r"manifest-([0-9]{8,18})\.json")
+_MARKER = re.compile(MARKER + r"([0-9]{8,18})")
 
 
 def newest(folder: Path) -> int:
@@ -366,6 +411,38 @@ def newest(folder: Path) -> int:
                 "nothing was ever confirmed in it"
             )
     return number
+
+
+def manifests(folder: Path) -> list[Path]:
+    """All manifests that lie in a folder, the newest last.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        return [path for _, path in sorted(_numbered(folder, _NAME))]
+
+
+def gone_in(path: Path) -> set[str]:
+    """The name of the file of rows that a manifest says are gone, without a look at all it says.
+
+    Raises:
+        StoreError: If the manifest is damaged.
+    """
+    body = read_json(path)
+    gone = body.get("gone") if isinstance(body, dict) else None
+    return {gone["name"]} if isinstance(gone, dict) and isinstance(gone.get("name"), str) else set()
+
+
+def last_committed(folder: Path) -> int:
+    """The highest number that a manifest has or had; 0 for none.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        found = [*_numbered(folder, _NAME), *_numbered(folder, _MARKER)]
+    return max((number for number, _ in found), default=0)
 
 
 def _numbered(folder: Path, name: re.Pattern[str]) -> Sequence[tuple[int, Path]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,21 @@ from whence.errors import (
     CheckpointError,
     IdError,
     MismatchError,
-    MissingWritersWarning,
     StoreError,
 )
 from whence.store.examples import Places, eligible
-from whence.store.files import Written, header, read_array, read_strings, store_errors
+from whence.store.files import (
+    PIECE,
+    Written,
+    header,
+    read_array,
+    read_header,
+    read_range,
+    read_strings,
+)
 from whence.store.gone import keys
-from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest
-from whence.store.members import combined, missing, parts
+from whence.store.manifest import COLUMN_KINDS, DTYPES, READ_ATTEMPTS, Manifest
+from whence.store.members import combined, parts, warn_of_missing
 from whence.store.shards import Description, Shard
 
 
@@ -45,6 +51,8 @@ class Reader:
     Attributes:
         path: The store's folder.
         manifest: What the store says about itself.
+        parts: The stores that make it up, each what it says about itself, by the names of their
+            folders: one for each writer that has confirmed something, or "" for itself.
         missing_writers: Of a store of several writers, those that have confirmed nothing yet.
 
     Raises:
@@ -59,25 +67,30 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = False) -> None:
         self.path = path = _arrays.path("path", path)
         self._memory_map = _arrays.boolean("memory_map", memory_map)
-        with store_errors(path):
-            if not path.is_dir():
-                got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
-                raise StoreError(f"path must be the folder of a store, got {got}")
-        found = parts(path)
-        self.manifest = combined(path, found)
-        self._described = [Description.read(path, shard) for shard in self.manifest.shards]
-        # Read at once: `compact` takes the file away, and the rows with it.
-        self._gone = {
-            name: keys(part.gone.read(path / name)) for name, part in found if part.gone is not None
-        }
-        self.missing_writers = missing(path)
-        if self.missing_writers:
-            warnings.warn(
-                f"{path} is without the rows of writers {', '.join(self.missing_writers)}, which "
-                "have confirmed nothing yet",
-                MissingWritersWarning,
-                stacklevel=3,
-            )
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                found = parts(path)
+                # Of each writer's own entries: its descriptions have its own numbers.
+                self._described = [
+                    Description.read(path / name, shard)
+                    for name, part in found
+                    for shard in part.shards
+                ]
+                # Read at once: `compact` takes the file away, and the rows with it.
+                self._gone = {
+                    name: keys(part.gone.read(path / name))
+                    for name, part in found
+                    if part.gone is not None
+                }
+                break
+            except StoreError as error:
+                # A writer may have committed and removed meanwhile what the manifest named.
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                if not gone or attempt == READ_ATTEMPTS - 1:
+                    raise
+        self.parts = dict(found)
+        self.manifest = combined(path, found, f"writers of {path}")
+        self.missing_writers = warn_of_missing(path, stacklevel=3)
         if len(found) > 1:
             _ = self._order  # an id that two writers have recorded is refused at once
 
@@ -127,9 +140,10 @@ class Reader:
         kind = DTYPES[self.manifest.dtype]
         for shard, described in self.shards:
             path = shard.folder(self.path) / "rows.npy"
-            offset = len(header(kind, (shard.rows, self.manifest.row_width)))
+            shape = (shard.rows, self.manifest.row_width)
+            offset = read_header(path, file_of(described, path), kind, shape)
             files.append((path, offset, shard.rows, file_of(described, path).blocks))
-        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales)
+        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales, self._memory_map)
 
     @property
     def shards(self) -> list[tuple[Shard, Description]]:
@@ -276,13 +290,17 @@ class Reader:
 
     def _read_examples(self, name: str) -> NDArray[Any]:
         """[examples] a column, at the first checkpoint that each example has."""
-        kinds = self.manifest.columns or {}
-        stem, kind = f"column-{list(kinds).index(name)}", kinds[name]
+        kind = (self.manifest.columns or {})[name]
         first = np.full(len(self), -1, np.int64)
         for rows in self._order[1][::-1]:
             first = np.where(rows >= 0, rows, first)
+        stems = {  # a writer has its own order
+            member: f"column-{list(part.columns).index(name)}"
+            for member, part in self.parts.items()
+            if part.columns is not None
+        }
         read = [
-            read_column(shard.folder(self.path), described, stem, kind)
+            read_column(shard.folder(self.path), described, stems[shard.member], kind)
             for shard, described in self.shards
         ]
         found: NDArray[Any] = np.concatenate(read)[first] if read else np.empty(0)
@@ -368,6 +386,43 @@ class Columns(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._reader.manifest.columns or {})
+
+
+def stored_rows(
+    folder: Path, described: Description, manifest: Manifest
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The rows of a shard as they are stored, in pieces: the first's number, and [rows, width].
+
+    Raises:
+        StoreError: If they are damaged.
+    """
+    path = folder / "rows.npy"
+    written, kind = file_of(described, path), np.dtype(DTYPES[manifest.dtype])
+    shape = (described.rows, manifest.row_width)
+    head, width = len(header(kind.str, shape)), kind.itemsize * manifest.row_width
+    if written.length != head + described.rows * width:
+        raise StoreError(
+            f"{path} is damaged: it must hold {described.rows} rows of {width} bytes, got "
+            f"{written.length} bytes"
+        )
+    step = max(PIECE // width, 1)
+    for first in range(0, described.rows, step):
+        rows = min(step, described.rows - first)
+        start = head + first * width
+        content = read_range(path, written, start, start + rows * width)
+        yield first, np.frombuffer(content, kind).reshape(rows, manifest.row_width)
+
+
+def read_columns(folder: Path, described: Description, manifest: Manifest) -> list[NDArray[Any]]:
+    """[rows] each: the columns of a shard, in the manifest's order.
+
+    Raises:
+        StoreError: If one is damaged.
+    """
+    return [
+        read_column(folder, described, f"column-{index}", kind)
+        for index, kind in enumerate((manifest.columns or {}).values())
+    ]
 
 
 def read_scales(folder: Path, described: Description) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence._arrays import Ids
+from whence._arrays import MAX_ID, Ids
 from whence.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,13 +24,13 @@ from whence.errors import (
 from whence.store.files import store_errors, sync_directory
 from whence.store.gone import GONE, keys, write_gone
 from whence.store.lock import Lock
-from whence.store.manifest import BITS, DTYPES, MARKER, Checkpoint, Manifest
+from whence.store.manifest import BITS, DTYPES, KEPT, MARKER, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, write_map
 from whence.store.members import PREFIX as MEMBER
-from whence.store.members import member_of, members
+from whence.store.members import member_of, members, writer_of
 from whence.store.reader import read_ids
-from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
+from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number, names_of
 
 SHARD_BYTES = 64 << 20
 """Rows are committed at the latest when this many bytes of them wait."""
@@ -87,7 +87,8 @@ class Writer:
         path: The store's folder; made if it is not there.
         wanted: What a new store is to be; an existing one must agree in sketch, dtype, reduction
             and model. None for whatever is there.
-        writer: Of a store of several writers, which of them: "3/8" for the third of eight.
+        writer: Of a store of several writers, which of them: "3/8" for the third of eight; or the
+            name of its folder.
 
     Raises:
         ArgumentError: If the type of its rows is not known, or `writer` is none.
@@ -119,7 +120,8 @@ class Writer:
                 if wanted is not None:
                     _check_same(path, manifest, wanted)
             elif wanted is not None:
-                self._state = _State(wanted, 0)
+                named = None if writer is None else writer_of(member_of(writer))
+                self._state = _State(replace(wanted, writer=named), 0)
             self._next_shard = 1 + last_number(path, SHARD)
             self._known = [
                 _KnownIds(
@@ -134,6 +136,12 @@ class Writer:
             self._lock.close()
             raise
         self._ids: dict[str, _ShardIds] = {}
+        # Files of rows that are gone before those of today, by the commit that wrote others.
+        self._superseded = [
+            (self._state.number, name)
+            for name in names_of(path, GONE)
+            if self.manifest.gone is None or name != self.manifest.gone.name
+        ]
         self._attempt: _Attempt | None = None
         self._waiting_bytes = 0
         # Where waiting rows lie, and how many bytes of it are taken.
@@ -253,11 +261,14 @@ class Writer:
             replaces: Whether rows of ids that are there take the place of those, in one commit.
 
         Raises:
+            IdError: If an id is longer than `_arrays.MAX_ID`: no reader would take it.
             NotFiniteError: If a value, or the norm of a row, is not finite.
             StoreError: If a commit that is due fails.
         """
         if not len(ids):
             return
+        if ids.dtype.kind == "U" and (longest := int(np.char.str_len(ids).max())) > MAX_ID:
+            raise IdError(f"ids must be at most {MAX_ID} characters long, got one of {longest}")
         going = self._rows_of(ids, self._checkpoint) if replaces else _NONE
         dtype, errors = self.manifest.dtype, None
         if scales is not None:
@@ -274,9 +285,18 @@ class Writer:
         stored = self._kept(stored)
         # Known first: an interrupt here loses the rows, as any before the commit does; the other
         # way round it would let them in twice.
-        self._known[self._checkpoint].add(ids)
+        known = self._known[self._checkpoint]
+        new = ids[~known.has(ids)] if len(going) else ids
+        if len(new):
+            known.add(new)
+        manifest = self.manifest
+        if manifest.skipped:  # who was left out before is not any more
+            now = {(self._checkpoint, id_) for id_ in ids.tolist()}
+            left = [each for each in manifest.skipped if each not in now]
+            manifest = replace(manifest, skipped=left)
         self._state = replace(
             self._state,
+            manifest=manifest,
             waiting=(*self._state.waiting, (ids, stored, scales, errors, columns)),
             going=(*self._state.going, going) if len(going) else self._state.going,
         )
@@ -286,6 +306,25 @@ class Writer:
             self.commit()
         elif self._waiting_bytes - self._written_bytes >= AHEAD_BYTES:
             self._write_ahead()
+
+    @property
+    def gone(self) -> NDArray[np.int64]:
+        """[rows, 2] shard and row of what was deleted or replaced, in order."""
+        return self._state.gone
+
+    def holds(self, ids: Ids) -> NDArray[np.bool_]:
+        """[ids] whether each has a row at a checkpoint, or is noted as left out.
+
+        Raises:
+            IdError: If they are not of the store's kind.
+        """
+        noted = {id_ for _, id_ in self.manifest.skipped}
+        found = np.array([id_ in noted for id_ in ids.tolist()], np.bool_)
+        if self._known:
+            self.has(ids)  # checks the kind
+        for known in self._known:
+            found |= known.has(ids)
+        return found
 
     def delete(self, ids: Ids) -> int:
         """Lets rows of all checkpoints go, with the next commit; their bytes with `compact`.
@@ -301,13 +340,9 @@ class Writer:
         """
         self.commit()
         found = [self._rows_of(ids, index) for index in range(len(self._known))]
-        asked = set(ids.tolist())
-        there = {id_ for _, id_ in self.manifest.skipped if id_ in asked}
-        for known in self._known:
-            there |= set(ids[known.has(ids)].tolist())
-        if len(there) < len(asked):
-            lacking = next(id_ for id_ in ids.tolist() if id_ not in there)
-            raise IdError(f"ids must be in the store, got {lacking!r}")
+        asked, there = set(ids.tolist()), self.holds(ids)
+        if not there.all():
+            raise IdError(f"ids must be in the store, got {ids[~there][0].item()!r}")
         skipped = [(at, id_) for at, id_ in self.manifest.skipped if id_ not in asked]
         manifest = replace(self._state.manifest, skipped=skipped)
         self._state = replace(self._state, manifest=manifest, going=tuple(found))
@@ -319,18 +354,23 @@ class Writer:
     def _rows_of(self, ids: Ids, checkpoint: int) -> NDArray[np.int64]:
         """[rows, 2] where the rows of these ids are at a checkpoint, of those that have one."""
         there = ids[self._known[checkpoint].has(ids)] if self._known else ids[:0]
-        if not len(there):
-            return _NONE
-        if self._state.waiting or self._state.going:
-            self.commit()  # what waits is in no shard yet
-        gone = keys(self._state.gone)
-        found = []
-        for shard in self.manifest.shards:
-            if shard.checkpoint == checkpoint:
-                rows = self._shard_ids(shard).rows_of(there)
-                places = np.column_stack([np.full(len(rows), shard.number), rows])
-                found.append(places[~np.isin(keys(places), gone)])
-        return np.concatenate(found) if found else _NONE
+        found = self._confirmed(there, checkpoint)
+        if len(found) < len(there):  # the others wait, and are in no shard yet
+            self.commit()
+            found = self._confirmed(there, checkpoint)
+        return found
+
+    def _confirmed(self, ids: Ids, checkpoint: int) -> NDArray[np.int64]:
+        """[rows, 2] where the rows of these ids are, of those in a shard that are not to go."""
+        found = [_NONE]
+        if len(ids):
+            for shard in self.manifest.shards:
+                if shard.checkpoint == checkpoint:
+                    rows = self._shard_ids(shard).rows_of(ids)
+                    found.append(np.column_stack([np.full(len(rows), shard.number), rows]))
+        places = np.concatenate(found)
+        hidden = keys(np.concatenate([self._state.gone, *self._state.going]))
+        return places[~np.isin(keys(places), hidden)]
 
     def _shard_ids(self, shard: Shard) -> _ShardIds:
         if shard.name not in self._ids:
@@ -346,7 +386,7 @@ class Writer:
         ids = self._read_ids(shard)
         keep = np.ones(len(ids), np.bool_)
         gone = self._state.gone
-        rows = gone[gone[:, 0] == shard.number, 1]
+        rows = gone[slice(*np.searchsorted(gone[:, 0], [shard.number, shard.number + 1])), 1]
         keep[rows[rows < len(keep)]] = False
         return ids[keep]
 
@@ -365,10 +405,23 @@ class Writer:
         found[:] = stored
         return found
 
-    def skip(self, ids: Ids) -> None:
-        """Notes ids that were left out because their gradient is not finite."""
+    def skip(self, ids: Ids, *, replaces: bool = False) -> None:
+        """Notes ids that were left out because their gradient is not finite.
+
+        Args:
+            ids: [ids] new ids; or with `replaces` also such as are there.
+            replaces: Whether rows of ids that are there go, with the next commit.
+
+        Raises:
+            StoreError: If waiting rows cannot be committed.
+        """
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
+        if replaces:
+            going = self._rows_of(ids, self._checkpoint)
+            if len(going):
+                self._state = replace(self._state, going=(*self._state.going, going))
+                self._known[self._checkpoint].drop(ids)
         noted = self.left_out
         for id_ in ids.tolist():
             if id_ not in noted:
@@ -397,6 +450,8 @@ class Writer:
         if before.going:
             gone = np.unique(np.concatenate([gone, *before.going]), axis=0)
             named = write_gone(self.path, number, gone)
+            here = named.name if named else ""  # which a killed writer may have left before
+            self._superseded = [each for each in self._superseded if each[1] != here]
         manifest = replace(before.manifest, shards=shards, gone=named)
         self._attempt = _Attempt(number, manifest, gone, len(before.waiting), len(before.going))
         saved = manifest.save(self.path, number)
@@ -404,8 +459,13 @@ class Writer:
         self._settle()
         Manifest.settle(self.path, number)
         if before.manifest.gone is not None and named is not before.manifest.gone:
-            with contextlib.suppress(OSError):
-                (self.path / before.manifest.gone.name).unlink(missing_ok=True)
+            self._superseded.append((number, before.manifest.gone.name))
+        # Those that an older manifest names stay with it: what was deleted must not come back if
+        # `repair` has to go back to that.
+        with contextlib.suppress(OSError):
+            while self._superseded and self._superseded[0][0] <= number - KEPT:
+                (self.path / self._superseded[0][1]).unlink(missing_ok=True)
+                del self._superseded[0]
 
     def replace_shards(self, shards: list[Shard]) -> None:
         """Commits other shards in the place of all: what `compact` and `repair` have written.
@@ -470,7 +530,7 @@ class Writer:
         this fails, the commit writes them again, or says what is wrong.
         """
         try:
-            self._shard_of(self._state.waiting)
+            self._shard_of(self._state.waiting).start()
         except StoreError:
             self._abandon()
         except BaseException:

@@ -7,25 +7,22 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::crc32;
-use super::file::{damaged, open_regular, read_at};
+use super::file::{damaged, open, read_at};
 use crate::error::Error;
-use crate::stop::{Asker, Stop, Watch};
+use crate::stop::Watch;
 
 /// Bytes of a block.
 pub const BLOCK: usize = 1 << 16;
 
 /// Blocks that are read at once, before they are checked.
-const PIECE: usize = 8;
+const PIECE: usize = 4;
 
 /// The checksum of each block of `bytes`.
 ///
 /// # Errors
 /// [`Error::Stopped`].
-pub fn checksums(bytes: &[u8], asker: &Asker<'_>) -> Result<Vec<u32>, Error> {
-    let stop = Stop::new();
-    let watch = Watch::new(&stop, Some(asker));
-    let checksum = |block| watch.check().map(|()| crc32(0, block));
+pub fn checksums(bytes: &[u8], watch: &Watch<'_>) -> Result<Vec<u32>, Error> {
+    let checksum = |block| watch.check().map(|()| crc32fast::hash(block));
     bytes.chunks(BLOCK).map(checksum).collect()
 }
 
@@ -40,11 +37,9 @@ pub fn check_file(
     path: &Path,
     length: u64,
     checksums: &[u32],
-    asker: &Asker<'_>,
+    watch: &Watch<'_>,
 ) -> Result<Vec<u64>, Error> {
-    let stop = Stop::new();
-    let watch = Watch::new(&stop, Some(asker));
-    let (file, found) = open_regular(path)?;
+    let (file, found) = open(path, false)?;
     if found != length {
         return Err(damaged(path, format!("it must have {length} bytes, got {found}")));
     }
@@ -52,13 +47,14 @@ pub fn check_file(
     let mut bytes = vec![0; (PIECE * BLOCK).min(usize::try_from(length).unwrap_or(usize::MAX))];
     let mut bad = Vec::new();
     for (piece, checksums) in (0..).zip(checksums.chunks(PIECE)) {
-        watch.check()?;
         let at = piece * (PIECE * BLOCK) as u64;
         let bytes = &mut bytes[..(length - at).min((PIECE * BLOCK) as u64) as usize];
-        read_at(&file, path, bytes, at)?;
+        read_at(&file, path, bytes, at, watch)?;
         let blocks = (piece * PIECE as u64..).zip(bytes.chunks(BLOCK)).zip(checksums);
         bad.extend(
-            blocks.filter(|((_, block), must)| crc32(0, block) != **must).map(|((n, _), _)| n),
+            blocks
+                .filter(|((_, block), must)| crc32fast::hash(block) != **must)
+                .map(|((n, _), _)| n),
         );
     }
     Ok(bad)
@@ -100,11 +96,6 @@ impl Checks {
         4 * self.checksums.len() + 8 * self.verified.len()
     }
 
-    /// Bytes of the file.
-    pub(super) fn length(&self) -> u64 {
-        self.length
-    }
-
     /// The bytes of a block.
     fn span(&self, block: usize) -> Range<u64> {
         let start = block as u64 * BLOCK as u64;
@@ -118,7 +109,7 @@ impl Checks {
 
     /// Nothing, if these bytes of a block have its checksum.
     fn verify(&self, path: &Path, block: usize, bytes: &[u8]) -> Result<(), Error> {
-        let (must, got) = (self.checksums[block], crc32(0, bytes));
+        let (must, got) = (self.checksums[block], crc32fast::hash(bytes));
         if must != got {
             let Range { start, end } = self.span(block);
             let what = format!(
@@ -129,6 +120,28 @@ impl Checks {
             return Err(damaged(path, what));
         }
         self.verified[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Nothing, if each block that has some of these bytes has its checksum, by all bytes of the
+    /// file. The range lies within them.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if one has another; [`Error::Stopped`].
+    pub(super) fn verify_within(
+        &self,
+        path: &Path,
+        range: Range<usize>,
+        all: &[u8],
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
+        for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+            if !self.is_verified(block) {
+                watch.check()?;
+                let Range { start, end } = self.span(block);
+                self.verify(path, block, &all[start as usize..end as usize])?;
+            }
+        }
         Ok(())
     }
 
@@ -194,7 +207,7 @@ mod tests {
 
     use super::super::{Cursor, Kind, Shard};
     use super::*;
-    use crate::stop::never;
+    use crate::stop::Asker;
 
     /// A file in the temporary folder that goes with its test.
     struct Written(PathBuf);
@@ -215,7 +228,7 @@ mod tests {
     }
 
     fn sums(bytes: &[u8]) -> Vec<u32> {
-        checksums(bytes, &Asker::new(&never)).unwrap()
+        checksums(bytes, &Watch::none()).unwrap()
     }
 
     /// `length` bytes that repeat nowhere near a block's length.
@@ -239,15 +252,17 @@ mod tests {
             (offset, dim, rows) in files(),
             reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..12),
             threads in 1usize..4,
+            mapped: bool,
         ) {
             let bytes = content(offset + rows * dim);
             let file = Written::new("reads", &bytes);
             let shard = Shard::in_file(
                 &file.0, offset as u64, rows as u64, dim, Kind::I8, Some(sums(&bytes)),
             ).unwrap();
+            let shard = if mapped { shard.mapped().unwrap() } else { shard };
             let check = |cursor: &mut Cursor, first: usize, count: usize| {
                 let mut out = vec![0.0; count * dim];
-                shard.read(first as u64, &mut out, cursor).unwrap();
+                shard.read(first as u64, &mut out, cursor, &Watch::none()).unwrap();
                 let expected = &bytes[offset + first * dim..][..count * dim];
                 assert!(out.iter().zip(expected).all(|(found, &byte)| *found == level(byte)));
             };
@@ -270,6 +285,7 @@ mod tests {
             (offset, dim, rows) in files(),
             at in any::<prop::sample::Index>(),
             change in 1u8..,
+            mapped: bool,
             reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..12),
         ) {
             let mut bytes = content(offset + rows * dim);
@@ -280,6 +296,7 @@ mod tests {
             let shard = Shard::in_file(
                 &file.0, offset as u64, rows as u64, dim, Kind::I8, Some(sums.clone()),
             ).unwrap();
+            let shard = if mapped { shard.mapped().unwrap() } else { shard };
             let mut cursor = Cursor::default();
             for (first, count) in reads {
                 let first = first.index(rows);
@@ -287,7 +304,7 @@ mod tests {
                 let span = offset + first * dim..offset + (first + count) * dim;
                 let touched = (span.start / BLOCK..=(span.end - 1) / BLOCK).contains(&(at / BLOCK));
                 let mut out = vec![0.0; count * dim];
-                match shard.read(first as u64, &mut out, &mut cursor) {
+                match shard.read(first as u64, &mut out, &mut cursor, &Watch::none()) {
                     Ok(()) => {
                         prop_assert!(!touched);
                         let same = out.iter().zip(&bytes[span]).all(|(a, &b)| *a == level(b));
@@ -303,13 +320,13 @@ mod tests {
                     Err(other) => prop_assert!(false, "{}", other),
                 }
                 let gathered = Shard::gathered(
-                    std::slice::from_ref(&shard), &[(0, first as u64)], &mut cursor,
+                    std::slice::from_ref(&shard), &[(0, first as u64)], &mut cursor, &Watch::none(),
                 );
                 let row = offset + first * dim..offset + (first + 1) * dim;
                 let touched = (row.start / BLOCK..=(row.end - 1) / BLOCK).contains(&(at / BLOCK));
                 prop_assert_eq!(gathered.is_err(), touched);
             }
-            let bad = check_file(&file.0, bytes.len() as u64, &sums, &Asker::new(&never)).unwrap();
+            let bad = check_file(&file.0, bytes.len() as u64, &sums, &Watch::none()).unwrap();
             prop_assert_eq!(bad, vec![(at / BLOCK) as u64]);
         }
     }
@@ -342,7 +359,7 @@ mod tests {
         let sums = sums(&bytes);
         let check = |bytes: &[u8]| {
             let file = Written::new("check", bytes);
-            check_file(&file.0, bytes.len() as u64, &sums, &Asker::new(&never))
+            check_file(&file.0, bytes.len() as u64, &sums, &Watch::none())
         };
         assert!(check(&bytes).unwrap().is_empty());
         for at in [0, BLOCK - 1, 8 * BLOCK, 9 * BLOCK + 17, 20 * BLOCK + 2] {
@@ -358,7 +375,7 @@ mod tests {
         let file = Written::new("length", &bytes);
         let sums = sums(&bytes);
         let damaged = |length, sums: &[u32]| {
-            let found = check_file(&file.0, length, sums, &Asker::new(&never));
+            let found = check_file(&file.0, length, sums, &Watch::none());
             assert!(matches!(found, Err(Error::Damaged { .. })));
         };
         damaged(bytes.len() as u64 - 1, &sums);
@@ -382,10 +399,10 @@ mod tests {
             std::fs::write(&file.0, &bytes).unwrap();
             let shard = Shard::in_file(&file.0, 0, 4, BLOCK, Kind::I8, checks).unwrap();
             let (mut open, mut out) = (Cursor::default(), vec![0.0; 2 * BLOCK]);
-            shard.read(0, &mut out, &mut open).unwrap();
+            shard.read(0, &mut out, &mut open, &Watch::none()).unwrap();
             std::fs::write(&file.0, &bytes[..BLOCK + 7]).unwrap();
             for (first, cursor) in [(2, &mut open), (2, &mut Cursor::default())] {
-                let found = shard.read(first, &mut out, cursor);
+                let found = shard.read(first, &mut out, cursor, &Watch::none());
                 assert!(matches!(found, Err(Error::Damaged { .. })));
             }
         }
@@ -398,7 +415,7 @@ mod tests {
         let yes = || true;
         let asker = Asker::new(&yes);
         std::thread::sleep(std::time::Duration::from_millis(60));
-        let found = check_file(&file.0, bytes.len() as u64, &sums(&bytes), &asker);
+        let found = check_file(&file.0, bytes.len() as u64, &sums(&bytes), &Watch::of(&asker));
         assert!(matches!(found, Err(Error::Stopped)));
     }
 }

@@ -5,28 +5,33 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 
 use crate::error::Error;
+use crate::stop::Watch;
 
-/// Opens a file to read; a link leads to what it names.
-pub(super) fn open(path: &Path) -> Result<File, Error> {
-    File::open(path).map_err(|source| io_error(path, source))
-}
+/// Bytes that are read between two looks at the watch.
+const STEP: usize = 1 << 20;
 
-/// Opens a regular file to read, and gives its length. What a store does not write is refused
-/// before it is read: a link may name any file, and a pipe or a device may never end.
+/// Opens a regular file to read, and gives its length. Pipes and devices are refused before they are
+/// read, as they may never end; and links, unless they are to be followed, as they may lead to any
+/// file.
 ///
 /// # Errors
-/// [`Error::Damaged`] if something else is there, [`Error::Io`].
-pub(super) fn open_regular(path: &Path) -> Result<(File, u64), Error> {
+/// [`Error::Damaged`] if something else is there, [`Error::Gone`] if nothing is where no link is
+/// followed, [`Error::Io`].
+pub(super) fn open(path: &Path, follow: bool) -> Result<(File, u64), Error> {
     // Looked at before it is opened, as opening a device may do something, and again after, as it
     // may have been exchanged in between: the flags keep that from following and from waiting.
-    let io = |source| io_error(path, source);
-    check_regular(path, &path.symlink_metadata().map_err(io)?)?;
+    let io = |source: io::Error| match source.kind() {
+        ErrorKind::NotFound if !follow => Error::Gone { path: path.to_owned() },
+        _ => io_error(path, source),
+    };
+    let look = if follow { Path::metadata } else { Path::symlink_metadata };
+    check_regular(path, &look(path).map_err(io)?)?;
     let mut options = File::options();
     options.read(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(
         &mut options,
-        libc::O_NOFOLLOW | libc::O_NONBLOCK,
+        libc::O_NONBLOCK | if follow { 0 } else { libc::O_NOFOLLOW },
     );
     let file = options.open(path).map_err(io)?;
     let found = file.metadata().map_err(io)?;
@@ -48,19 +53,29 @@ fn check_regular(path: &Path, found: &Metadata) -> Result<(), Error> {
     Err(damaged(path, format!("it must be a regular file, got {kind}")))
 }
 
-/// Fills `bytes` from byte `at` of a file on.
+/// Fills `bytes` from byte `at` of a file on, some at a time: a disk may be slow.
 ///
 /// # Errors
-/// [`Error::Damaged`] if the file ends before, [`Error::Io`].
-pub(super) fn read_at(file: &File, path: &Path, bytes: &mut [u8], at: u64) -> Result<(), Error> {
-    read_exact_at(file, bytes, at).map_err(|source| {
-        if source.kind() == ErrorKind::UnexpectedEof {
-            let end = at.saturating_add(bytes.len() as u64);
-            damaged(path, format!("it must have {end} bytes, and ends before"))
-        } else {
-            io_error(path, source)
-        }
-    })
+/// [`Error::Damaged`] if the file ends before, [`Error::Io`], [`Error::Stopped`].
+pub(super) fn read_at(
+    file: &File,
+    path: &Path,
+    bytes: &mut [u8],
+    at: u64,
+    watch: &Watch<'_>,
+) -> Result<(), Error> {
+    for (bytes, at) in bytes.chunks_mut(STEP).zip((at..).step_by(STEP)) {
+        watch.check()?;
+        read_exact_at(file, bytes, at).map_err(|source| {
+            if source.kind() == ErrorKind::UnexpectedEof {
+                let end = at.saturating_add(bytes.len() as u64);
+                damaged(path, format!("it must have {end} bytes, and ends before"))
+            } else {
+                io_error(path, source)
+            }
+        })?;
+    }
+    Ok(())
 }
 
 #[cfg(unix)]
@@ -109,13 +124,15 @@ mod tests {
         let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
         assert!(made.success());
         drop(UnixListener::bind(&socket).unwrap());
-        assert_eq!(open_regular(&plain).unwrap().1, 7);
-        for other in [&link, &pipe, &socket, &folder, Path::new("/dev/zero")] {
-            let found = open_regular(other);
-            assert!(matches!(found, Err(Error::Damaged { .. })), "{}", other.display());
+        for follow in [false, true] {
+            assert_eq!(open(&plain, follow).unwrap().1, 7);
+            assert_eq!(open(&link, follow).is_ok(), follow);
+            for other in [&pipe, &socket, &folder, Path::new("/dev/zero")] {
+                let found = open(other, follow);
+                assert!(matches!(found, Err(Error::Damaged { .. })), "{}", other.display());
+            }
+            assert!(matches!(open(&folder.join("nothing"), follow), Err(Error::Io { .. })));
         }
-        let found = open_regular(&folder.join("nothing"));
-        assert!(matches!(found, Err(Error::Io { .. })));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }
