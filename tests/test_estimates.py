@@ -468,7 +468,15 @@ def test_a_model_that_cannot_be_recorded_is_refused_as_record_does():
         whence.estimate(model, 10, 16, **with_batch(model))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
+def test_what_fails_in_the_closure_is_not_renamed():
+    def closure(x, y):
+        raise FileNotFoundError("data.bin")
+
+    x, y = data(10)
+    with pytest.raises(FileNotFoundError, match=r"data\.bin"):
+        whence.estimate(model_of(), 10, 16, closure=closure, batch=(x, y))
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path))
