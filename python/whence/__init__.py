@@ -9,6 +9,7 @@
     open          a store, searched with arrays                           (numpy only)
     info, verify, repair, delete, compact   what a store holds, whether it is whole, and less of it
     merge, split  one store of several, and several of one            (numpy only)
+    export_store, import_store  a store as one file, and back
     Index         rows made ready to be asked often                       (numpy only)
     Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
     hashing       near rows, near duplicates and instances by random codes (numpy only)
@@ -28,7 +29,17 @@ from whence._core import HASH_VERSION
 from whence.errors import WhenceError
 from whence.search import Hits, Index, Matrix, Side, Store, open
 from whence.sketch import Sketch
-from whence.store import compact, delete, info, merge, repair, split, verify
+from whence.store import (
+    compact,
+    delete,
+    export_store,
+    import_store,
+    info,
+    merge,
+    repair,
+    split,
+    verify,
+)
 
 if TYPE_CHECKING:
     from whence import methods
@@ -80,8 +91,10 @@ __all__ = [
     "errors",
     "estimate",
     "evaluate",
+    "export_store",
     "fit_factors",
     "hashing",
+    "import_store",
     "info",
     "interop",
     "merge",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError
+from whence.store.files import Written, check_folder, read_parts
 from whence.store.manifest import Manifest
+from whence.store.maps import StoredMap
 from whence.store.members import combined, parts, warn_of_missing
 from whence.store.new import NewStore
 from whence.store.pieces import Piece, pieces_in, pieces_of, without_doubles
@@ -81,7 +84,7 @@ def merge(
         bar("merging", sum(piece.bytes for piece in pieces), progress) as shown,
         NewStore("out", target, whole) as new,
     ):
-        new.copy_maps(Path())  # which are named by their whole paths here
+        new.take_maps(partial(_map_parts, Path()))  # which are named by their whole paths here
         for piece in pieces:
             _copy(piece, new, shown)
         new.commit()
@@ -143,7 +146,7 @@ def split(
         made = []
         for out, passes, manifest in plans:
             new = stack.enter_context(NewStore(f"into[{str(out)!r}]", out, manifest))
-            new.copy_maps(reader.path)
+            new.take_maps(partial(_map_parts, reader.path))
             for piece in pieces:
                 chosen = passes[reader.positions("ids", piece.ids())]
                 _copy(piece.only(chosen), new, shown)
@@ -152,6 +155,12 @@ def split(
         for new in made:
             new.commit()
     return [new.path for new in made]
+
+
+def _map_parts(path: Path, stored: StoredMap, name: str, written: Written) -> Iterator[bytes]:
+    """A file of a map of the store at `path`."""
+    check_folder(path / stored.name)
+    return read_parts(path / stored.name / name, written)
 
 
 def _copy(piece: Piece, new: NewStore, shown: Any) -> None:

@@ -446,6 +446,16 @@ def read_range(path: Path, written: Written, start: int, stop: int) -> bytes:
     return content[start - first * BLOCK : stop - first * BLOCK]
 
 
+def read_parts(path: Path, written: Written) -> Iterator[bytes]:
+    """The bytes of a file, some at a time, each once its blocks are those that were written.
+
+    Raises:
+        StoreError: If they are not, or the file cannot be read.
+    """
+    for start in range(0, written.length, PIECE):
+        yield read_range(path, written, start, min(start + PIECE, written.length))
+
+
 def check_blocks(path: Path, content: Part, checksums: NDArray[np.uint32], first: int = 0) -> None:
     """Nothing, if blocks of a file, from the number `first` on, have these checksums.
 

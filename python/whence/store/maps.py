@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
-    PIECE,
     NewFile,
     Written,
     array_name,
@@ -21,7 +20,6 @@ from whence.store.files import (
     json_bytes,
     read_array,
     read_json,
-    read_range,
     store_errors,
     sync_directory,
     write,
@@ -110,28 +108,33 @@ def read_map(path: Path, stored: StoredMap) -> tuple[Any, dict[str, NDArray[Any]
         raise StoreError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
 
-def copy_map(source: Path, stored: StoredMap, path: Path, number: int) -> StoredMap:
-    """Copies a map into a new folder of another store, in pieces.
+def put_map(
+    path: Path,
+    number: int,
+    stored: StoredMap,
+    parts: Callable[[str, Written], Iterable[bytes]],
+) -> StoredMap:
+    """Writes the files of a map of elsewhere to a new folder of the store at `path`.
 
     Args:
-        source: The folder of the store that it is of.
-        stored: The map.
-        path: The folder of the other store.
-        number: Of the map there; none of that store has it.
+        path: The store's folder.
+        number: Of the map; none of the store has it.
+        stored: The map, as it is known elsewhere.
+        parts: The name of a file, and what is known of it -> its bytes.
 
     Raises:
-        StoreError: If a file of it is damaged, or the system refuses.
+        StoreError: If a file is another, or the system refuses.
     """
     folder = path / f"{PREFIX}{number:08}"
-    check_folder(source / stored.name)
     with store_errors(folder):
         folder.mkdir()
         for name, written in stored.files.items():
             file = NewFile(folder / name)
             try:
-                for start in range(0, written.length, PIECE):
-                    stop = min(start + PIECE, written.length)
-                    file.write(read_range(source / stored.name / name, written, start, stop))
+                for part in parts(name, written):
+                    file.write(part)
+                if file.seal() != written:
+                    raise StoreError(f"{stored.name}/{name} is damaged: it is not as was said")
                 file.sync()
             finally:
                 file.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence.errors import StoreError
-from whence.store.files import mark, store_errors, sync_directory, unfinished
+from whence.store.files import Written, mark, store_errors, sync_directory, unfinished
 from whence.store.lifecycle import mean_error
 from whence.store.lock import Lock
 from whence.store.manifest import DTYPES, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
-from whence.store.maps import copy_map
+from whence.store.maps import StoredMap, put_map
 from whence.store.members import members
 from whence.store.pieces import Batch
 from whence.store.shards import PACK, SHARD, Shard, ShardWriter
@@ -75,17 +77,22 @@ class NewStore:
             self._lock.close()
             raise
 
-    def copy_maps(self, source: Path) -> None:
-        """Copies the maps of its checkpoints out of the store at `source`, whose they are.
+    def take_maps(self, parts: Callable[[StoredMap, str, Written], Iterable[bytes]]) -> None:
+        """Writes the maps of its checkpoints, which are of elsewhere.
+
+        Args:
+            parts: A map, the name of one of its files, and what is known of that -> its bytes.
 
         Raises:
-            StoreError: If one is damaged, or the system refuses.
+            StoreError: If a file is another, or the system refuses.
         """
-        copied: list[Checkpoint] = []
+        taken: list[Checkpoint] = []
         for number, each in enumerate(self.manifest.checkpoints, 1):
-            copy = None if each.map is None else copy_map(source, each.map, self.path, number)
-            copied.append(replace(each, map=copy))
-        self.manifest = replace(self.manifest, checkpoints=copied)
+            if each.map is not None:
+                stored = put_map(self.path, number, each.map, partial(parts, each.map))
+                each = replace(each, map=stored)
+            taken.append(each)
+        self.manifest = replace(self.manifest, checkpoints=taken)
 
     def append(self, batch: Batch, error: float | None = None) -> None:
         """Takes rows, which are checked already.
@@ -107,7 +114,8 @@ class NewStore:
             self._open = ShardWriter(self.path, number, batch.checkpoint, kind, width)
         self._checkpoint = batch.checkpoint
         self._open.append(batch.stored)
-        beside = (batch.scales, batch.ids, *batch.columns)
+        # Copies, for a view would keep what was read with it.
+        beside = tuple(np.array(each) for each in (batch.scales, batch.ids, *batch.columns))
         self._beside.append(beside)
         self._errors.append((error, len(batch.ids)))
         self._bytes += batch.stored.nbytes + sum(map(_size, beside))

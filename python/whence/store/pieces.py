@@ -47,6 +47,30 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Field:
+    """What a column of an exported store holds.
+
+    Attributes:
+        key: The name of its array.
+        name: The name of its column in a table.
+        kind: What `.npy` calls its type; "str" for texts.
+        width: Values of a row, if it is of rows.
+        is_plain: Whether rows are numbers for other programs, and not as they are stored.
+    """
+
+    key: str
+    name: str
+    kind: str
+    width: int | None = None
+    is_plain: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of a value; of a text at least."""
+        return 4 if self.kind == "str" else np.dtype(self.kind).itemsize * (self.width or 1)
+
+
+@dataclass(frozen=True)
 class Piece:
     """Rows of a shard.
 
@@ -133,8 +157,14 @@ class Piece:
         stem = f"column-{list(kinds).index(name)}"
         return self._kept(read_column(self._files, self.described, stem, kinds[name]))
 
-    def batches(self, columns: Sequence[str]) -> Iterator[Batch]:
-        """All of them, some at a time, with these columns.
+    def batches(
+        self, columns: Sequence[str], rows: Iterator[NDArray[Any]] | None = None
+    ) -> Iterator[Batch]:
+        """All of them, some at a time.
+
+        Args:
+            columns: The names of those that are asked for.
+            rows: What is taken for the rows; None for what is stored.
 
         Raises:
             StoreError: If they are damaged.
@@ -144,7 +174,7 @@ class Piece:
         scales, ids = self.scales(), self.ids()
         beside = [self.column(name) for name in columns]
         start = 0
-        for stored in self.rows():
+        for stored in self.rows() if rows is None else rows:
             here = slice(start, start + len(stored))
             others = [column[here] for column in beside]
             yield Batch(self.checkpoint, stored, scales[here], ids[here], others)
