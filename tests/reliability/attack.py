@@ -188,11 +188,12 @@ def vouch_for(folder: Path, body: Any) -> None:
 
 def attack(folder: Path, generator: np.random.Generator) -> str:
     """Changes one to three files of a sample; says which."""
-    files = [each for each in sorted(folder.rglob("*")) if each.suffix in (".npy", ".json")]
+    there = [each for each in sorted(folder.rglob("*")) if each.is_file()]
+    files = [each for each in there if each.suffix in (".npy", ".json")] or there
     done = []
     for _ in range(int(generator.integers(1, 4))):
         path = files[int(generator.integers(len(files)))]
-        if path.suffix == ".npy":
+        if path.suffix != ".json":
             path.write_bytes(change_array(path.read_bytes(), generator))
         else:
             with suppress(ValueError, IndexError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -41,11 +42,17 @@ class Lock:
         except OSError as error:  # a file system without locks
             self._file.close()
             raise StoreError(f"{path} must be lockable, got: {error.strerror}") from error
-        with store_errors(path):
-            self._file.seek(0)
-            self._file.truncate(0)
-            self._file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
-            self._file.flush()
+        try:
+            with store_errors(path):
+                self._file.seek(0)
+                self._file.truncate(0)
+                held = {"process": os.getpid(), "host": socket.gethostname()}
+                self._file.write(json.dumps(held))
+                self._file.flush()
+        except BaseException:  # a full disk
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
 
     @property
     def is_held(self) -> bool:
