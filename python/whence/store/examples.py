@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from whence import _arrays
 from whence._arrays import Ids, describe
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, DtypeError, IdError, ShapeError
 
 Columns = Mapping[str, NDArray[Any]]
@@ -23,7 +24,7 @@ class Places:
     """
 
     def __init__(self, ids: Ids) -> None:
-        self._order = np.argsort(ids, kind="stable")
+        self._order = interruptible(np.argsort, ids, kind="stable")
         self._ordered = ids[self._order]
 
     def of(self, name: str, ids: Ids) -> NDArray[np.int64]:
@@ -36,7 +37,7 @@ class Places:
         if ids.dtype.kind != ordered.dtype.kind:
             kind = _arrays.kind_of_array(ordered)
             raise IdError(f"{name} must be {kind} as in the store, got {describe(ids)}")
-        at = np.searchsorted(ordered, ids).clip(max=max(len(ordered) - 1, 0))
+        at = interruptible(np.searchsorted, ordered, ids).clip(max=max(len(ordered) - 1, 0))
         known = ordered[at] == ids if len(ordered) else np.zeros(len(ids), np.bool_)
         if not known.all():
             raise IdError(f"{name} must be in the store, got {ids[~known][0].item()!r}")
@@ -88,7 +89,7 @@ def eligible(
         return found.copy()
     keep = np.zeros(count, np.bool_)
     if len(found):
-        keep[positions("where", _arrays.ids("where", np.unique(found)))] = True
+        keep[positions("where", _arrays.ids("where", interruptible(np.unique, found)))] = True
     return keep
 
 

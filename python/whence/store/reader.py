@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from whence import _arrays, _core
 from whence._arrays import Ids
+from whence._interrupts import interruptible
 from whence.errors import (
     CheckpointError,
     IdError,
@@ -329,20 +330,10 @@ class Reader:
                 each[self.kept] for each in (all_ids, checkpoint, places)
             )
         self._check_writers(all_ids, places)
-        if len(self.checkpoints) == 1:
-            if len(np.unique(all_ids)) < len(all_ids):
-                raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
-            return all_ids, places[None]
-        unique, first, inverse = np.unique(all_ids, return_index=True, return_inverse=True)
-        by_appearance = np.argsort(first, kind="stable")
-        rank = np.empty(len(unique), np.int64)
-        rank[by_appearance] = np.arange(len(unique))
-        numbers = np.full((len(self.checkpoints), len(unique)), -1, np.int64)
-        example = rank[inverse.reshape(-1)]
-        numbers[checkpoint, example] = places
-        if (numbers >= 0).sum() < len(all_ids):
+        order = interruptible(_in_order, all_ids, checkpoint, places, len(self.checkpoints))
+        if np.count_nonzero(order[1] >= 0) < len(all_ids):
             raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
-        return unique[by_appearance], numbers
+        return order
 
     def _check_writers(self, ids: Ids, places: NDArray[np.int64]) -> None:
         """Nothing, if every id is of one writer.
@@ -357,7 +348,7 @@ class Reader:
         members = np.repeat(
             [names.index(shard.member) for shard in shards], [shard.rows for shard in shards]
         )[places]
-        order = np.argsort(ids, kind="stable")
+        order = interruptible(np.argsort, ids, kind="stable")
         same = (ids[order][1:] == ids[order][:-1]) & (members[order][1:] != members[order][:-1])
         if same.any():
             at = order[np.flatnonzero(same)[0] :][:2]
@@ -365,6 +356,24 @@ class Reader:
             raise IdError(
                 f"ids must be of one writer each, got {ids[at[0]].item()!r} of {one} and of {two}"
             )
+
+
+def _in_order(
+    ids: Ids, checkpoint: NDArray[np.int64], places: NDArray[np.int64], checkpoints: int
+) -> tuple[Ids, NDArray[np.int64]]:
+    """Ids in order of first appearance; [checkpoints, examples] the places of their rows.
+
+    Of an id that a checkpoint has twice one place is left out.
+    """
+    if checkpoints == 1 and len(np.unique(ids)) == len(ids):
+        return ids, places[None]
+    unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    by_appearance = np.argsort(first, kind="stable")
+    rank = np.empty(len(unique), np.int64)
+    rank[by_appearance] = np.arange(len(unique))
+    numbers = np.full((checkpoints, len(unique)), -1, np.int64)
+    numbers[checkpoint, rank[inverse.reshape(-1)]] = places
+    return unique[by_appearance], numbers
 
 
 class Columns(Mapping[str, NDArray[Any]]):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from whence import _arrays, _core
 from whence._arrays import MAX_ID, Ids
+from whence._interrupts import interruptible
 from whence.errors import (
     ArgumentError,
     CheckpointError,
@@ -591,7 +592,7 @@ class _ShardIds:
     """The ids of a shard, found by id."""
 
     def __init__(self, ids: Ids) -> None:
-        self._order = np.argsort(ids, kind="stable")
+        self._order = interruptible(np.argsort, ids, kind="stable")
         self._ordered = ids[self._order]
 
     def rows_of(self, ids: Ids) -> NDArray[np.int64]:
@@ -607,7 +608,9 @@ class _KnownIds:
 
     def __init__(self, parts: Any) -> None:
         parts = [part for part in parts if len(part)]
-        self._runs: list[Ids] = [np.unique(np.concatenate(parts))] if parts else []
+        self._runs: list[Ids] = []
+        if parts:
+            self._runs.append(interruptible(np.unique, np.concatenate(parts)))
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
         found = np.zeros(len(ids), np.bool_)
@@ -621,10 +624,10 @@ class _KnownIds:
         return found
 
     def add(self, ids: Ids) -> None:
-        self._runs.append(np.sort(ids))
+        self._runs.append(interruptible(np.sort, ids))
         while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            last = self._runs.pop()
-            self._runs[-1] = np.sort(np.concatenate([self._runs[-1], last]))
+            # At once, so that an interrupt loses no run.
+            self._runs[-2:] = [interruptible(np.sort, np.concatenate(self._runs[-2:]))]
 
     def drop(self, ids: Ids) -> None:
         left = (run[~np.isin(run, ids)] for run in self._runs)
