@@ -23,7 +23,9 @@ in one step. What no manifest names was never confirmed, and is not read.
 """
 
 from whence.store.checking import Damage, Repair, Verification, repair, verify
+from whence.store.copying import merge, split
 from whence.store.examples import Places, eligible
+from whence.store.exchange import export_store, import_store
 from whence.store.info import Info, info
 from whence.store.lifecycle import Compacted, compact, delete
 from whence.store.manifest import COMBINED, SECOND_MOMENTS, Checkpoint, Manifest
@@ -48,8 +50,12 @@ __all__ = [
     "compact",
     "delete",
     "eligible",
+    "export_store",
+    "import_store",
     "info",
+    "merge",
     "read_map",
     "repair",
+    "split",
     "verify",
 ]

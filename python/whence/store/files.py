@@ -30,6 +30,9 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
+PIECE = 4 << 20
+"""Bytes of a file that are read at a time, where they are copied."""
+
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
 
@@ -229,13 +232,18 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number in JSON")
 
 
+def unfinished(path: Path) -> Path:
+    """Where a file of JSON lies until it is whole."""
+    return path.with_suffix(".part")
+
+
 def write_json(path: Path, body: dict[str, Any]) -> Written:
     """Writes a JSON object and its checksum; the file appears whole, or not at all.
 
     Raises:
         StoreError: If the system refuses, or it is longer than one that is read.
     """
-    temporary, content = path.with_suffix(".part"), json_bytes(body)
+    temporary, content = unfinished(path), json_bytes(body)
     if len(content) > MAX_JSON:
         raise StoreError(f"{path} must be at most {MAX_JSON} bytes long, got {len(content)}")
     with store_errors(path):
@@ -436,6 +444,16 @@ def read_range(path: Path, written: Written, start: int, stop: int) -> bytes:
         content = read_part(path, handle, first * BLOCK, end - first * BLOCK)
     check_blocks(path, content, written.blocks[first:last], first)
     return content[start - first * BLOCK : stop - first * BLOCK]
+
+
+def read_parts(path: Path, written: Written) -> Iterator[bytes]:
+    """The bytes of a file, some at a time, each once its blocks are those that were written.
+
+    Raises:
+        StoreError: If they are not, or the file cannot be read.
+    """
+    for start in range(0, written.length, PIECE):
+        yield read_range(path, written, start, min(start + PIECE, written.length))
 
 
 def check_blocks(path: Path, content: Part, checksums: NDArray[np.uint32], first: int = 0) -> None:

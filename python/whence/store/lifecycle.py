@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import IdError, StoreError
 from whence.store.files import store_errors
-from whence.store.gone import GONE
+from whence.store.gone import GONE, kept_rows
 from whence.store.manifest import DTYPES, Manifest, gone_in, last_committed, manifests
 from whence.store.maps import PREFIX as MAP
 from whence.store.members import parts
@@ -178,13 +178,8 @@ def _groups(manifest: Manifest, gone: NDArray[np.int64]) -> Iterator[_Group]:
     group: _Group = []
     filled = 0
     for shard in manifest.shards:
-        kept, size = None, shard.rows
-        here = gone[slice(*np.searchsorted(gone[:, 0], [shard.number, shard.number + 1])), 1]
-        if len(here):
-            kept = np.ones(shard.rows, np.bool_)
-            kept[here] = False
-            size -= len(here)
-        size *= manifest.row_bytes
+        kept = kept_rows(gone, shard.number, shard.rows)
+        size = (shard.rows if kept is None else int(kept.sum())) * manifest.row_bytes
         if group and (shard.checkpoint != group[0][0].checkpoint or filled + size > SHARD_BYTES):
             yield group
             group, filled = [], 0

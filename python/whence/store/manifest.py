@@ -183,19 +183,24 @@ class Manifest:
             packs.append(write_pack(folder, next_pack, self.shards[packed : packed + PACKED]))
             packed += PACKED
         saved = replace(self, packs=packs)
+        write_json(self.path(folder, number), saved.body(number))
+        return saved
+
+    def body(self, number: int) -> dict[str, Any]:
+        """What JSON holds of it, as the manifest of a number."""
         body = {"format": FORMAT, "version": VERSION, "requires": [], "number": number}
         body |= {
-            each.name: getattr(saved, each.name)
-            for each in fields(saved)
+            each.name: getattr(self, each.name)
+            for each in fields(self)
             if each.name not in ("unknown", "columns", "shards", "packs", "gone", "checkpoints")
         }
-        body["columns"] = None if saved.columns is None else list(saved.columns.items())
-        body["checkpoints"] = [asdict(each) for each in saved.checkpoints]
-        body["shards"] = [shard.entry() for shard in saved.shards[packed:]]
-        body["packs"] = [asdict(pack) for pack in packs]
-        body["gone"] = None if saved.gone is None else asdict(saved.gone)
-        write_json(self.path(folder, number), body | saved.unknown)
-        return saved
+        packed = sum(pack.shards for pack in self.packs)
+        body["columns"] = None if self.columns is None else list(self.columns.items())
+        body["checkpoints"] = [asdict(each) for each in self.checkpoints]
+        body["shards"] = [shard.entry() for shard in self.shards[packed:]]
+        body["packs"] = [asdict(pack) for pack in self.packs]
+        body["gone"] = None if self.gone is None else asdict(self.gone)
+        return body | self.unknown
 
     @staticmethod
     def path(folder: Path, number: int) -> Path:
@@ -257,7 +262,7 @@ class Manifest:
         path = cls.path(folder, number)
         body = read_json(path)
         try:
-            return cls._from_json(body, folder, number)
+            return cls.from_json(body, folder, number)
         except StoreError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -270,7 +275,13 @@ class Manifest:
             return folder.is_dir() and bool(_numbered(folder, _NAME) or _numbered(folder, _MARKER))
 
     @classmethod
-    def _from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+    def from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+        """The manifest of a number, from what JSON holds of it; its packs are read.
+
+        Raises:
+            StoreError: If it is of another version, or a pack is damaged.
+            ValueError: If it is no manifest; or another error of Python's.
+        """
         path = cls.path(folder, number)
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise ValueError("format must be a whence store")
@@ -360,6 +371,9 @@ class Manifest:
         for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
             if type(index) is not int or index not in known:
                 raise ValueError(f"rows must be of a known checkpoint, got {index!r}")
+        for _, id_ in self.skipped:
+            if type(id_) is not {"int64": int, "str": str}.get(self.ids or ""):
+                raise ValueError(f"skipped ids must be {self.ids}, got {id_!r:.80}")
         for parameter in self.model["parameters"]:
             if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
                 raise ValueError("parameters must have names and kinds")

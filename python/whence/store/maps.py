@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
+    NewFile,
     Written,
     array_name,
     check_folder,
@@ -105,6 +106,41 @@ def read_map(path: Path, stored: StoredMap) -> tuple[Any, dict[str, NDArray[Any]
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+
+
+def put_map(
+    path: Path,
+    number: int,
+    stored: StoredMap,
+    parts: Callable[[str, Written], Iterable[bytes]],
+) -> StoredMap:
+    """Writes the files of a map of elsewhere to a new folder of the store at `path`.
+
+    Args:
+        path: The store's folder.
+        number: Of the map; none of the store has it.
+        stored: The map, as it is known elsewhere.
+        parts: The name of a file, and what is known of it -> its bytes.
+
+    Raises:
+        StoreError: If a file is another, or the system refuses.
+    """
+    folder = path / f"{PREFIX}{number:08}"
+    with store_errors(folder):
+        folder.mkdir()
+        for name, written in stored.files.items():
+            file = NewFile(folder / name)
+            try:
+                for part in parts(name, written):
+                    file.write(part)
+                if file.seal() != written:
+                    raise StoreError(f"{stored.name}/{name} is damaged: it is not as was said")
+                file.sync()
+            finally:
+                file.close()
+        sync_directory(folder)
+        sync_directory(path)
+    return replace(stored, name=folder.name)
 
 
 def checked_map(body: Any) -> StoredMap:

@@ -150,6 +150,8 @@ class Description:
             checkpoint, rows, error = body["checkpoint"], body["rows"], body.get("error")
             if type(checkpoint) is not int or type(rows) is not int:
                 raise ValueError("checkpoint and rows must be numbers")
+            if "rows.npy" not in files or not 1 <= rows <= files["rows.npy"].length:
+                raise ValueError(f"rows.npy must hold {rows!r:.80} rows")
             if error is not None and not (isinstance(error, (int, float)) and 0 <= error <= 1):
                 raise ValueError(f"error must be from 0 to 1, got {error!r:.80}")
             return cls(checkpoint, rows, files, error)
