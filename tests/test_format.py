@@ -427,12 +427,32 @@ def test_what_cannot_be_understood_is_refused_by_name(tmp_path, change, match):
 
 @pytest.mark.parametrize("kind", ["index", "factors"])
 def test_saved_things_of_another_version_are_refused_by_name(tmp_path, kind):
-    rows = values.matrix(150, 12)
     name = "manifest.json" if kind == "index" else "factors.json"
+    rows = [values.matrix(150, 12)] if kind == "index" else []
+    load = whence.Index.load if rows else whence.Factors.load
     body = {"format": f"whence {kind}", "version": 2}
     by_hand.put(tmp_path / name, by_hand.object_bytes(body))
     with pytest.raises(errors.StoreError, match=f"{name}: version must be 1, got 2"):
-        whence.Index.load(tmp_path, rows) if kind == "index" else whence.Factors.load(tmp_path)
+        load(tmp_path, *rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "array"),
+    [("index-1/certified", "manifest.json", "order"), ("factors-1/linear", "factors.json", None)],
+)
+def test_files_of_saved_things_lie_in_their_folder(tmp_path, kind, name, array):
+    path = shutil.copytree(GOLDEN / kind, tmp_path / "s")
+    body = json.loads((path / name).read_bytes()[:-10])
+    array = next(iter(body["files"])) if array is None else array
+    shutil.copy(path / f"{array}.npy", tmp_path / f"{array}.npy")
+    for table in ("files", "arrays"):
+        if table in body:
+            body[table][f"../{array}"] = body[table][array]
+    by_hand.put(path / name, by_hand.object_bytes(body))
+    rows = [values.matrix(150, 12)] if name == "manifest.json" else []
+    load = whence.Index.load if rows else whence.Factors.load
+    with pytest.raises(errors.StoreError, match=r"a file must lie in its folder, got '\.\./"):
+        load(path, *rows)
 
 
 # --- what a reader must refuse ------------------------------------------------------------------
@@ -610,22 +630,33 @@ def test_a_manifest_of_which_only_the_marker_is_left_is_missed(tmp_path):
         whence.open(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\n",
-        b"{}\na3830000\n",
-        b'{"a": 1}',
-        by_hand.object_bytes({"a": 1})[:-1],
-        by_hand.object_bytes({"a": 1}) + b"\n",
-        by_hand.object_bytes({"a": float("nan")}),
-        by_hand.object_bytes([]),
-        by_hand.object_bytes("x"),
-    ],
-)
-def test_what_is_no_object_with_its_checksum_is_refused(tmp_path, content):
-    by_hand.put(tmp_path / "manifest-00000001.json", content)
+TEXTS_OF_OBJECTS = {
+    "none": lambda content: b"",
+    "a line end": lambda content: b"\n",
+    "no checksum": lambda content: content[:-10],
+    "no last line end": lambda content: content[:-1],
+    "a line end too many": lambda content: content + b"\n",
+    "another line end": lambda content: content.replace(b"\n", b"\r\n"),
+    "capitals": lambda content: content[:-9] + content[-9:].upper(),
+    "a list": lambda content: by_hand.object_bytes([]),
+    "a text": lambda content: by_hand.object_bytes("x"),
+    "no number": lambda content: by_hand.object_bytes(
+        json.loads(content[:-10]) | {"later": float("nan")}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TEXTS_OF_OBJECTS)
+def test_what_is_no_object_with_its_checksum_is_refused(tmp_path, what):
+    number = 0  # of an object whose checksum has letters
+    while True:
+        by_hand.manifest(tmp_path, 1, [], 13, later=number)
+        content = (tmp_path / "manifest-00000001.json").read_bytes()
+        if content[-9:].upper() != content[-9:]:
+            break
+        number += 1
+    assert len(whence.open(tmp_path)) == 0
+    by_hand.put(tmp_path / "manifest-00000001.json", TEXTS_OF_OBJECTS[what](content))
     with pytest.raises(errors.StoreError, match=r"manifest-00000001\.json is damaged"):
         whence.open(tmp_path)
 

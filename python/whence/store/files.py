@@ -538,7 +538,7 @@ def check_header(path: Path, content: bytes, kind: str, shape: tuple[int, ...]) 
     if content[: len(wanted)] != wanted:
         raise StoreError(
             f"{path} is damaged: it must hold {kind} of shape {list(shape)} in C order, got a file "
-            f"that begins with {bytes(content[: len(wanted)])!r:.160}"
+            f"that begins with {bytes(content[: len(wanted)]).rstrip()!r:.160}"
         )
     return len(wanted)
 
