@@ -4,6 +4,7 @@
     python benches/compare.py search --json search.json --pictures docs/pictures
     python benches/compare.py sketch
     python benches/compare.py attribution
+    python benches/compare.py store
 
 All on one thread, unless a row says otherwise. Ours and the peers take turns, A B A B, so that a
 machine that slows down for a while slows down all; a row is the median of each, and their ratio,
@@ -34,6 +35,7 @@ from comparisons import (
     record,  # noqa: F401
     search,  # noqa: F401
     sketch,  # noqa: F401
+    store,  # noqa: F401
 )
 from comparisons.shared import BENCHES, Curve, Row
 

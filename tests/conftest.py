@@ -1,3 +1,9 @@
+import os
+
+# Before torch and numpy read it: workers beside each other are the parallelism, in children too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -11,7 +11,7 @@ import pytest
 from filled import fill, random_rows
 
 from whence import _core
-from whence.errors import WhenceError
+from whence.errors import StoreError, WhenceError
 
 ORDINARY = (WhenceError, TypeError, ValueError, OverflowError)
 """What a caller can catch; a panic is none of these."""
@@ -198,23 +198,69 @@ def test_a_k_of_any_size_is_clamped(core_rows):
 
 def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
     scales = f4(1)
-    for files in (
-        [(tmp_path / "nowhere", 0, 1)],
-        [(tmp_path, 0, 1)],
-        [(tmp_path / "nowhere", 2**64 - 1, 2**64 - 1)],
-        [],
-    ):
-        with pytest.raises(ORDINARY):
-            _core.Rows(files, 16, "float32", scales)
+    for checksums in (None, u4(), u4(0)):
+        for files in (
+            [(tmp_path / "nowhere", 0, 1, checksums)],
+            [(tmp_path, 0, 1, checksums)],
+            [(tmp_path / "nowhere", 2**64 - 1, 2**64 - 1, checksums)],
+            [],
+        ):
+            with pytest.raises(WhenceError):
+                _core.Rows(files, 16, "float32", scales)
     with pytest.raises(ORDINARY):
         core_rows.read(u8(3, 10))
     for dim in (0, 2**46, 2**63):
         with pytest.raises(ORDINARY):
-            _core.Rows([], dim, False, f4(0))
-    (tmp_path / "rows").write_bytes(bytes(8))
+            _core.Rows([], dim, "float32", f4(0))
+    rows = tmp_path / "rows"
+    rows.write_bytes(bytes(8))
     for dim, dtype in ((16, "int3"), (17, "int4"), (2**63, "int1"), (2**62, "int4")):
         with pytest.raises(ORDINARY):
-            _core.Rows([(tmp_path / "rows", 0, 1)], dim, dtype, scales)
+            _core.Rows([(rows, 0, 1, None)], dim, dtype, scales)
+    for checksums in (u4(), u4(0, 0), u4(0)[:, None], np.zeros(1), "0" * 8):
+        with pytest.raises(ORDINARY):
+            _core.Rows([(rows, 0, 1, checksums)], 2, "float32", scales)
+        with pytest.raises(ORDINARY):
+            _core.check_file(rows, 8, checksums)
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_rows_whose_blocks_changed_are_not_read(tmp_path, memory_map):
+    values = np.random.default_rng(0).standard_normal((600, 64)).astype(np.float32)
+    sums = _core.block_checksums(values.view(np.uint8).reshape(-1))
+    changed = values.copy()
+    changed[300] += 1
+    for name, content in (("rows", values), ("changed", changed)):
+        (tmp_path / name).write_bytes(content.tobytes())
+    numbers = np.arange(600, dtype=np.uint64)
+
+    def rows(name):
+        files = [(tmp_path / name, 0, 600, sums)]
+        return _core.Rows(files, 64, "float32", f4(600), memory_map=memory_map)
+
+    assert (rows("rows").read(numbers) == values).all()
+    assert (rows("changed").read(numbers[:256]) == values[:256]).all()
+    queries, sides = f4(1, 1, 64), (True, True)
+    for wrong in (
+        lambda: rows("changed").read(numbers[256:257]),
+        lambda: rows("changed").gathered(numbers),
+        lambda: rows("changed").norms(2),
+        lambda: rows("changed").ends(None, queries, 1, sides, [], None, 2),
+    ):
+        with pytest.raises(StoreError, match=r"block 1 \(bytes 65536 to 131071\): its checksum"):
+            wrong()
+
+
+def test_files_of_another_length_or_kind_are_not_checked(tmp_path):
+    rows = tmp_path / "rows"
+    rows.write_bytes(bytes(8))
+    (tmp_path / "link").symlink_to(rows)
+    sums = _core.block_checksums(np.zeros(8, np.uint8))
+    assert _core.check_file(rows, 8, sums) == []
+    assert _core.check_file(rows, 8, sums + 1) == [0]
+    for name, length in (("rows", 7), ("rows", 2**64 - 1), ("rows", -1), ("link", 8), ("", 8)):
+        with pytest.raises(ORDINARY):
+            _core.check_file(tmp_path / name, length, sums)
 
 
 def u4(*values):

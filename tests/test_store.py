@@ -89,8 +89,8 @@ def test_what_a_killed_writer_left_is_never_read_or_reused(tmp_path):
 
 def test_rows_whose_manifest_is_lost_are_not_written_over(tmp_path):
     fill(tmp_path / "s", random_rows(6), parts=3)
-    for manifest_ in (tmp_path / "s").glob("manifest-*"):
-        manifest_.unlink()
+    for path in [*(tmp_path / "s").glob("manifest-*"), *(tmp_path / "s").glob("committed-*")]:
+        path.unlink()
     with pytest.raises(errors.StoreError, match="rows that no manifest names"):
         Writer(tmp_path / "s", manifest())
     assert len(list((tmp_path / "s").glob("shard-*"))) == 3
@@ -130,7 +130,7 @@ def test_waiting_rows_stay_what_they_were(tmp_path_factory, dtype, steps):
                 writer.commit()
             elif step in ("fail", "lost answer"):
                 # Before the manifest appears, or after: the caller sees an error in both.
-                name = "replace" if step == "fail" else "prune"
+                name = "replace" if step == "fail" else "settle"
                 owner = Path if step == "fail" else Manifest
                 broken = mock.patch.object(owner, name, side_effect=OSError(28, "full"))
                 with broken, contextlib.suppress(OSError, errors.StoreError):
@@ -233,7 +233,7 @@ def test_rows_of_another_length_or_type_are_refused(tmp_path):
         with pytest.raises(errors.StoreError, match=r"rows\.npy"):
             use(tmp_path / "s")
     np.save(path, np.zeros((6, 16), np.float64))
-    with pytest.raises(errors.StoreError, match="must hold <f4"):
+    with pytest.raises(errors.StoreError, match="must be 512 bytes long, got 896"):
         use(tmp_path / "s")
 
 
@@ -246,16 +246,35 @@ def rewrite(path, change):
     newest.write_bytes(text + f"\n{zlib.crc32(text):08x}\n".encode())
 
 
+def rewrite_shard(path, number, change):
+    """Changes what describes a shard, and makes its checksums fit."""
+    folder = path / f"shard-{number:08}"
+    body = json.loads((folder / "shard.json").read_text().splitlines()[0])
+    change(body)
+    text = json.dumps(body).encode()
+    text += f"\n{zlib.crc32(text):08x}\n".encode()
+    (folder / "shard.json").write_bytes(text)
+
+    def vouch(manifest_):
+        for entry in manifest_["shards"]:
+            if entry[0] == folder.name:
+                entry[3:] = [len(text), f"{zlib.crc32(text):08x}"]
+
+    rewrite(path, vouch)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda body: body.update(version=99), "version must be 0, got 99"),
+        (lambda body: body.update(version=99), "version must be 1, got 99"),
         (lambda body: body.update(format="x"), "format"),
-        (lambda body: body["shards"][0].update(name="../../etc"), "a shard's name"),
-        (lambda body: body["shards"][0].update(rows=10**15), r"shape \[1000000000000000\]"),
-        (lambda body: body["shards"][0].update(rows=-1), "rows"),
-        (lambda body: body["shards"][0].update(checkpoint=7), "checkpoint"),
-        (lambda body: body["shards"][0]["files"].clear(), "manifest"),
+        (lambda body: body["shards"][0].__setitem__(0, "../../etc"), "a shard's name"),
+        (lambda body: body["shards"][0].__setitem__(2, 10**15), "1000000000000000 rows"),
+        (lambda body: body["shards"][0].__setitem__(2, -1), "rows"),
+        (lambda body: body["shards"][0].__setitem__(1, 7), "checkpoint"),
+        (lambda body: body["shards"][0].__setitem__(4, ""), "checksum"),
+        (lambda body: body.update(requires=["delta"]), "requires must be .* got 'delta'"),
+        (lambda body: body.update(number=7), "number must be 1"),
         (lambda body: body.update(dtype="complex"), "dtype"),
         (lambda body: body["sketch"].update(dim=2**62), "rows must be from 1"),
         (lambda body: body.pop("sketch"), "sketch"),

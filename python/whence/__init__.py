@@ -6,6 +6,7 @@
     compress      the same of what was kept while the run trained         (needs torch)
     query         the training examples that helped and harmed a query    (needs torch)
     open          a store, searched with arrays                           (numpy only)
+    info, verify, repair, delete, compact   what a store holds, whether it is whole, and less of it
     Index         rows made ready to be asked often                       (numpy only)
     Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
     hashing       near rows, near duplicates and instances by random codes (numpy only)
@@ -25,6 +26,7 @@ from whence._core import HASH_VERSION
 from whence.errors import WhenceError
 from whence.search import Hits, Index, Matrix, Side, Store, open
 from whence.sketch import Sketch
+from whence.store import compact, delete, info, repair, verify
 
 if TYPE_CHECKING:
     from whence import methods
@@ -63,11 +65,14 @@ __all__ = [
     "Sketch",
     "Store",
     "WhenceError",
+    "compact",
     "compress",
+    "delete",
     "errors",
     "evaluate",
     "fit_factors",
     "hashing",
+    "info",
     "interop",
     "methods",
     "moments_of",
@@ -76,9 +81,11 @@ __all__ = [
     "record",
     "record_checkpoints",
     "register_layer",
+    "repair",
     "report",
     "suggest_checkpoints",
     "text",
+    "verify",
 ]
 
 

@@ -18,6 +18,10 @@ Ids: TypeAlias = NDArray[Any]
 """int64 or str ids, one kind in an array."""
 
 
+MAX_ID = 1024
+"""Characters of the longest id: arrays of ids give every one the room of the longest."""
+
+
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` as an int from `low` to `high`.
 
@@ -160,7 +164,7 @@ def ids(name: str, value: Any) -> Ids:
 
     Raises:
         IdError: If kinds are mixed, an id is neither an integer nor a str, an integer does not
-            fit int64, or an id appears twice.
+            fit int64, a str is longer than `MAX_ID`, or an id appears twice.
         ShapeError: If it is not one-dimensional, or empty.
     """
     array = _items(name, value, IdError)
@@ -170,6 +174,9 @@ def ids(name: str, value: Any) -> Ids:
     if kind not in ("int64", "str"):
         raise IdError(f"{name} must be all integers or all strings, got {kind}")
     if kind == "str":
+        longest = max(len(id_) for id_ in array)
+        if longest > MAX_ID:
+            raise IdError(f"{name} must be at most {MAX_ID} characters long, got one of {longest}")
         array = array.astype(np.str_)
     ordered = np.sort(array)
     same = ordered[1:] == ordered[:-1]

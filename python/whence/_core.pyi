@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "BLOCK",
     "HASH_VERSION",
     "MAX_BATCH",
     "MAX_COORDINATES",
@@ -22,6 +23,8 @@ __all__ = [
     "InvertedIndex",
     "Rows",
     "Sketch",
+    "block_checksums",
+    "check_file",
     "code_similarities",
     "crc32",
     "duplicate_groups",
@@ -35,6 +38,8 @@ __all__ = [
     "shuffled",
 ]
 
+BLOCK: Final[int]
+"""Bytes of a block of a file, each of which has a checksum; the last may be shorter."""
 HASH_VERSION: Final[int]
 """Version of the definition of randomness; rows of different versions do not compare."""
 MAX_BATCH: Final[int]
@@ -84,6 +89,12 @@ def norm_gradients(
 
 def crc32(bytes: NDArray[np.uint8], before: int) -> int:
     """The CRC-32 of bytes that follow others; before is 0 for the first."""
+
+def block_checksums(bytes: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """The CRC-32 of each block of bytes; none of no bytes."""
+
+def check_file(path: str | PathLike[str], length: int, checksums: NDArray[np.uint32]) -> list[int]:
+    """The blocks of a regular file of `length` bytes that have other checksums, in order."""
 
 @final
 class Sketch:
@@ -138,14 +149,21 @@ _Segment = tuple[int, list[NDArray[np.uint8]], NDArray[np.float32], list[NDArray
 
 @final
 class Rows:
-    """Stored rows in files or in memory, numbered through."""
+    """Stored rows in files or in memory, numbered through.
+
+    A file is its path, where rows begin, their number, and the checksums of its blocks, by which
+    each is checked when it is first read; None for a file that has none, which may be a link.
+    With `memory_map` files are looked at where the system keeps them: for such as nobody writes,
+    since a process that looks behind the end of one that has been cut is ended (SIGBUS).
+    """
 
     def __new__(
         cls,
-        files: list[tuple[str | PathLike[str], int, int]],
+        files: list[tuple[str | PathLike[str], int, int, NDArray[np.uint32] | None]],
         dim: int,
         dtype: str,
         scales: NDArray[np.float32],
+        memory_map: bool = False,
     ) -> Rows: ...
     @staticmethod
     def of(matrix: NDArray[Any]) -> Rows: ...

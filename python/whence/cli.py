@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
+from whence import store
 from whence._plain import clean, line
-from whence.errors import MissingDependencyError, WhenceError
+from whence.errors import IdError, MissingDependencyError, WhenceError
 
-# As a shell reports them: wrong use or an error, Ctrl-C, and output that nobody reads any more.
-_FAILED, _INTERRUPTED, _UNREAD = 2, 130, 141
+# As a shell reports them: a store that is not sound, wrong use or an error, Ctrl-C, and output
+# that nobody reads any more.
+_DAMAGED, _FAILED, _INTERRUPTED, _UNREAD = 1, 2, 130, 141
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,11 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         argv: Its arguments; None means those of the process.
 
     Returns:
-        The exit status: 0, 2 for an error, 130 after Ctrl-C, 141 for a closed pipe.
+        The exit status: 0, 1 for damage that was found, 2 for an error, 130 after Ctrl-C, 141 for a
+        closed pipe.
     """
     arguments = _parser().parse_args(argv)
     try:
-        _demo(arguments.out, arguments.seed, as_json=arguments.json)
+        status: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # What is left in the buffer goes nowhere, or Python complains about it at its end.
@@ -40,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _print("whence: interrupted", sys.stderr)
         return _INTERRUPTED
-    return 0
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,8 +78,40 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=_seed, default=0, help="seed of everything random (default: %(default)s)"
     )
-    demo.add_argument("--json", action="store_true", help="print the figures as JSON")
+    demo.set_defaults(run=_demo)
+    info = _on_store(commands, "info", "what a store holds, in figures", _info)
+    verify = _on_store(
+        commands, "verify", "read every byte of a store, and say what is damaged", _verify
+    )
+    repair = _on_store(
+        commands, "repair", "drop what is damaged, and list the ids that are lost", _repair
+    )
+    repair.add_argument(
+        "--undelete",
+        action="store_true",
+        help="let deleted rows come back if the list of them is damaged",
+    )
+    compact = _on_store(
+        commands, "compact", "take what was deleted off the disk, and join small shards", _compact
+    )
+    delete = _on_store(commands, "delete", "delete examples by id", _delete)
+    delete.add_argument("ids", nargs="+", metavar="ID", help="ids of the examples")
+    delete.add_argument(
+        "--skip-missing", action="store_true", help="leave out ids that are not in the store"
+    )
+    for command in (demo, info, verify, repair, compact, delete):
+        command.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
+
+
+def _on_store(
+    commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    """A command on a store."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
+    command.add_argument("store", type=Path, metavar="STORE", help="the store's folder")
+    command.set_defaults(run=run)
+    return command
 
 
 def _seed(text: str) -> int:
@@ -85,7 +122,53 @@ def _seed(text: str) -> int:
     return seed
 
 
-def _demo(out: Path, seed: int, *, as_json: bool) -> None:
+def _show(found: Any, arguments: argparse.Namespace) -> None:
+    """Prints what a call found."""
+    if arguments.json:
+        _print(json.dumps(dataclasses.asdict(found), indent=2, default=str))
+    else:
+        _print(str(found))
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    _show(store.info(arguments.store), arguments)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    found = store.verify(arguments.store)
+    _show(found, arguments)
+    return 0 if found.is_sound else _DAMAGED
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    found = store.repair(arguments.store, undelete=arguments.undelete)
+    _show(found, arguments)
+    return _DAMAGED if found.unmended else 0
+
+
+def _compact(arguments: argparse.Namespace) -> int:
+    _show(store.compact(arguments.store), arguments)
+    return 0
+
+
+def _delete(arguments: argparse.Namespace) -> int:
+    ids: list[Any] = arguments.ids
+    if store.Reader(arguments.store).manifest.ids == "int64":
+        try:
+            ids = [int(id_) for id_ in ids]
+        except ValueError:
+            raise IdError(f"ID must be a whole number as in the store, got {ids!r:.80}") from None
+    missing = "skip" if arguments.skip_missing else "error"
+    rows = store.delete(arguments.store, ids, missing=missing)
+    if arguments.json:
+        _print(json.dumps({"rows": rows}))
+    else:
+        _print(f"{rows:,} rows deleted; whence compact takes their bytes off the disk")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
     try:
         from whence import demo
     except ModuleNotFoundError as error:
@@ -97,8 +180,9 @@ def _demo(out: Path, seed: int, *, as_json: bool) -> None:
         raise MissingDependencyError(
             f"the demo needs {missing}: pip install 'whence[demo]'"
         ) from error
-    results = demo.run(out, seed)
-    _print(json.dumps(results, indent=2) if as_json else demo.summary(results))
+    results = demo.run(arguments.out, arguments.seed)
+    _print(json.dumps(results, indent=2) if arguments.json else demo.summary(results))
+    return 0
 
 
 def _print(text: str, file: TextIO | None = None) -> None:

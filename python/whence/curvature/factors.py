@@ -674,7 +674,7 @@ def load(path: Path) -> Factors:
             name: torch.from_numpy(
                 np.array(
                     read_array(
-                        path / f"{name}.npy", Written(*body["files"][name]), kind, tuple(shape)
+                        path / f"{name}.npy", Written.of(body["files"][name]), kind, tuple(shape)
                     )
                 )
             )

@@ -59,6 +59,7 @@ def record_checkpoints(
     tokens: Callable[..., Any] | None = None,
     unbatched: Sequence[str] = (),
     nonfinite: str = "error",
+    writer: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Records each example once, its preconditioned rows summed over the checkpoints of a run.
@@ -86,12 +87,14 @@ def record_checkpoints(
         tokens: As in `fit_factors`, with unbatched.
         unbatched: See tokens.
         nonfinite: As in `record`.
+        writer: As in `record`; then with ids, for numbers from 0 on would be of every writer.
         progress: Whether to show a bar.
 
     Returns:
         The path, for `whence.query(..., states=...)` and `whence.open`.
 
     Raises:
+        ArgumentError: If `writer` is given without ids.
         CheckpointError: If states are not those of the factors.
         WeightsError: If a state has other weights than the factors were fitted at.
         IdError: If ids repeat, or are of mixed kinds.
@@ -101,6 +104,8 @@ def record_checkpoints(
     """
     loader = reread("loader", loader)
     _arrays.choice("nonfinite", nonfinite, ("error", "skip"))
+    if writer is not None and ids is None:
+        raise ArgumentError(f"ids must be given with writer={writer!r:.80}, got None")
     keys = _Keys(ids, columns)
     if not isinstance(model, nn.Module):
         raise DtypeError(f"model must be an nn.Module, got {_arrays.describe(model)}")
@@ -123,13 +128,14 @@ def record_checkpoints(
     task = Task(loss, precondition.reduction, tokens, patterns("unbatched", unbatched))
     loaded = _states([each.name for each in prepared], states)
     wanted = Manifest(spec, dtype, precondition.reduction, structure.describe(), rows=COMBINED)
-    writer = Writer(_arrays.path("path", path), wanted)
+    path = _arrays.path("path", path)
+    store = Writer(path, wanted, writer)
     try:
-        if not writer.manifest.checkpoints:
+        if not store.manifest.checkpoints:
             for each in prepared:
                 described, arrays = stored_arrays(each.map, spec)
-                stored = writer.write_map(each.identity, described, arrays)
-                writer.manifest.checkpoints.append(
+                stored = store.write_map(each.identity, described, arrays)
+                store.manifest.checkpoints.append(
                     Checkpoint(
                         each.name,
                         first=each.digest,
@@ -138,7 +144,7 @@ def record_checkpoints(
                         map=stored,
                     )
                 )
-        found = writer.manifest.checkpoints
+        found = store.manifest.checkpoints
         if [each.name for each in found] != [each.name for each in prepared]:
             raise CheckpointError(
                 f"states must be of the checkpoints {[each.name for each in found]} as in the "
@@ -147,13 +153,13 @@ def record_checkpoints(
         for checkpoint, each in zip(found, prepared, strict=True):
             check_identity(checkpoint, each)
         threads = torch.get_num_threads()
-        maps = [map_of_store(writer.path, writer.manifest, each, threads) for each in found]
+        maps = [map_of_store(store.path, store.manifest, each, threads) for each in found]
         averaged = spec["residuals"] == "averaged"
-        recording = _Recording(model, structure, task, writer, loaded, maps, nonfinite, averaged)
+        recording = _Recording(model, structure, task, store, loaded, maps, nonfinite, averaged)
         recording.run(loader, keys, progress)
     finally:
-        writer.close()
-    return writer.path
+        store.close()
+    return path
 
 
 def _states(names: list[str], states: Mapping[str, State] | None) -> dict[str, State | None]:

@@ -50,6 +50,9 @@ from whence.sketch import Sketch
 from whence.store import Checkpoint, Manifest, Writer
 from whence.store.manifest import DTYPES
 
+DUPLICATES = ("error", "skip", "replace")
+"""What can be done with an id that is recorded in the checkpoint."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -118,6 +121,7 @@ class Recorder:
         on_duplicate: str,
         precondition: Preconditioner | None,
         rotate: bool,
+        writer: str | None,
         threads: int | None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -126,7 +130,7 @@ class Recorder:
             threads = torch.get_num_threads()
         self._reduction = _arrays.choice("reduction", reduction, REDUCTIONS)
         self._nonfinite = _arrays.choice("nonfinite", nonfinite, ("error", "skip"))
-        self._on_duplicate = _arrays.choice("on_duplicate", on_duplicate, ("error", "skip"))
+        self._on_duplicate = _arrays.choice("on_duplicate", on_duplicate, DUPLICATES)
         _arrays.choice("uncovered", uncovered, ("error", "skip", "functional"))
         _arrays.choice("dtype", dtype, DTYPES)
         if weights is not None:
@@ -174,16 +178,18 @@ class Recorder:
                 "dtype must be 'float16' or 'float32' with layout='factored', whose rows are "
                 f"factors and no vectors, got {dtype!r}"
             )
-        self._writer = Writer(_arrays.path("path", path), wanted)
+        self._path = _arrays.path("path", path)
+        self._shared = writer is not None
+        self._writer = Writer(self._path, wanted, writer)
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
-        return self._writer.path
+        """The store's folder; of several writers, that of them all."""
+        return self._path
 
     @property
     def rows(self) -> int:
-        """Rows that are confirmed: they are there after a crash."""
+        """Rows that are confirmed, of this writer: they are there after a crash."""
         return self._writer.rows
 
     def __enter__(self) -> Recorder:
@@ -205,6 +211,8 @@ class Recorder:
         self._open = False
         try:
             self._end_checkpoint(failing=error is not None)
+            if self._shared and error is None:
+                self._writer.touch()  # one of several that has no rows is not missing any more
         finally:
             self._writer.close()
 
@@ -281,7 +289,7 @@ class Recorder:
                     "plain rows"
                 )
             prepared, spec = self._prepare(precondition)
-            check_spec(self.path, self._writer.manifest.sketch, spec)
+            check_spec(self._path, self._writer.manifest.sketch, spec)
         before, weights = self._writer.checkpoint, self._versions
         self._end_checkpoint()
         try:
@@ -401,15 +409,16 @@ class Recorder:
         refuse_batch_statistics(self._model)
         self._refuse_changes()
         self._note_weights()
-        keep = ~self._writer.has(array)
-        if not keep.all() and self._on_duplicate == "error":
-            twice = array[~keep][0].item()
+        there = self._writer.has(array)
+        if there.any() and self._on_duplicate == "error":
+            twice = array[there][0].item()
             checkpoint = self._writer.checkpoint
             raise IdError(
                 f"ids must be new in checkpoint {checkpoint.name if checkpoint else None!r}, got "
-                f"{twice!r}, which is recorded; pass on_duplicate='skip' to leave it out, or "
-                "start a new checkpoint with rec.checkpoint(name)"
+                f"{twice!r}, which is recorded; pass on_duplicate='skip' to leave it out or "
+                "'replace' to record it again, or start a new checkpoint with rec.checkpoint(name)"
             )
+        keep = np.ones_like(there) if self._on_duplicate == "replace" else ~there
         array.flags.writeable = False  # it waits to be written, and stands for what was checked
         batch = Batch(array)
         if not keep.any():
@@ -462,7 +471,7 @@ class Recorder:
             checkpoint.map = self._writer.write_map(prepared.identity, described, arrays)
         check_identity(checkpoint, prepared)
         threads = torch.get_num_threads()
-        self._map = map_of_store(self.path, self._writer.manifest, checkpoint, threads)
+        self._map = map_of_store(self._writer.path, self._writer.manifest, checkpoint, threads)
 
     def _check(self) -> str:
         """How closely to compare this batch's rows with its own gradient.
@@ -493,8 +502,9 @@ class Recorder:
         if bad and self._nonfinite == "error":
             names = [f"id {id_!r}" for id_ in batch.ids.tolist()]
             raise not_finite(names, {row: capture.bad[row] for row in bad})
+        replaces = self._on_duplicate == "replace"
         if bad:
-            self._writer.skip(batch.ids[bad])
+            self._writer.skip(batch.ids[bad], replaces=replaces)
         self._fired |= capture.fired
         self._batches += not capture.bad  # a batch with NaN could not be compared
         good = keep.copy()
@@ -508,7 +518,7 @@ class Recorder:
         if scales is not None:
             rows.flags.writeable = False  # they wait to be written as they are
         batch.rows = rows
-        self._writer.append(batch.stored, rows, columns, scales)
+        self._writer.append(batch.stored, rows, columns, scales, replaces=replaces)
 
     def _check_idle(self, call: str) -> None:
         if self._busy:
@@ -643,6 +653,7 @@ def record(
     on_duplicate: str = "error",
     precondition: Preconditioner | None = None,
     rotate: bool = True,
+    writer: str | None = None,
     threads: int | None = None,
 ) -> Recorder:
     """Records each example's gradient while your own loop runs.
@@ -688,8 +699,10 @@ def record(
             weight gradients: collecting then costs about what training costs.
         nonfinite: What to do with an example whose gradient is NaN or infinite: "error", or
             "skip" to leave it out and note its id.
-        on_duplicate: What to do with an id that is recorded in this checkpoint: "error" or
-            "skip".
+        on_duplicate: What to do with an id that is recorded in this checkpoint: "error"; "skip"
+            to leave it out; or "replace", to record it again: its new row takes the place of the
+            old one in one commit, and is no other row than that in between. If the new gradient is
+            left out by nonfinite="skip", the old row goes too.
         precondition: What `whence.fit_factors` found at these weights: rows are then whitened
             coordinates of the gradient, and a score is EK-FAC influence. They are rotated onto a
             basis learnt from the training data, of `dim` columns, or as many as hold three quarters
@@ -699,16 +712,22 @@ def record(
             weights="moving".
         rotate: False keeps the coordinates as they are, for `whence.compress`; then without dim,
             seed and sketch.
+        writer: For a store of several processes, which of them this is: "3/8" for the third of
+            eight. Each writes to a folder of its own in `path`, with a lock of its own, so that
+            they need not agree on anything while they run; `whence.open(path)` reads them as one
+            store. An id must be of one writer, so give each its share of the data, and the same
+            share when it goes on. None for the one writer of a store.
         threads: How many threads the sketch uses; None means as many as torch.
 
     Returns:
         The recorder.
 
     Raises:
-        ArgumentError: If an argument is out of range.
-        LockedError: If another process records to the path.
+        ArgumentError: If an argument is out of range, or `writer` is not "number/total".
+        LockedError: If another process records to the path, as the same writer.
         MismatchError: If the store at the path is of another model, sketch or setting.
-        StoreError: If the path is a file, or cannot be written.
+        StoreError: If the path is a file, or cannot be written; or is a store of one writer where
+            several are meant, of another number of them, or the other way round.
 
     Examples:
         >>> with whence.record(model, "runs/digits") as rec:  # doctest: +SKIP
@@ -734,5 +753,6 @@ def record(
         on_duplicate=on_duplicate,
         precondition=precondition,
         rotate=rotate,
+        writer=writer,
         threads=threads,
     )

@@ -474,11 +474,11 @@ def _rows(
     """
     count, dim = stored.shape
     if stored.kind in ("float16", "float32"):
-        return _core.Rows([(stored.file, 0, count)], dim, stored.kind, scales), [stored.file]
+        return _core.Rows([(stored.file, 0, count, None)], dim, stored.kind, scales), [stored.file]
     if converted is not None:
         path = _arrays.path("converted", converted)
         offset = _convert(stored, path)
-        return _core.Rows([(path, offset, count)], dim, "float32", scales), [path]
+        return _core.Rows([(path, offset, count, None)], dim, "float32", scales), [path]
     rows = np.empty(stored.shape, np.float32)
     for first, block in stored.blocks():
         place = slice(first, first + len(block))

@@ -129,7 +129,7 @@ class TrakFeatures(Imported):
         mean = total / len(folders)
         self.sign = _sign(path, mean)
         scales = np.maximum(self.sign * mean, 0).astype(np.float32)
-        files: list[Any] = [(file, offset, count) for file, _, offset in rows]
+        files: list[Any] = [(file, offset, count, None) for file, _, offset in rows]
         many = len(folders)
         super().__init__(
             path,

@@ -148,8 +148,10 @@ def load(path: Path, source: Source, threads: int) -> tuple[Built, NDArray[np.bo
         ):
             raise MismatchError(f"rows must be those that {path} was built of, got {source!r}")
         files = {
-            name: read_array(path / f"{name}.npy", Written(length, checksum), kind, tuple(shape))
-            for name, (length, checksum, kind, shape) in body["files"].items()
+            name: read_array(
+                path / f"{name}.npy", Written.of((length, checksums)), kind, tuple(shape)
+            )
+            for name, (length, checksums, kind, shape) in body["files"].items()
         }
         segments: list[Any] = [
             (

@@ -129,7 +129,7 @@ class Matrix(Numbered):
         count, self._dim = shape
         if self.path is not None:
             scales = np.ones(count, np.float32)
-            files: list[Any] = [(self.path, offset, count)]
+            files: list[Any] = [(self.path, offset, count, None)]
             self._core = _core.Rows(files, self._dim, dtype, scales)
         else:
             self._core = _core.Rows.of(np.require(rows, requirements=["C", "A"]))

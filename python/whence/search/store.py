@@ -36,11 +36,7 @@ RATIO = "a pure number: the product of two gradients, value by value over the op
 class Store(Reader, Source):
     """A store, open for reading: a snapshot of what was committed when it was opened.
 
-    Args:
-        path: The store's folder.
-
-    Raises:
-        StoreError: If there is no store, or it is damaged.
+    See `whence.open`.
     """
 
     @property
@@ -235,14 +231,29 @@ class Store(Reader, Source):
         )
 
 
-def open(path: str | os.PathLike[str]) -> Store:
-    """The store at `path`, open for reading. Needs numpy only.
+def open(path: str | os.PathLike[str], *, memory_map: bool = False) -> Store:
+    """The store at `path`, open for reading: a snapshot of what is committed. Needs numpy only.
+
+    What it holds is checked against its checksums: how it is built at once, data when they are
+    first read.
+
+    Args:
+        path: The store's folder.
+        memory_map: Reads rows through a map of their files instead of into buffers. Quicker where
+            the same rows are read again and again from a large store. If another program cuts a
+            mapped file short, the system kills this process (SIGBUS) when it reads there; nothing
+            can catch that, and so it is not the default. whence itself never shortens a file.
 
     Raises:
         StoreError: If there is no store, or it is damaged.
+        MismatchError: If its writers did not record the same.
+        IdError: If an id is of two of its writers.
+
+    Warns:
+        MissingWritersWarning: If some of its writers have confirmed nothing yet.
 
     Examples:
         >>> store = whence.open("runs/digits")  # doctest: +SKIP
         >>> store.search(rows, k=10).helpful.ids  # doctest: +SKIP
     """
-    return Store(path)
+    return Store(path, memory_map=memory_map)

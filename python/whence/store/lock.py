@@ -28,7 +28,9 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         path = folder / "lock"
         with store_errors(path):
-            self._file = path.open("a+", encoding="utf-8")
+            # Follows no link: what a store points to is not ours to write.
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            self._file = os.fdopen(handle, "r+", encoding="utf-8")
         try:
             _lock(self._file)
         except (BlockingIOError, PermissionError):
@@ -40,6 +42,7 @@ class Lock:
             self._file.close()
             raise StoreError(f"{path} must be lockable, got: {error.strerror}") from error
         with store_errors(path):
+            self._file.seek(0)
             self._file.truncate(0)
             self._file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
             self._file.flush()

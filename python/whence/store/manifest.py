@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from whence import _core
 from whence.errors import StoreError
-from whence.store.files import Written, parse_json, store_errors, write_json
+from whence.store.files import mark, read_json, store_errors, write_json
+from whence.store.gone import Gone
 from whence.store.maps import StoredMap, checked_map
+from whence.store.shards import PACK, Pack, Shard, last_number, read_pack, write_pack
 
 FORMAT = "whence store"
-VERSION = 0
+VERSION = 1
+REQUIRES: frozenset[str] = frozenset()
+"""Words of `requires` that this version knows: what readers must understand beside the format."""
+
 READ_ATTEMPTS = 8
 """How often a reader looks again when a manifest is gone before it was read."""
 
-KEPT = 2
-"""Older manifests kept for readers that are just opening one."""
+KEPT = 1
+"""Older manifests kept: what `repair` goes back to if the newest is damaged."""
+
+PACKED = 1000
+"""Shards whose entries go into a pack, so that a commit does not write those of all again."""
 
 DTYPES = {
     "float16": "<f2",
@@ -50,8 +59,6 @@ COMBINED = "combined"
 SECOND_MOMENTS = "second moments"
 """The method of rows of gradients that were divided by an optimizer's second moments."""
 
-_NAME = re.compile(r"manifest-(\d{8})\.json")
-
 
 @dataclass
 class Checkpoint:
@@ -77,25 +84,6 @@ class Checkpoint:
 
 
 @dataclass
-class Shard:
-    """Rows of one checkpoint that were committed together.
-
-    Attributes:
-        name: Of its folder.
-        checkpoint: The number of the checkpoint.
-        rows: How many.
-        files: name -> length and checksum.
-        error: Mean relative error of quantised rows; None for others, or if not known.
-    """
-
-    name: str
-    checkpoint: int
-    rows: int
-    files: dict[str, Written]
-    error: float | None = None
-
-
-@dataclass
 class Manifest:
     """All that a store says about itself.
 
@@ -111,9 +99,13 @@ class Manifest:
         columns: name -> "bool", "int64", "float64" or "str"; None until the first rows.
         checkpoints: In the order they were recorded.
         shards: In the order they were committed.
+        packs: Files with the entries of the first shards, `PACKED` each.
+        gone: Rows that were deleted or replaced, and are still in their shards; None for none.
         skipped: [checkpoint, id] of examples left out because their gradient was not finite.
         rows: "per_checkpoint": an example has a row in each checkpoint it was recorded in;
             "combined": it has one, the weighted sum over all of them.
+        writer: Which of several writers recorded it, as in "3/8"; None for the only one.
+        unknown: What a later version has added, which is kept.
     """
 
     sketch: dict[str, Any]
@@ -126,6 +118,10 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
     skipped: list[tuple[int, int | str]] = field(default_factory=list)
     rows: str = "per_checkpoint"
+    packs: list[Pack] = field(default_factory=list)
+    gone: Gone | None = None
+    writer: str | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)
 
     @property
     def row_sets(self) -> list[str]:
@@ -161,13 +157,45 @@ class Manifest:
         """How many values of its `.npy` type a stored row has."""
         return -(-self.dim * BITS[self.dtype] // 8) if self.is_quantised else self.dim
 
-    def save(self, folder: Path, number: int) -> None:
-        """Commits: the manifest appears whole, or not at all."""
-        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        for shard in body["shards"]:
-            if shard["error"] is None:
-                del shard["error"]
-        write_json(self.path(folder, number), body)
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return self.row_width * {"<f2": 2, "<f4": 4}.get(DTYPES[self.dtype], 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored rows, also of those that are gone."""
+        return self.row_bytes * sum(shard.rows for shard in self.shards)
+
+    def save(self, folder: Path, number: int) -> Manifest:
+        """Commits: the manifest appears whole, or not at all.
+
+        Returns:
+            The manifest as it stands there: with packs of the entries of older shards.
+
+        Raises:
+            StoreError: If it cannot be written.
+        """
+        packs = list(self.packs)
+        packed = sum(pack.shards for pack in packs)
+        while len(self.shards) - packed >= PACKED:
+            next_pack = 1 + last_number(folder, PACK)
+            packs.append(write_pack(folder, next_pack, self.shards[packed : packed + PACKED]))
+            packed += PACKED
+        saved = replace(self, packs=packs)
+        body = {"format": FORMAT, "version": VERSION, "requires": [], "number": number}
+        body |= {
+            each.name: getattr(saved, each.name)
+            for each in fields(saved)
+            if each.name not in ("unknown", "columns", "shards", "packs", "gone", "checkpoints")
+        }
+        body["columns"] = None if saved.columns is None else list(saved.columns.items())
+        body["checkpoints"] = [asdict(each) for each in saved.checkpoints]
+        body["shards"] = [shard.entry() for shard in saved.shards[packed:]]
+        body["packs"] = [asdict(pack) for pack in packs]
+        body["gone"] = None if saved.gone is None else asdict(saved.gone)
+        write_json(self.path(folder, number), body | saved.unknown)
+        return saved
 
     @staticmethod
     def path(folder: Path, number: int) -> Path:
@@ -175,12 +203,31 @@ class Manifest:
         return folder / f"manifest-{number:08}.json"
 
     @staticmethod
-    def prune(folder: Path, number: int) -> None:
-        """Removes manifests that no reader can be opening any more; as far as it can."""
+    def settle(folder: Path, number: int, kept: int = KEPT, *, every: bool = False) -> None:
+        """After a commit: marks its number, and removes what is older; as far as it can.
+
+        The marker says that there was a manifest of this number: without it an older one would
+        pass for the newest, were that lost.
+
+        Args:
+            folder: The store's.
+            number: Of the newest manifest; 0 if there is none.
+            kept: How many older ones stay.
+            every: Looks for all that are older, in O(names in the folder), instead of for the one
+                that this commit makes too old.
+        """
         with contextlib.suppress(OSError):
-            for old, path in _numbered(folder):
-                if old < number - KEPT:
-                    path.unlink(missing_ok=True)
+            marker = folder / f"{MARKER}{number:08}"
+            if number and not marker.exists():
+                mark(marker)
+            markers, manifests = [number - 1], [number - kept - 1]
+            if every:
+                markers = [old for old, _ in _numbered(folder, _MARKER) if old < number]
+                manifests = [old for old, _ in _numbered(folder, _NAME) if old < number - kept]
+            for old in markers:
+                (folder / f"{MARKER}{old:08}").unlink(missing_ok=True)
+            for old in manifests:
+                Manifest.path(folder, old).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> tuple[Manifest, int]:
@@ -190,56 +237,79 @@ class Manifest:
             StoreError: If there is none, or it is damaged or of another format.
         """
         for attempt in range(READ_ATTEMPTS):
-            with store_errors(folder):
-                numbered = _numbered(folder)
-                if not numbered:
-                    got = "one" if (folder / "lock").exists() else "a folder"
-                    raise StoreError(
-                        f"{folder} must be a whence store with rows, got {got} with no manifest: "
-                        "nothing was ever confirmed in it"
-                    )
-                number, path = max(numbered)
-                try:
-                    content = path.read_bytes()
-                    break
-                except FileNotFoundError:  # a writer has committed and pruned meanwhile
-                    if attempt == READ_ATTEMPTS - 1:
-                        raise
-        body = parse_json(path, content)
+            number = newest(folder)
+            try:
+                return cls.at(folder, number), number
+            except StoreError as error:
+                # A writer has committed and pruned meanwhile.
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                if not gone or attempt == READ_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("a loop that returns or raises")
+
+    @classmethod
+    def at(cls, folder: Path, number: int) -> Manifest:
+        """The manifest of a number.
+
+        Raises:
+            StoreError: If it is damaged or of another format.
+        """
+        path = cls.path(folder, number)
+        body = read_json(path)
         try:
-            return cls._from_json(body), number
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls._from_json(body, folder, number)
+        except StoreError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     @classmethod
     def exists(cls, folder: Path) -> bool:
-        """Whether the folder has a manifest."""
+        """Whether the folder has a manifest, or had one."""
         with store_errors(folder):
-            return folder.is_dir() and bool(_numbered(folder))
+            return folder.is_dir() and bool(_numbered(folder, _NAME) or _numbered(folder, _MARKER))
 
     @classmethod
-    def _from_json(cls, body: dict[str, Any]) -> Manifest:
-        if body.pop("format") != FORMAT:
+    def _from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+        path = cls.path(folder, number)
+        if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise ValueError("format must be a whence store")
-        if (version := body.pop("version")) != VERSION:
-            raise ValueError(f"version must be {VERSION}, got {version}")
-        manifest = cls(**body)
+        if type(version := body.pop("version")) is not int:
+            raise ValueError(f"version must be a number, got {version!r:.80}")
+        if version != VERSION:
+            why = (
+                "a later version of whence can read it"
+                if version > VERSION
+                else "it is of before the format was fixed, and has to be recorded again"
+            )
+            raise StoreError(f"{path}: version must be {VERSION}, got {version}; {why}")
+        if not isinstance(requires := body.pop("requires"), list):
+            raise ValueError(f"requires must be a list, got {requires!r:.80}")
+        needed = [word for word in requires if word not in REQUIRES]
+        if needed:
+            raise StoreError(
+                f"{path}: requires must be of {sorted(REQUIRES)}, which this version of whence "
+                f"knows, got {needed[0]!r:.80}"
+            )
+        if body.pop("number") != number:
+            raise ValueError(f"number must be {number}, as in its name")
+        known = {each.name for each in fields(cls)} - {"unknown"}
+        unknown = {name: body.pop(name) for name in set(body) - known}
+        manifest = cls(**body, unknown=unknown)
+        if body["columns"] is not None:
+            manifest.columns = dict(body["columns"])
+            if len(manifest.columns) < len(body["columns"]):
+                raise ValueError("columns must have distinct names")
         manifest.checkpoints = [
             Checkpoint(
                 **{**each, "map": None if (it := each.get("map")) is None else checked_map(it)}
             )
             for each in body["checkpoints"]
         ]
-        manifest.shards = [
-            Shard(
-                name=each["name"],
-                checkpoint=each["checkpoint"],
-                rows=each["rows"],
-                files={name: Written(*written) for name, written in each["files"].items()},
-                error=each.get("error"),
-            )
-            for each in body["shards"]
-        ]
+        manifest.packs = [Pack.of(each) for each in body["packs"]]
+        manifest.gone = None if body["gone"] is None else Gone.of(body["gone"])
+        entries = [each for pack in manifest.packs for each in read_pack(folder, pack)]
+        manifest.shards = [Shard.of(each) for each in [*entries, *body["shards"]]]
         manifest.skipped = [(checkpoint, id_) for checkpoint, id_ in body["skipped"]]
         manifest._check()
         return manifest
@@ -261,8 +331,8 @@ class Manifest:
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
-            if kind not in COLUMN_KINDS:
-                raise ValueError(f"column {name!r} must be of a known type, got {kind!r}")
+            if not isinstance(name, str) or kind not in COLUMN_KINDS:
+                raise ValueError(f"column {name!r:.80} must be of a known type, got {kind!r}")
         if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
             raise ValueError("checkpoints must have distinct names")
         for checkpoint in self.checkpoints:
@@ -278,19 +348,12 @@ class Manifest:
                 weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
             ):
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
+        if not isinstance(self.writer, (str, type(None))):
+            raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
         if self.rows not in ("per_checkpoint", COMBINED):
             raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("shards must have distinct names")
-        for shard in self.shards:
-            if not re.fullmatch(r"shard-\d{8}", shard.name):
-                raise ValueError(f"a shard's name must be shard-N, got {shard.name!r}")
-            if type(shard.rows) is not int or shard.rows < 1:
-                raise ValueError(f"{shard.name} must have rows, got {shard.rows!r}")
-            if shard.error is not None and not (
-                isinstance(shard.error, (int, float)) and 0 <= shard.error <= 1
-            ):
-                raise ValueError(f"{shard.name}'s error must be from 0 to 1, got {shard.error!r}")
         known = range(len(self.row_sets))
         for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
             if type(index) is not int or index not in known:
@@ -300,6 +363,61 @@ class Manifest:
                 raise ValueError("parameters must have names and kinds")
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+MARKER = "committed-"
+"""How the name of the marker of the newest manifest begins."""
+
+_NAME = re.compile(r"manifest-([0-9]{8,18})\.json")
+_MARKER = re.compile(MARKER + r"([0-9]{8,18})")
+
+
+def newest(folder: Path) -> int:
+    """The number of the newest manifest.
+
+    Raises:
+        StoreError: If there is none, or the newest that was committed is gone.
+    """
+    with store_errors(folder):
+        numbers = [number for number, _ in _numbered(folder, _NAME)]
+        marked = max((number for number, _ in _numbered(folder, _MARKER)), default=0)
+        number = max(numbers, default=0)
+        if number < marked:
+            # A commit may have come between the two looks.
+            number = max((found for found, _ in _numbered(folder, _NAME)), default=0)
+        if number < marked:
+            raise StoreError(
+                f"{Manifest.path(folder, marked)} is gone, the newest manifest of the store; "
+                "whence.repair goes back to an older one if there is one"
+            )
+        if not numbers:
+            got = "one" if (folder / "lock").exists() else "a folder"
+            raise StoreError(
+                f"{folder} must be a whence store with rows, got {got} with no manifest: "
+                "nothing was ever confirmed in it"
+            )
+    return number
+
+
+def manifests(folder: Path) -> list[Path]:
+    """All manifests that lie in a folder, the newest last.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        return [path for _, path in sorted(_numbered(folder, _NAME))]
+
+
+def last_committed(folder: Path) -> int:
+    """The highest number that a manifest has or had; 0 for none.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        found = [*_numbered(folder, _NAME), *_numbered(folder, _MARKER)]
+    return max((number for number, _ in found), default=0)
+
+
+def _numbered(folder: Path, name: re.Pattern[str]) -> Sequence[tuple[int, Path]]:
+    found = ((name.fullmatch(path.name), path) for path in folder.iterdir())
     return [(int(match[1]), path) for match, path in found if match]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
+    ARRAY,
     Written,
-    read,
+    check_folder,
+    json_bytes,
     read_array,
+    read_json,
     store_errors,
     sync_directory,
     write,
@@ -72,7 +74,7 @@ def write_map(
             for name, array in arrays.items()
         }
         shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
-        text = json.dumps({"map": described, "arrays": shapes}, allow_nan=False).encode()
+        text = json_bytes({"map": described, "arrays": shapes})
         files["map.json"] = write(folder / "map.json", text)
         sync_directory(folder)
         sync_directory(path)
@@ -86,8 +88,9 @@ def read_map(path: Path, stored: StoredMap) -> tuple[Any, dict[str, NDArray[Any]
         StoreError: If a file is damaged.
     """
     folder = path / stored.name
+    check_folder(folder)
     try:
-        body = json.loads(read(folder / "map.json", stored.files["map.json"]))
+        body = read_json(folder / "map.json", stored.files["map.json"])
         arrays = {}
         for name, (kind, shape) in body["arrays"].items():
             if kind not in _KINDS or not all(type(size) is int and size >= 0 for size in shape):
@@ -104,13 +107,6 @@ def read_map(path: Path, stored: StoredMap) -> tuple[Any, dict[str, NDArray[Any]
         raise StoreError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
 
-def next_number(path: Path) -> int:
-    """A number that no map of the store has."""
-    with store_errors(path):
-        names = [each.name.removeprefix(PREFIX) for each in path.iterdir()]
-    return 1 + max((int(name) for name in names if name.isdecimal()), default=0)
-
-
 def checked_map(body: Any) -> StoredMap:
     """A map as a manifest names it.
 
@@ -118,9 +114,10 @@ def checked_map(body: Any) -> StoredMap:
         ValueError: If it is none.
     """
     name = body["name"]
-    if not isinstance(name, str) or not re.fullmatch(PREFIX + r"\d{8}", name):
+    if not isinstance(name, str) or not re.fullmatch(PREFIX + r"[0-9]{8}", name):
         raise ValueError(f"a map's name must be {PREFIX}N, got {name!r}")
-    files = {each: Written(*written) for each, written in body["files"].items()}
-    if any("/" in each or "\\" in each or each.startswith(".") for each in files):
-        raise ValueError("a map's files must lie in its folder")
+    files = {each: Written.of(written) for each, written in body["files"].items()}
+    for each in files:
+        if each != "map.json" and not ARRAY.fullmatch(each):
+            raise ValueError(f"a map's files must lie in its folder, got {each!r:.80}")
     return StoredMap(name, dict(body["identity"]), files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,22 @@ from whence.errors import (
     CheckpointError,
     IdError,
     MismatchError,
+    MissingWritersWarning,
     StoreError,
 )
 from whence.store.examples import Places, eligible
-from whence.store.files import data_offset, read_array, read_strings, store_errors
-from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, Shard
+from whence.store.files import (
+    Written,
+    header,
+    read_array,
+    read_range,
+    read_strings,
+    store_errors,
+)
+from whence.store.gone import keys
+from whence.store.manifest import COLUMN_KINDS, DTYPES, READ_ATTEMPTS, Manifest
+from whence.store.members import combined, missing, parts
+from whence.store.shards import Description, Shard
 
 
 class Reader:
@@ -32,18 +44,68 @@ class Reader:
 
     Args:
         path: The store's folder.
+        memory_map: Reads rows through a map of their files instead of into buffers. Quicker where
+            the same rows are read again and again from a large store. If another program cuts a
+            mapped file short, the system kills this process (SIGBUS) when it reads there; nothing
+            can catch that, and so it is not the default. whence itself never shortens a file.
+
+    Attributes:
+        path: The store's folder.
+        manifest: What the store says about itself.
+        missing_writers: Of a store of several writers, those that have confirmed nothing yet.
 
     Raises:
         StoreError: If there is no store, or it is damaged.
+        MismatchError: If its writers did not record the same.
+        IdError: If an id is of two writers.
+
+    Warns:
+        MissingWritersWarning: If some of its writers have confirmed nothing yet.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = False) -> None:
         self.path = path = _arrays.path("path", path)
+        self._memory_map = _arrays.boolean("memory_map", memory_map)
         with store_errors(path):
             if not path.is_dir():
                 got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
                 raise StoreError(f"path must be the folder of a store, got {got}")
-        self.manifest, _ = Manifest.load(path)
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                found = parts(path)
+                # Of each writer's own entries: its descriptions have its own numbers.
+                self._described = [
+                    Description.read(path / name, shard)
+                    for name, part in found
+                    for shard in part.shards
+                ]
+                # Read at once: `compact` takes the file away, and the rows with it.
+                self._gone = {
+                    name: keys(part.gone.read(path / name))
+                    for name, part in found
+                    if part.gone is not None
+                }
+                break
+            except StoreError as error:
+                # A writer may have committed and removed meanwhile what the manifest named.
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                if not gone or attempt == READ_ATTEMPTS - 1:
+                    raise
+        self.manifest = combined(path, found)
+        self._stems = {
+            name: {column: f"column-{index}" for index, column in enumerate(part.columns or {})}
+            for name, part in found
+        }
+        self.missing_writers = missing(path)
+        if self.missing_writers:
+            warnings.warn(
+                f"{path} is without the rows of writers {', '.join(self.missing_writers)}, which "
+                "have confirmed nothing yet",
+                MissingWritersWarning,
+                stacklevel=3,
+            )
+        if len(found) > 1:
+            _ = self._order  # an id that two writers have recorded is refused at once
 
     @property
     def dim(self) -> int:
@@ -79,30 +141,52 @@ class Reader:
 
         The norm of the row, unless rows are quantised.
         """
-        parts = [
-            read_array(
-                self.path / shard.name / "scales.npy",
-                _file(self.path, shard, "scales.npy"),
-                "<f4",
-                (shard.rows,),
-            )
-            for shard in self.manifest.shards
+        found = [
+            read_scales(shard.folder(self.path), described) for shard, described in self.shards
         ]
-        scales = np.concatenate(parts) if parts else np.empty(0, np.float32)
-        if not np.isfinite(scales).all() or (scales < 0).any():
-            raise StoreError(f"{self.path} is damaged: scales must be finite and not negative")
-        return scales
+        return np.concatenate(found) if found else np.empty(0, np.float32)
 
     @cached_property
     def core(self) -> _core.Rows:
         """The rows as the search engine takes them."""
         files: list[Any] = []
+        kind = DTYPES[self.manifest.dtype]
+        for shard, described in self.shards:
+            path = shard.folder(self.path) / "rows.npy"
+            offset = len(header(kind, (shard.rows, self.manifest.row_width)))
+            files.append((path, offset, shard.rows, file_of(described, path).blocks))
+        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales, self._memory_map)
+
+    @property
+    def shards(self) -> list[tuple[Shard, Description]]:
+        """The shards and what is in them, in the order in which rows are numbered."""
+        return list(zip(self.manifest.shards, self._described, strict=True))
+
+    @cached_property
+    def kept(self) -> NDArray[np.bool_] | None:
+        """[rows] whether each is there: neither deleted nor replaced. None if all are.
+
+        Raises:
+            StoreError: If rows are gone that never were there.
+        """
+        if not self._gone:
+            return None
+        kept = np.ones(sum(shard.rows for shard in self.manifest.shards), np.bool_)
+        start, left = 0, {name: len(gone) for name, gone in self._gone.items()}
         for shard in self.manifest.shards:
-            path = self.path / shard.name / "rows.npy"
-            shape = (shard.rows, self.manifest.row_width)
-            offset = data_offset(path, DTYPES[self.manifest.dtype], shape)
-            files.append((path, offset, shard.rows))
-        return _core.Rows(files, self.dim, self.manifest.dtype, self.scales)
+            gone = self._gone.get(shard.member, np.empty(0, np.int64))
+            here = gone[
+                slice(*np.searchsorted(gone, [shard.number << 32, (shard.number + 1) << 32]))
+            ]
+            rows = here & 0xFFFFFFFF
+            if len(rows) and rows[-1] >= shard.rows:
+                raise StoreError(f"{self.path} is damaged: rows are gone that {shard.name} has not")
+            kept[start + rows] = False
+            start += shard.rows
+            left[shard.member] = left.get(shard.member, 0) - len(rows)
+        if any(left.values()):
+            raise StoreError(f"{self.path} is damaged: rows are gone of shards that are not there")
+        return kept
 
     @cached_property
     def row_norms(self) -> NDArray[np.float32]:
@@ -117,11 +201,10 @@ class Reader:
     @property
     def quantisation_error(self) -> float | None:
         """The mean over rows of |row - stored row| / |row|; None unless rows are quantised."""
-        shards = self.manifest.shards
-        errors = [shard.error for shard in shards if shard.error is not None]
-        if not shards or len(errors) < len(shards):
+        errors = [each.error for each in self._described if each.error is not None]
+        if not errors or len(errors) < len(self._described):
             return None
-        return float(np.average(errors, weights=[shard.rows for shard in shards]))
+        return float(np.average(errors, weights=[each.rows for each in self._described]))
 
     def row_numbers(self, *, missing: str = "error") -> NDArray[np.int64]:
         """[checkpoints, examples] the number of the row of each example; -1 where it has none.
@@ -219,13 +302,15 @@ class Reader:
 
     def _read_examples(self, name: str) -> NDArray[Any]:
         """[examples] a column, at the first checkpoint that each example has."""
-        kinds = self.manifest.columns or {}
-        stem, kind = f"column-{list(kinds).index(name)}", kinds[name]
+        kind = (self.manifest.columns or {})[name]
         first = np.full(len(self), -1, np.int64)
         for rows in self._order[1][::-1]:
             first = np.where(rows >= 0, rows, first)
-        parts = [read_column(self.path, shard, stem, kind) for shard in self.manifest.shards]
-        found: NDArray[Any] = np.concatenate(parts)[first] if parts else np.empty(0)
+        read = [
+            read_column(shard.folder(self.path), described, self._stems[shard.member][name], kind)
+            for shard, described in self.shards
+        ]
+        found: NDArray[Any] = np.concatenate(read)[first] if read else np.empty(0)
         return found
 
     @cached_property
@@ -236,28 +321,57 @@ class Reader:
     def _order(self) -> tuple[Ids, NDArray[np.int64]]:
         """Ids in order of first appearance; [checkpoints, examples] numbers of their rows."""
         shards = self.manifest.shards
-        parts = [read_ids(self.path, shard, self.manifest) for shard in shards]
-        if not parts:
+        found = [
+            read_ids(shard.folder(self.path), described, self.manifest)
+            for shard, described in self.shards
+        ]
+        if not found:
             return np.empty(0, np.int64), np.empty((len(self.checkpoints), 0), np.int64)
-        all_ids = np.concatenate(parts)
-        checkpoint = np.repeat(
-            [shard.checkpoint for shard in shards], [shard.rows for shard in shards]
-        )
+        all_ids = np.concatenate(found)
+        counts = [shard.rows for shard in shards]
+        checkpoint = np.repeat([shard.checkpoint for shard in shards], counts)
+        places = np.arange(len(all_ids), dtype=np.int64)
+        if self.kept is not None:
+            all_ids, checkpoint, places = (
+                each[self.kept] for each in (all_ids, checkpoint, places)
+            )
+        self._check_writers(all_ids, places)
         if len(self.checkpoints) == 1:
-            numbers = np.arange(len(all_ids), dtype=np.int64)[None]
             if len(np.unique(all_ids)) < len(all_ids):
                 raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
-            return all_ids, numbers
+            return all_ids, places[None]
         unique, first, inverse = np.unique(all_ids, return_index=True, return_inverse=True)
         by_appearance = np.argsort(first, kind="stable")
         rank = np.empty(len(unique), np.int64)
         rank[by_appearance] = np.arange(len(unique))
         numbers = np.full((len(self.checkpoints), len(unique)), -1, np.int64)
         example = rank[inverse.reshape(-1)]
-        numbers[checkpoint, example] = np.arange(len(all_ids))
+        numbers[checkpoint, example] = places
         if (numbers >= 0).sum() < len(all_ids):
             raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
         return unique[by_appearance], numbers
+
+    def _check_writers(self, ids: Ids, places: NDArray[np.int64]) -> None:
+        """Nothing, if every id is of one writer.
+
+        Raises:
+            IdError: If one is of two; says of which.
+        """
+        shards = self.manifest.shards
+        names = sorted({shard.member for shard in shards})
+        if len(names) < 2:
+            return
+        members = np.repeat(
+            [names.index(shard.member) for shard in shards], [shard.rows for shard in shards]
+        )[places]
+        order = np.argsort(ids, kind="stable")
+        same = (ids[order][1:] == ids[order][:-1]) & (members[order][1:] != members[order][:-1])
+        if same.any():
+            at = order[np.flatnonzero(same)[0] :][:2]
+            one, two = (names[members[each]] for each in at)
+            raise IdError(
+                f"ids must be of one writer each, got {ids[at[0]].item()!r} of {one} and of {two}"
+            )
 
 
 class Columns(Mapping[str, NDArray[Any]]):
@@ -281,25 +395,98 @@ class Columns(Mapping[str, NDArray[Any]]):
         return len(self._reader.manifest.columns or {})
 
 
-def read_column(path: Path, shard: Shard, stem: str, kind: str) -> NDArray[Any]:
-    """A column of a shard."""
-    folder = path / shard.name
+PIECE = 4 << 20
+"""Bytes of stored rows that are read at a time, where they are copied."""
+
+
+def stored_rows(
+    folder: Path, described: Description, manifest: Manifest
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The rows of a shard as they are stored, in pieces: the first's number, and [rows, width].
+
+    Raises:
+        StoreError: If they are damaged.
+    """
+    path = folder / "rows.npy"
+    written, kind = file_of(described, path), np.dtype(DTYPES[manifest.dtype])
+    shape = (described.rows, manifest.row_width)
+    head, width = len(header(kind.str, shape)), kind.itemsize * manifest.row_width
+    if written.length != head + described.rows * width:
+        raise StoreError(
+            f"{path} is damaged: it must hold {described.rows} rows of {width} bytes, got "
+            f"{written.length} bytes"
+        )
+    step = max(PIECE // width, 1)
+    for first in range(0, described.rows, step):
+        rows = min(step, described.rows - first)
+        start = head + first * width
+        content = read_range(path, written, start, start + rows * width)
+        yield first, np.frombuffer(content, kind).reshape(rows, manifest.row_width)
+
+
+def read_columns(folder: Path, described: Description, manifest: Manifest) -> list[NDArray[Any]]:
+    """[rows] each: the columns of a shard, in the manifest's order.
+
+    Raises:
+        StoreError: If one is damaged.
+    """
+    return [
+        read_column(folder, described, f"column-{index}", kind)
+        for index, kind in enumerate((manifest.columns or {}).values())
+    ]
+
+
+def read_scales(folder: Path, described: Description) -> NDArray[np.float32]:
+    """[rows] the scales of a shard.
+
+    Raises:
+        StoreError: If they are damaged.
+    """
+    path = folder / "scales.npy"
+    scales = read_array(path, file_of(described, path), "<f4", (described.rows,))
+    if not np.isfinite(scales).all() or (scales < 0).any():
+        raise StoreError(f"{path} is damaged: scales must be finite and not negative")
+    return scales
+
+
+def read_column(folder: Path, described: Description, stem: str, kind: str) -> NDArray[Any]:
+    """[rows] a column of a shard.
+
+    Raises:
+        StoreError: If it is damaged.
+    """
     if kind == "str":
-        return read_strings(folder, stem, shard.files, shard.rows)
-    name = f"{stem}.npy"
-    written = _file(path, shard, name)
-    return read_array(folder / name, written, COLUMN_KINDS[kind], (shard.rows,))
+        return read_strings(folder, stem, described.files, described.rows)
+    path = folder / f"{stem}.npy"
+    return read_array(path, file_of(described, path), COLUMN_KINDS[kind], (described.rows,))
 
 
-def read_ids(path: Path, shard: Shard, manifest: Manifest) -> Ids:
-    """The ids of a shard."""
+def read_ids(folder: Path, described: Description, manifest: Manifest) -> Ids:
+    """[rows] the ids of a shard.
+
+    Raises:
+        StoreError: If they are damaged.
+    """
     if manifest.ids not in ("int64", "str"):
-        raise StoreError(f"{path} is damaged: ids must be int64 or str, got {manifest.ids}")
-    ids = read_column(path, shard, "ids", manifest.ids)
-    return ids.astype(np.str_) if manifest.ids == "str" else ids
+        raise StoreError(f"{folder} is damaged: ids must be int64 or str, got {manifest.ids}")
+    ids = read_column(folder, described, "ids", manifest.ids)
+    if manifest.ids == "str":
+        longest = max(map(len, ids))
+        if longest > _arrays.MAX_ID:
+            raise StoreError(
+                f"{folder / 'ids.npy'} must hold ids of at most {_arrays.MAX_ID} characters, got "
+                f"one of {longest}"
+            )
+        return ids.astype(np.str_)
+    return ids
 
 
-def _file(path: Path, shard: Shard, name: str) -> Any:
-    if name not in shard.files:
-        raise StoreError(f"{path / shard.name / name} must be named in the manifest, and is not")
-    return shard.files[name]
+def file_of(described: Description, path: Path) -> Written:
+    """What is known of a file of a shard.
+
+    Raises:
+        StoreError: If the shard's description does not name it.
+    """
+    if path.name not in described.files:
+        raise StoreError(f"{path} must be named in its shard's description, and is not")
+    return described.files[path.name]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,33 @@ from whence.errors import (
     MismatchError,
     StoreError,
 )
-from whence.store.files import Written, store_errors, sync_directory, write_array, write_strings
+from whence.store.files import store_errors, sync_directory
+from whence.store.gone import GONE, keys, write_gone
 from whence.store.lock import Lock
-from whence.store.manifest import BITS, DTYPES, Checkpoint, Manifest, Shard
-from whence.store.maps import StoredMap, next_number, write_map
+from whence.store.manifest import BITS, DTYPES, MARKER, Checkpoint, Manifest
+from whence.store.maps import PREFIX as MAP
+from whence.store.maps import StoredMap, write_map
+from whence.store.members import PREFIX as MEMBER
+from whence.store.members import member_of, members, writer_of
 from whence.store.reader import read_ids
+from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
 
 SHARD_BYTES = 64 << 20
 """Rows are committed at the latest when this many bytes of them wait."""
 
+AHEAD_BYTES = 4 << 20
+"""... and go to their file whenever so many are not in it, while others are computed."""
+
 COMMIT_SECONDS = 10.0
 """... or when so much time has passed since the last commit."""
 
-_OURS = ("shard-", "map-", "manifest-", "lock")
+OURS = (SHARD, MAP, PACK, GONE, MARKER, MEMBER, "manifest-", "lock")
 """How the names in a store begin."""
 
 
 _Floats = NDArray[np.float32]
 _Batch = tuple[Ids, NDArray[Any], _Floats, _Floats | None, dict[str, Any]]
+_NONE = np.empty((0, 2), np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,26 @@ class _State:
         manifest: As last committed, but for what later rows will add.
         number: Of the manifest on disk; 0 if there is none.
         waiting: (ids, stored rows, scales, errors, columns) of batches that are not confirmed.
+        gone: [rows, 2] shard and row of what is gone, confirmed.
+        going: The same of what the next commit will let go, in parts.
     """
 
     manifest: Manifest
     number: int
     waiting: tuple[_Batch, ...] = ()
+    gone: NDArray[np.int64] = field(default_factory=lambda: _NONE)
+    going: tuple[NDArray[np.int64], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A commit that was begun: what is confirmed if its manifest is there."""
+
+    number: int
+    manifest: Manifest
+    gone: NDArray[np.int64]
+    waiting: int
+    going: int
 
 
 class Writer:
@@ -61,49 +86,66 @@ class Writer:
     Args:
         path: The store's folder; made if it is not there.
         wanted: What a new store is to be; an existing one must agree in sketch, dtype, reduction
-            and model.
+            and model. None for whatever is there.
+        writer: Of a store of several writers, which of them: "3/8" for the third of eight; or the
+            name of its folder.
 
     Raises:
-        ArgumentError: If the type of its rows is not known.
+        ArgumentError: If the type of its rows is not known, or `writer` is none.
         LockedError: If another writer has it open.
         MismatchError: If the store is of another model, sketch or setting.
-        StoreError: If `path` is a file, a folder of something else, damaged, or not writable.
+        StoreError: If `path` is a file, a folder of something else, damaged, or not writable; or
+            is of one writer where several are meant, or the other way round.
     """
 
-    def __init__(self, path: Path, wanted: Manifest) -> None:
-        self.path = path = _arrays.path("path", path)
-        _arrays.choice("dtype", wanted.dtype, DTYPES)
+    def __init__(self, path: Path, wanted: Manifest | None, writer: str | None = None) -> None:
+        path = _arrays.path("path", path)
+        if wanted is not None:
+            _arrays.choice("dtype", wanted.dtype, DTYPES)
         with store_errors(path):
             if path.exists() and not path.is_dir():
                 raise StoreError(f"path must be a folder, got the file {path}")
-            if not Manifest.exists(path) and path.is_dir():
-                _check_empty(path)
-            path.mkdir(parents=True, exist_ok=True)
-            sync_directory(path.parent)
+            self.path = path = _own_folder(path, writer)
+            if wanted is not None:
+                path.mkdir(parents=True, exist_ok=True)
+                sync_directory(path.parent)
+        if wanted is None:
+            Manifest.load(path)  # or says what is there
         self._lock = Lock(path)
         try:
             if Manifest.exists(path):
-                self._state = _State(*Manifest.load(path))
-                _check_same(path, self.manifest, wanted)
-            else:
-                self._state = _State(wanted, 0)
-            self._next_shard = 1 + _last_shard(path)
+                manifest, number = Manifest.load(path)
+                gone = _NONE if manifest.gone is None else manifest.gone.read(path)
+                self._state = _State(manifest, number, gone=gone)
+                if wanted is not None:
+                    _check_same(path, manifest, wanted)
+            elif wanted is not None:
+                named = None if writer is None else writer_of(member_of(writer))
+                self._state = _State(replace(wanted, writer=named), 0)
+            self._next_shard = 1 + last_number(path, SHARD)
             self._known = [
                 _KnownIds(
-                    read_ids(path, shard, self.manifest)
+                    self._kept_ids(shard)
                     for shard in self.manifest.shards
                     if shard.checkpoint == index
                 )
                 for index in range(len(self.manifest.row_sets))
             ]
+            Manifest.settle(path, self._state.number, every=True)
         except BaseException:
             self._lock.close()
             raise
-        # The last attempt to commit: number, shards, how many waiting batches it covers.
-        self._attempt: tuple[int, list[Shard], int] = (0, [], 0)
+        self._ids: dict[str, _ShardIds] = {}
+        # The files of what is gone that this and the last manifest name.
+        gone_now = self.manifest.gone
+        self._old_gone = set() if gone_now is None else {gone_now.name}
+        self._attempt: _Attempt | None = None
         self._waiting_bytes = 0
         # Where waiting rows lie, and how many bytes of it are taken.
         self._memory, self._taken = np.empty(SHARD_BYTES, np.uint8), 0
+        # The shard that waiting rows are written to before their commit, and how many batches are.
+        self._ahead: ShardWriter | None = None
+        self._written, self._written_bytes = 0, 0
         self._checkpoint = max(len(self.manifest.row_sets) - 1, 0)
         self._last_commit = time.monotonic()
         self._changed = False
@@ -160,7 +202,7 @@ class Writer:
         Raises:
             StoreError: If it cannot.
         """
-        return write_map(self.path, next_number(self.path), identity, described, arrays)
+        return write_map(self.path, 1 + last_number(self.path, MAP), identity, described, arrays)
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
         """[ids] whether each is recorded in the current checkpoint, confirmed or waiting.
@@ -203,20 +245,25 @@ class Writer:
         rows: NDArray[np.float32],
         columns: dict[str, NDArray[Any]],
         scales: NDArray[np.float32] | None = None,
+        *,
+        replaces: bool = False,
     ) -> None:
         """Takes rows of the current checkpoint; commits now and then.
 
         Args:
-            ids: [rows] new ids.
+            ids: [rows] new ids; or with `replaces` also such as are there.
             rows: [rows, dim] finite values of finite norm.
             columns: [rows] each, as `check_columns` returned them.
             scales: [rows] what the rows are to be multiplied with, if they are scaled already.
+            replaces: Whether rows of ids that are there take the place of those, in one commit.
 
         Raises:
             NotFiniteError: If a value, or the norm of a row, is not finite.
+            StoreError: If a commit that is due fails.
         """
         if not len(ids):
             return
+        going = self._rows_of(ids, self._checkpoint) if replaces else _NONE
         dtype, errors = self.manifest.dtype, None
         if scales is not None:
             stored = rows.astype(dtype, copy=False)
@@ -232,14 +279,110 @@ class Writer:
         stored = self._kept(stored)
         # Known first: an interrupt here loses the rows, as any before the commit does; the other
         # way round it would let them in twice.
-        self._known[self._checkpoint].add(ids)
+        known = self._known[self._checkpoint]
+        new = ids[~known.has(ids)] if len(going) else ids
+        if len(new):
+            known.add(new)
+        manifest = self.manifest
+        if manifest.skipped:  # who was left out before is not any more
+            now = {(self._checkpoint, id_) for id_ in ids.tolist()}
+            left = [each for each in manifest.skipped if each not in now]
+            manifest = replace(manifest, skipped=left)
         self._state = replace(
-            self._state, waiting=(*self._state.waiting, (ids, stored, scales, errors, columns))
+            self._state,
+            manifest=manifest,
+            waiting=(*self._state.waiting, (ids, stored, scales, errors, columns)),
+            going=(*self._state.going, going) if len(going) else self._state.going,
         )
         self._waiting_bytes += stored.nbytes
         elapsed = time.monotonic() - self._last_commit
         if self._waiting_bytes >= SHARD_BYTES or elapsed >= COMMIT_SECONDS:
             self.commit()
+        elif self._waiting_bytes - self._written_bytes >= AHEAD_BYTES:
+            self._write_ahead()
+
+    @property
+    def gone(self) -> NDArray[np.int64]:
+        """[rows, 2] shard and row of what was deleted or replaced, in order."""
+        return self._state.gone
+
+    def holds(self, ids: Ids) -> NDArray[np.bool_]:
+        """[ids] whether each has a row at a checkpoint, or is noted as left out.
+
+        Raises:
+            IdError: If they are not of the store's kind.
+        """
+        noted = {id_ for _, id_ in self.manifest.skipped}
+        found = np.array([id_ in noted for id_ in ids.tolist()], np.bool_)
+        if self._known:
+            self.has(ids)  # checks the kind
+        for known in self._known:
+            found |= known.has(ids)
+        return found
+
+    def delete(self, ids: Ids) -> int:
+        """Lets rows of all checkpoints go, with the next commit; their bytes with `compact`.
+
+        Ids that are noted as left out are no longer noted.
+
+        Returns:
+            How many rows.
+
+        Raises:
+            IdError: If an id is nowhere in the store.
+            StoreError: If waiting rows cannot be committed.
+        """
+        self.commit()
+        found = [self._rows_of(ids, index) for index in range(len(self._known))]
+        asked, there = set(ids.tolist()), self.holds(ids)
+        if not there.all():
+            raise IdError(f"ids must be in the store, got {ids[~there][0].item()!r}")
+        skipped = [(at, id_) for at, id_ in self.manifest.skipped if id_ not in asked]
+        manifest = replace(self._state.manifest, skipped=skipped)
+        self._state = replace(self._state, manifest=manifest, going=tuple(found))
+        self._changed = True
+        for known in self._known:
+            known.drop(ids)
+        return sum(map(len, found))
+
+    def _rows_of(self, ids: Ids, checkpoint: int) -> NDArray[np.int64]:
+        """[rows, 2] where the rows of these ids are at a checkpoint, of those that have one."""
+        there = ids[self._known[checkpoint].has(ids)] if self._known else ids[:0]
+        found = self._confirmed(there, checkpoint)
+        if len(found) < len(there):  # the others wait, and are in no shard yet
+            self.commit()
+            found = self._confirmed(there, checkpoint)
+        return found
+
+    def _confirmed(self, ids: Ids, checkpoint: int) -> NDArray[np.int64]:
+        """[rows, 2] where the rows of these ids are, of those in a shard that are not to go."""
+        found = [_NONE]
+        if len(ids):
+            for shard in self.manifest.shards:
+                if shard.checkpoint == checkpoint:
+                    rows = self._shard_ids(shard).rows_of(ids)
+                    found.append(np.column_stack([np.full(len(rows), shard.number), rows]))
+        places = np.concatenate(found)
+        hidden = keys(np.concatenate([self._state.gone, *self._state.going]))
+        return places[~np.isin(keys(places), hidden)]
+
+    def _shard_ids(self, shard: Shard) -> _ShardIds:
+        if shard.name not in self._ids:
+            self._ids[shard.name] = _ShardIds(self._read_ids(shard))
+        return self._ids[shard.name]
+
+    def _read_ids(self, shard: Shard) -> Ids:
+        described = Description.read(self.path, shard)
+        return read_ids(shard.folder(self.path), described, self.manifest)
+
+    def _kept_ids(self, shard: Shard) -> Ids:
+        """The ids of a shard's rows that are not gone."""
+        ids = self._read_ids(shard)
+        keep = np.ones(len(ids), np.bool_)
+        gone = self._state.gone
+        rows = gone[gone[:, 0] == shard.number, 1]
+        keep[rows[rows < len(keep)]] = False
+        return ids[keep]
 
     def _kept(self, stored: NDArray[Any]) -> NDArray[Any]:
         """A copy in memory that serves again after every commit; itself, where there is no room.
@@ -256,10 +399,23 @@ class Writer:
         found[:] = stored
         return found
 
-    def skip(self, ids: Ids) -> None:
-        """Notes ids that were left out because their gradient is not finite."""
+    def skip(self, ids: Ids, *, replaces: bool = False) -> None:
+        """Notes ids that were left out because their gradient is not finite.
+
+        Args:
+            ids: [ids] new ids; or with `replaces` also such as are there.
+            replaces: Whether rows of ids that are there go, with the next commit.
+
+        Raises:
+            StoreError: If waiting rows cannot be committed.
+        """
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
+        if replaces:
+            going = self._rows_of(ids, self._checkpoint)
+            if len(going):
+                self._state = replace(self._state, going=(*self._state.going, going))
+                self._known[self._checkpoint].drop(ids)
         noted = self.left_out
         for id_ in ids.tolist():
             if id_ not in noted:
@@ -277,24 +433,62 @@ class Writer:
             StoreError: If it cannot; the rows stay in memory, and the next commit tries again.
         """
         self._settle()
-        if not self._state.waiting and not self._changed:
-            return
         before = self._state
-        shards = list(before.manifest.shards)
+        if not before.waiting and not before.going and not self._changed:
+            return
+        number = before.number + 1
+        shards, gone, named = list(before.manifest.shards), before.gone, before.manifest.gone
         if before.waiting:
             with store_errors(self.path):
                 shards.append(self._write_shard(before.waiting))
-        self._attempt = (before.number + 1, shards, len(before.waiting))
-        replace(before.manifest, shards=shards).save(self.path, before.number + 1)
+        if before.going:
+            gone = np.unique(np.concatenate([gone, *before.going]), axis=0)
+            named = write_gone(self.path, number, gone)
+        manifest = replace(before.manifest, shards=shards, gone=named)
+        self._attempt = _Attempt(number, manifest, gone, len(before.waiting), len(before.going))
+        saved = manifest.save(self.path, number)
+        self._attempt = replace(self._attempt, manifest=saved)
         self._settle()
-        Manifest.prune(self.path, self._state.number)
+        Manifest.settle(self.path, number)
+        # The manifest before this one is kept, and so is what it names.
+        kept = {each.name for each in (before.manifest.gone, named) if each is not None}
+        for name in self._old_gone - kept:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink(missing_ok=True)
+        self._old_gone = kept
+
+    def replace_shards(self, shards: list[Shard]) -> None:
+        """Commits other shards in the place of all: what `compact` and `repair` have written.
+
+        Nothing is gone from them. What was confirmed before is removed from the disk.
+
+        Raises:
+            StoreError: If it cannot; the store is then as it was.
+        """
+        self._settle()
+        before = self._state
+        number = before.number + 1
+        named = {shard.name for shard in shards}
+        manifest = replace(before.manifest, shards=shards, packs=[], gone=None)
+        self._attempt = _Attempt(number, manifest, _NONE, 0, 0)
+        saved = manifest.save(self.path, number)
+        self._attempt = replace(self._attempt, manifest=saved)
+        self._settle()
+        self._ids = {name: ids for name, ids in self._ids.items() if name in named}
+        Manifest.settle(self.path, number, kept=0, every=True)
 
     def close(self) -> None:
         """Commits and lets go of the store."""
         try:
             self.commit()
         finally:
+            self._abandon()
             self._lock.close()
+
+    def release(self) -> None:
+        """Lets go of the store without a commit; for who has changed nothing, or failed."""
+        self._abandon()
+        self._lock.close()
 
     def _settle(self) -> None:
         """Takes over the last attempt to commit, if its manifest is there.
@@ -302,45 +496,100 @@ class Writer:
         An attempt can fail, or be interrupted, after its manifest has appeared: then its rows are
         confirmed, and must not be committed again.
         """
-        number, shards, covered = self._attempt
-        state = self._state
-        if number <= state.number or not Manifest.path(self.path, number).exists():
+        attempt, state = self._attempt, self._state
+        if attempt is None or attempt.number <= state.number:
             return
+        if not Manifest.path(self.path, attempt.number).exists():
+            return
+        found = attempt.manifest
         self._state = _State(
-            replace(state.manifest, shards=shards), number, state.waiting[covered:]
+            replace(state.manifest, shards=found.shards, packs=found.packs, gone=found.gone),
+            attempt.number,
+            state.waiting[attempt.waiting :],
+            attempt.gone,
+            state.going[attempt.going :],
         )
         self._waiting_bytes = sum(stored.nbytes for _, stored, *_ in self._state.waiting)
         self._changed = False
         self._last_commit = time.monotonic()
 
+    def _write_ahead(self) -> None:
+        """Writes waiting rows to the file of their shard, as far as they are not there.
+
+        The disk then has little left to do when they are committed. They stay in memory too: if
+        this fails, the commit writes them again, or says what is wrong.
+        """
+        try:
+            self._shard_of(self._state.waiting)
+        except StoreError:
+            self._abandon()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _shard_of(self, waiting: tuple[_Batch, ...]) -> ShardWriter:
+        """The shard that is being written, with the rows of these batches in it."""
+        if self._ahead is None:
+            number, manifest = self._next_shard, self.manifest
+            self._next_shard += 1
+            kind = DTYPES[manifest.dtype]
+            self._ahead = ShardWriter(self.path, number, self._checkpoint, kind, manifest.row_width)
+        for _, stored, *_ in waiting[self._written :]:
+            self._ahead.append(stored)
+            self._written += 1
+            self._written_bytes += stored.nbytes
+        return self._ahead
+
+    def _abandon(self) -> None:
+        """Removes the shard that is being written."""
+        ahead, self._ahead = self._ahead, None
+        self._written, self._written_bytes = 0, 0
+        if ahead is not None:
+            ahead.abandon()
+
     def _write_shard(self, waiting: tuple[_Batch, ...]) -> Shard:
         """Writes rows to a folder of a name that was never used."""
-        name = f"shard-{self._next_shard:08}"
-        self._next_shard += 1
-        folder = self.path / name
-        folder.mkdir()
-        ids, stored, scales, errors, columns = zip(*waiting, strict=True)
-        files: dict[str, Written] = {
-            "rows.npy": write_array(folder / "rows.npy", *stored),
-            "scales.npy": write_array(folder / "scales.npy", np.concatenate(scales)),
-        }
-        files |= _write_column(folder, "ids", np.concatenate(ids))
-        for index, column in enumerate(self.manifest.columns or {}):
-            joined = np.concatenate([each[column] for each in columns])
-            files |= _write_column(folder, f"column-{index}", joined)
-        sync_directory(folder)
-        sync_directory(self.path)
+        ids, _, scales, errors, columns = zip(*waiting, strict=True)
         error = None
         if self.manifest.is_quantised:
             error = float(np.concatenate(errors).mean(dtype=np.float64))
-        return Shard(name, self._checkpoint, sum(map(len, ids)), files, error)
+        try:
+            shard = self._shard_of(waiting).finish(
+                np.concatenate(scales),
+                np.concatenate(ids),
+                [
+                    np.concatenate([each[column] for each in columns])
+                    for column in self.manifest.columns or {}
+                ],
+                error,
+            )
+        except BaseException:
+            self._abandon()
+            raise
+        self._ahead, self._written, self._written_bytes = None, 0, 0
+        return shard
+
+
+class _ShardIds:
+    """The ids of a shard, found by id."""
+
+    def __init__(self, ids: Ids) -> None:
+        self._order = np.argsort(ids, kind="stable")
+        self._ordered = ids[self._order]
+
+    def rows_of(self, ids: Ids) -> NDArray[np.int64]:
+        """The rows of those of `ids` that are here."""
+        ordered = self._ordered
+        at = np.searchsorted(ordered, ids).clip(max=len(ordered) - 1)
+        found: NDArray[np.int64] = self._order[at[ordered[at] == ids]]
+        return found
 
 
 class _KnownIds:
     """The ids of one checkpoint: sorted runs, merged so that there are few."""
 
     def __init__(self, parts: Any) -> None:
-        parts = list(parts)
+        parts = [part for part in parts if len(part)]
         self._runs: list[Ids] = [np.unique(np.concatenate(parts))] if parts else []
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
@@ -360,11 +609,42 @@ class _KnownIds:
             last = self._runs.pop()
             self._runs[-1] = np.sort(np.concatenate([self._runs[-1], last]))
 
+    def drop(self, ids: Ids) -> None:
+        left = (run[~np.isin(run, ids)] for run in self._runs)
+        self._runs = [run for run in left if len(run)]
 
-def _write_column(folder: Path, stem: str, column: NDArray[Any]) -> dict[str, Written]:
-    if _arrays.kind_of_array(column) == "str":
-        return write_strings(folder, stem, column)
-    return {f"{stem}.npy": write_array(folder / f"{stem}.npy", column)}
+
+def _own_folder(path: Path, writer: str | None) -> Path:
+    """The folder that a writer writes to.
+
+    Raises:
+        StoreError: If the store is of one writer where several are meant, or the other way round,
+            or the folder is of something else.
+    """
+    if not path.is_dir():
+        return path if writer is None else path / member_of(writer)
+    there = members(path)
+    if writer is None:
+        if there:
+            raise StoreError(
+                f"path must be a store of one writer, got {path} with {next(iter(there))}; record "
+                "with writer='number/total', or whence.merge what is there"
+            )
+        if not Manifest.exists(path):
+            _check_empty(path)
+        return path
+    name = member_of(writer)
+    if Manifest.exists(path):
+        raise StoreError(f"path must be a store of several writers, got {path} of one")
+    _check_empty(path)
+    if there and next(iter(there)).rsplit("-", 1)[1] != name.rsplit("-", 1)[1]:
+        raise StoreError(
+            f"writer must be of as many as the store {path} has, got {writer!r} beside "
+            f"{next(iter(there))}"
+        )
+    if (path / name).is_dir() and not Manifest.exists(path / name):
+        _check_empty(path / name)
+    return path / name
 
 
 def _check_empty(path: Path) -> None:
@@ -375,22 +655,15 @@ def _check_empty(path: Path) -> None:
             manifest may.
     """
     names = sorted(each.name for each in path.iterdir())
-    strangers = [name for name in names if not name.startswith(_OURS)]
+    strangers = [name for name in names if not name.startswith(OURS)]
     if strangers:
         raise StoreError(
             f"path must be a store or an empty folder, got {path} with {strangers[0]!r} in it"
         )
-    if _last_shard(path) > 1:  # a writer that was killed in its first commit leaves one
+    if last_number(path, SHARD) > 1:  # a writer that was killed in its first commit leaves one
         raise StoreError(
             f"path must be a store with its manifest, got {path} with rows that no manifest names"
         )
-
-
-def _last_shard(path: Path) -> int:
-    """The highest number of a shard's folder, named in a manifest or left by a killed writer."""
-    with store_errors(path):
-        numbers = [each.name.removeprefix("shard-") for each in path.iterdir()]
-    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:

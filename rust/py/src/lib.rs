@@ -28,12 +28,13 @@ mod _core {
     #[pymodule_export]
     use super::sketch::{Sketch, instruction_set};
     #[pymodule_export]
-    use super::store::{crc32, encode, encode_factors, quantise};
+    use super::store::{block_checksums, check_file, crc32, encode, encode_factors, quantise};
     #[pymodule_export]
     use super::text::InvertedIndex;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("BLOCK", whence_core::store::blocks::BLOCK)?;
         module.add("HASH_VERSION", whence_core::random::HASH_VERSION)?;
         module.add("MAX_COORDINATES", whence_core::sketch::MAX_COORDINATES)?;
         module.add("MAX_DIM", whence_core::sketch::MAX_DIM)?;

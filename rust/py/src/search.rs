@@ -43,19 +43,29 @@ fn kind_of(dtype: &str) -> Result<Kind, Error> {
 #[pymethods]
 impl Rows {
     #[new]
+    #[pyo3(signature = (files, dim, dtype, scales, memory_map=false))]
     fn new(
         py: Python<'_>,
-        files: Vec<(PathBuf, u64, u64)>,
+        files: Vec<(PathBuf, u64, u64, Option<PyReadonlyArray1<'_, u32>>)>,
         dim: usize,
         dtype: &str,
         scales: PyReadonlyArray1<'_, f32>,
+        memory_map: bool,
     ) -> PyResult<Self> {
         let scales = values_of(py, "scales", &scales)?.to_vec();
+        let mut all = Vec::with_capacity(files.len());
+        for (path, offset, rows, checksums) in files {
+            let checksums = checksums.as_ref().map(|values| values_of(py, "checksums", values));
+            all.push((path, offset, rows, checksums.transpose()?.map(<[u32]>::to_vec)));
+        }
         let rows = compute(py, |_| {
             let kind = kind_of(dtype)?;
-            let files: Result<Vec<_>, _> = files
-                .iter()
-                .map(|(path, offset, rows)| Shard::in_file(path, *offset, *rows, dim, kind))
+            let files: Result<Vec<_>, _> = all
+                .into_iter()
+                .map(|(path, offset, rows, checksums)| {
+                    let shard = Shard::in_file(&path, offset, rows, dim, kind, checksums)?;
+                    if memory_map { shard.mapped() } else { Ok(shard) }
+                })
                 .collect();
             search::Rows::new(files?, scales, dim)
         })?;

@@ -1,5 +1,7 @@
 //! Rows into their stored form.
 
+use std::path::PathBuf;
+
 use half::f16;
 use numpy::{
     Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
@@ -7,7 +9,7 @@ use numpy::{
 };
 use pyo3::prelude::*;
 use whence_core::error::Error;
-use whence_core::store::{self, Part, Stored};
+use whence_core::store::{self, Part, Stored, blocks};
 
 use crate::boundary::{compute, exception, values_of};
 use crate::sketch::rows_of;
@@ -89,4 +91,26 @@ fn factors<'py, T: Stored + Element>(
 pub(crate) fn crc32(py: Python<'_>, bytes: PyReadonlyArray1<'_, u8>, before: u32) -> PyResult<u32> {
     let bytes = values_of(py, "bytes", &bytes)?;
     compute(py, |_| Ok(store::crc32(before, bytes)))
+}
+
+/// The CRC-32 of each block of bytes; see [`blocks::checksums`].
+#[pyfunction]
+pub(crate) fn block_checksums<'py>(
+    py: Python<'py>,
+    bytes: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyArray1<u32>>> {
+    let bytes = values_of(py, "bytes", &bytes)?;
+    Ok(compute(py, |asker| blocks::checksums(bytes, asker))?.into_pyarray(py))
+}
+
+/// The blocks of a file that have other checksums; see [`blocks::check_file`].
+#[pyfunction]
+pub(crate) fn check_file(
+    py: Python<'_>,
+    path: PathBuf,
+    length: u64,
+    checksums: PyReadonlyArray1<'_, u32>,
+) -> PyResult<Vec<u64>> {
+    let checksums = values_of(py, "checksums", &checksums)?;
+    compute(py, |asker| blocks::check_file(&path, length, checksums, asker))
 }

@@ -527,7 +527,7 @@ mod tests {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         std::fs::File::create(&path).unwrap().write_all(&bytes).unwrap();
         let rows = (values.len() / dim) as u64;
-        (Shard::in_file(&path, 0, rows, dim, Kind::F32).unwrap(), Written(path))
+        (Shard::in_file(&path, 0, rows, dim, Kind::F32, None).unwrap(), Written(path))
     }
 
     proptest! {

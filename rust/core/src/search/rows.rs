@@ -159,8 +159,8 @@ impl Rows {
         Ok(())
     }
 
-    /// The rows with these numbers, where they lie if that is together and in memory, or read into
-    /// `values`; their scales go into `scales`.
+    /// The rows with these numbers, where they lie if that is together and in memory or in a map,
+    /// or read into `values`; their scales go into `scales`.
     ///
     /// # Errors
     /// As [`Rows::read`].
@@ -177,7 +177,7 @@ impl Rows {
         {
             let shard = self.starts.partition_point(|&start| start <= first) - 1;
             let at = first - self.starts[shard];
-            if let Some(lent) = self.shards[shard].lent(at, numbers.len()) {
+            if let Some(lent) = self.shards[shard].lent(at, numbers.len())? {
                 scales.clear();
                 self.add_scales(first as usize..last as usize + 1, scales);
                 return Ok(lent);

@@ -4,7 +4,10 @@
 //! Norms of gradients span decades, so a row is divided by its norm before it is rounded, and the
 //! norm is kept; the scale of levels is the one that loses least.
 
+pub mod blocks;
 mod encode;
+mod file;
+mod map;
 mod quantise;
 mod shard;
 

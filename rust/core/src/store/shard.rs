@@ -1,10 +1,13 @@
-//! Stored rows, in a file that is read by position into buffers of ours, or in memory.
+//! Stored rows: in a file that is read by position into buffers of ours, or mapped; or in memory.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use half::f16;
 
+use super::blocks::Checks;
+use super::file::{damaged, io_error, open, read_at};
+use super::map::Map;
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::memory;
@@ -47,25 +50,15 @@ impl Kind {
     }
 }
 
-/// What a reader keeps between reads: the file it read last, and a buffer for narrower values.
+/// What a reader keeps between reads: the file it read last, and buffers for narrower values and
+/// for a block that is checked.
 #[derive(Debug, Default)]
 pub struct Cursor {
     open: Option<(PathBuf, File)>,
     halves: Vec<f16>,
     bytes: Vec<i8>,
     packed: Vec<u8>,
-}
-
-impl Cursor {
-    fn file(&mut self, path: &Path) -> std::io::Result<&File> {
-        if self.open.as_ref().is_none_or(|(open, _)| open != path) {
-            self.open = Some((path.to_owned(), File::open(path)?));
-        }
-        match &self.open {
-            Some((_, file)) => Ok(file),
-            None => Err(std::io::ErrorKind::NotFound.into()),
-        }
-    }
+    block: Vec<u8>,
 }
 
 /// Rows of `dim` values.
@@ -85,8 +78,7 @@ pub struct Shard {
 /// Where rows are.
 #[derive(Debug)]
 enum Place {
-    /// From a byte of a file on.
-    File(PathBuf, u64),
+    File(InFile),
     /// In memory, by kind.
     F32(Vec<f32>),
     F16(Vec<f16>),
@@ -95,37 +87,105 @@ enum Place {
     Packed(Vec<u8>),
 }
 
+/// Rows from a byte of a file on.
+#[derive(Debug)]
+struct InFile {
+    path: PathBuf,
+    offset: u64,
+    length: u64,
+    /// None for a file that has no checksums.
+    checks: Option<Checks>,
+    /// None for a file that is read.
+    map: Option<Map>,
+}
+
+impl InFile {
+    /// Reads bytes of rows; `at` is counted from the first row on.
+    fn read(&self, at: u64, out: &mut [u8], cursor: &mut Cursor) -> Result<(), Error> {
+        let path = &self.path;
+        let file = match &mut cursor.open {
+            Some((open, file)) if open == path => file,
+            open => &mut open.insert((path.clone(), self.open()?)).1,
+        };
+        let (file, at) = (&*file, self.offset + at);
+        let read = |bytes: &mut [u8], at| read_at(file, path, bytes, at);
+        match &self.checks {
+            Some(checks) => checks.read(path, at, out, &mut cursor.block, read),
+            None => read(out, at),
+        }
+    }
+
+    /// The mapped bytes, if there is a map; `at` is counted from the first row on.
+    fn mapped(&self, at: u64, count: usize) -> Result<Option<&[u8]>, Error> {
+        let Some(map) = &self.map else { return Ok(None) };
+        let start = (self.offset + at) as usize;
+        let range = start..start + count;
+        if let Some(checks) = &self.checks {
+            checks.verify_within(&self.path, range.clone(), map.bytes())?;
+        }
+        Ok(Some(&map.bytes()[range]))
+    }
+
+    fn open(&self) -> Result<File, Error> {
+        let (file, length) = open(&self.path, self.checks.is_none())?;
+        if length != self.length {
+            let must = self.length;
+            return Err(damaged(&self.path, format!("it must have {must} bytes, got {length}")));
+        }
+        Ok(file)
+    }
+}
+
 impl Shard {
     /// `rows` rows from byte `offset` of a file to its end.
     ///
+    /// With checksums of its blocks (see [`super::blocks`]) it must not be a link to another, and each block is checked when a read first touches it: what is handed out
+    /// has been checked, or lies in a block that had been found as it should be.
+    ///
     /// # Errors
-    /// [`Error::Io`] if it is not there, [`Error::Damaged`] if it is not exactly as long as
-    /// its rows need.
+    /// [`Error::Io`] if it is not there, [`Error::Damaged`] if it is not a regular file exactly as
+    /// long as its rows need, or has not one checksum a block.
     pub fn in_file(
         path: &Path,
         offset: u64,
         rows: u64,
         dim: usize,
         kind: Kind,
+        checksums: Option<Vec<u32>>,
     ) -> Result<Self, Error> {
-        let io = |source| Error::Io { path: path.to_owned(), source };
-        let length = std::fs::metadata(path).map_err(io)?.len();
+        let (_, length) = open(path, checksums.is_none())?;
         let width = kind.row_bytes(dim);
         let needed = width
             .and_then(|width| rows.checked_mul(width as u64))
             .and_then(|bytes| bytes.checked_add(offset));
-        match width {
-            Some(width) if needed == Some(length) => {
-                Ok(Self { place: Place::File(path.to_owned(), offset), kind, rows, dim, width })
+        let Some(width) = width.filter(|_| needed == Some(length)) else {
+            let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
+            let what = format!("{rows} rows of {dim} need {needed} bytes, it has {length}");
+            return Err(damaged(path, what));
+        };
+        let checks = checksums.map(|all| Checks::new(path, length, all)).transpose()?;
+        let file = InFile { path: path.to_owned(), offset, length, checks, map: None };
+        Ok(Self { place: Place::File(file), kind, rows, dim, width })
+    }
+
+    /// The same rows, looked at where the system keeps their file instead of being read from it.
+    /// Checksums are looked at all the same.
+    ///
+    /// For files only that nobody writes meanwhile: the length is checked once, here, and a process
+    /// that looks behind the end of a file which has been cut since is ended by the system
+    /// (SIGBUS).
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be mapped, [`Error::Damaged`] if its length has changed.
+    pub fn mapped(mut self) -> Result<Self, Error> {
+        if let Place::File(file) = &mut self.place {
+            let map = Map::of(&file.open()?).map_err(|source| io_error(&file.path, source))?;
+            if map.bytes().len() as u64 != file.length {
+                return Err(damaged(&file.path, format!("it must have {} bytes", file.length)));
             }
-            _ => {
-                let needed = needed.map_or("more than 2^64".into(), |bytes| bytes.to_string());
-                Err(Error::Damaged {
-                    path: path.to_owned(),
-                    what: format!("{rows} rows of {dim} need {needed} bytes, it has {length}"),
-                })
-            }
+            file.map = Some(map);
         }
+        Ok(self)
     }
 
     /// Rows in memory; what is left after whole rows is not looked at.
@@ -204,7 +264,9 @@ impl Shard {
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.place {
-            Place::File(path, _) => path.as_os_str().len(),
+            Place::File(file) => {
+                file.path.as_os_str().len() + file.checks.as_ref().map_or(0, Checks::bytes)
+            }
             Place::F32(values) => 4 * values.len(),
             Place::F16(values) => 2 * values.len(),
             Place::I8(values) => values.len(),
@@ -212,35 +274,57 @@ impl Shard {
         }
     }
 
-    /// The rows from `first` on, where they lie in memory as f32.
-    #[must_use]
-    pub fn lent(&self, first: u64, count: usize) -> Option<&[f32]> {
-        let Place::F32(values) = &self.place else { return None };
-        let at = usize::try_from(first).ok()?.checked_mul(self.dim)?;
-        values.get(at..)?.get(..count.checked_mul(self.dim)?)
+    /// The rows from `first` on, where they lie in memory as f32, or in a map; none if there are not
+    /// so many.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if a block of a map has another checksum.
+    pub fn lent(&self, first: u64, count: usize) -> Result<Option<&[f32]>, Error> {
+        if self.kind != Kind::F32 || self.check(first, count as u64).is_err() {
+            return Ok(None);
+        }
+        self.lying(first, count * self.dim)
+    }
+
+    /// `count` stored values of the rows from `first` on, where they lie in memory or in a map;
+    /// `first` and their number have been checked.
+    fn lying<T: bytemuck::Pod>(&self, first: u64, count: usize) -> Result<Option<&[T]>, Error> {
+        let (at, count) = (first * self.width as u64, count * size_of::<T>());
+        let bytes: &[u8] = match &self.place {
+            Place::File(file) => match file.mapped(at, count)? {
+                Some(bytes) => return Ok(bytemuck::try_cast_slice(bytes).ok()),
+                None => return Ok(None),
+            },
+            Place::F32(values) => bytemuck::cast_slice(values),
+            Place::F16(values) => bytemuck::cast_slice(values),
+            Place::I8(values) => bytemuck::cast_slice(values),
+            Place::Packed(bytes) => bytes,
+        };
+        Ok(bytemuck::try_cast_slice(&bytes[at as usize..][..count]).ok())
     }
 
     /// Reads the rows from `first` on into `out`, as many as fit.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not so many rows, [`Error::Io`] if reading fails.
+    /// [`Error::Shape`] if there are not so many rows, [`Error::Io`] if reading fails,
+    /// [`Error::Damaged`] if the file has been cut, or a block has another checksum.
     pub fn read(&self, first: u64, out: &mut [f32], cursor: &mut Cursor) -> Result<(), Error> {
-        self.check(first, (out.len() / self.dim) as u64)?;
+        let count = out.len().checked_div(self.dim).unwrap_or(usize::MAX);
+        self.check(first, count as u64)?;
+        let out = &mut out[..count * self.dim];
         match self.kind {
             Kind::F32 => self.stored(first, out, cursor)?,
             Kind::F16 => {
                 let mut halves = std::mem::take(&mut cursor.halves);
-                halves.resize(out.len(), f16::ZERO);
-                let done = self.stored(first, &mut halves, cursor);
-                InstructionSet::best().widen(&halves, out);
+                let found = self.found(first, out.len(), &mut halves, cursor);
+                let done = found.map(|halves| InstructionSet::best().widen(halves, out));
                 cursor.halves = halves;
                 done?;
             }
             Kind::I8 => {
                 let mut bytes = std::mem::take(&mut cursor.bytes);
-                bytes.resize(out.len(), 0);
-                let done = self.stored(first, &mut bytes, cursor);
-                InstructionSet::best().widen_bytes(&bytes, out);
+                let found = self.found(first, out.len(), &mut bytes, cursor);
+                let done = found.map(|bytes| InstructionSet::best().widen_bytes(bytes, out));
                 cursor.bytes = bytes;
                 done?;
             }
@@ -259,24 +343,43 @@ impl Shard {
         cursor: &mut Cursor,
     ) -> Result<(), Error> {
         let mut packed = std::mem::take(&mut cursor.packed);
-        packed.resize(out.len() / self.dim * self.width, 0);
-        let done = self.stored(first, &mut packed, cursor);
-        let set = InstructionSet::best();
-        if self.dim * B == self.width * 8 {
-            set.unpack::<B>(&packed, out);
-        } else {
-            for (row, out) in packed.chunks_exact(self.width).zip(out.chunks_exact_mut(self.dim)) {
-                set.unpack::<B>(row, out);
+        let count = out.len() / self.dim * self.width;
+        let done = self.found(first, count, &mut packed, cursor).map(|packed| {
+            let set = InstructionSet::best();
+            if self.dim * B == self.width * 8 {
+                set.unpack::<B>(packed, out);
+            } else {
+                for (row, out) in
+                    packed.chunks_exact(self.width).zip(out.chunks_exact_mut(self.dim))
+                {
+                    set.unpack::<B>(row, out);
+                }
             }
-        }
+        });
         cursor.packed = packed;
         done
+    }
+
+    /// `count` stored values of the rows from `first` on, where they lie or else read into `values`.
+    fn found<'a, T: bytemuck::Pod>(
+        &'a self,
+        first: u64,
+        count: usize,
+        values: &'a mut Vec<T>,
+        cursor: &mut Cursor,
+    ) -> Result<&'a [T], Error> {
+        if let Some(lying) = self.lying(first, count)? {
+            return Ok(lying);
+        }
+        values.resize(count, T::zeroed());
+        self.stored(first, values, cursor)?;
+        Ok(values)
     }
 
     fn check(&self, first: u64, count: u64) -> Result<(), Error> {
         if first.checked_add(count).is_none_or(|end| end > self.rows) {
             let place = match &self.place {
-                Place::File(path, _) => path.display().to_string(),
+                Place::File(file) => file.path.display().to_string(),
                 _ => "a matrix in memory".into(),
             };
             let must = format!("within the {} of {place}", self.rows);
@@ -294,46 +397,22 @@ impl Shard {
     ) -> Result<(), Error> {
         // The values lie as they do in memory: the crate compiles for little-endian targets only.
         let out: &mut [u8] = bytemuck::cast_slice_mut(out);
-        let at = first * self.width as u64;
-        let bytes: &[u8] = match &self.place {
-            Place::File(path, offset) => {
-                let io = |source| Error::Io { path: path.clone(), source };
-                let file = cursor.file(path).map_err(io)?;
-                return read_exact_at(file, out, offset + at).map_err(io);
-            }
-            Place::F32(values) => bytemuck::cast_slice(values),
-            Place::F16(values) => bytemuck::cast_slice(values),
-            Place::I8(values) => bytemuck::cast_slice(values),
-            Place::Packed(bytes) => bytes,
-        };
-        out.copy_from_slice(&bytes[at as usize..][..out.len()]);
+        if let Some(bytes) = self.lying(first, out.len())? {
+            out.copy_from_slice(bytes);
+        } else if let Place::File(file) = &self.place {
+            file.read(first * self.width as u64, out, cursor)?;
+        }
         Ok(())
     }
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        let read = std::os::windows::fs::FileExt::seek_read(file, bytes, at)?;
-        if read == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        bytes = &mut bytes[read..];
-        at += read as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write;
 
+    use super::super::blocks::{BLOCK, checksums};
     use super::*;
+    use crate::stop::{Asker, never};
 
     #[test]
     fn packed_rows_come_back_as_levels_from_files_and_from_memory() {
@@ -355,7 +434,7 @@ mod tests {
             };
             let cursor = &mut Cursor::default();
             let mut out = [0.0; 10];
-            let rows = Shard::in_file(&path, 0, 3, 5, kind).unwrap();
+            let rows = Shard::in_file(&path, 0, 3, 5, kind, None).unwrap();
             rows.read(1, &mut out, cursor).unwrap();
             assert_eq!(out[..5], levels(1));
             assert_eq!(out[5..], levels(2));
@@ -365,10 +444,79 @@ mod tests {
             assert_eq!(out[..5], levels(2));
             assert_eq!(out[5..], levels(0));
             for (count, dim) in [(3, 5 + 8 / bits), (2, 5), (4, 5), (3, usize::MAX)] {
-                let found = Shard::in_file(&path, 0, count, dim, kind);
+                let found = Shard::in_file(&path, 0, count, dim, kind, None);
                 assert!(matches!(found, Err(Error::Damaged { .. })));
             }
         }
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn rows_of_every_kind_are_the_same_through_a_map_and_f32_are_lent_from_it() {
+        let path = std::env::temp_dir().join(format!("whence-mapped-{}", std::process::id()));
+        let (rows, dim) = (700, 129);
+        let asker = Asker::new(&never);
+        for kind in [Kind::F32, Kind::F16, Kind::I8, Kind::I4, Kind::I2, Kind::I1] {
+            for offset in [0, 128, 3] {
+                let size = offset + rows * kind.row_bytes(dim).unwrap();
+                // No f32 and no f16 of these is a NaN, which would not equal itself.
+                let bytes: Vec<u8> = (0..size).map(|at| ((at * 7919) >> 3) as u8 & 0x77).collect();
+                std::fs::write(&path, &bytes).unwrap();
+                let sums = checksums(&bytes, &asker).unwrap();
+                for sums in [None, Some(sums)] {
+                    let place = |sums| {
+                        Shard::in_file(&path, offset as u64, rows as u64, dim, kind, sums).unwrap()
+                    };
+                    let read = place(None);
+                    let mapped = place(sums).mapped().unwrap();
+                    let mut cursor = Cursor::default();
+                    for (first, count) in [(0, 1), (3, 600), (699, 1), (0, 700), (5, 0)] {
+                        let mut expected = vec![1.0; count * dim];
+                        read.read(first, &mut expected, &mut cursor).unwrap();
+                        let mut out = vec![2.0; count * dim];
+                        mapped.read(first, &mut out, &mut cursor).unwrap();
+                        assert_eq!(out, expected);
+                        let lent = mapped.lent(first, count).unwrap();
+                        assert_eq!(lent.is_some(), kind == Kind::F32 && offset % 4 == 0);
+                        assert!(lent.is_none_or(|lent| lent == expected));
+                        assert_eq!(read.lent(first, count).unwrap(), None);
+                    }
+                    assert!(mapped.read(600, &mut vec![0.0; 101 * dim], &mut cursor).is_err());
+                    assert_eq!(mapped.lent(600, 101).unwrap(), None);
+                    assert!(!mapped.is_in_memory());
+                }
+            }
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn rows_are_not_lent_from_a_block_that_changed() {
+        let path = std::env::temp_dir().join(format!("whence-lent-{}", std::process::id()));
+        let mut bytes = vec![0; 3 * BLOCK];
+        let sums = checksums(&bytes, &Asker::new(&never)).unwrap();
+        bytes[BLOCK] = 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let shard = Shard::in_file(&path, 0, 6, BLOCK / 8, Kind::F32, Some(sums)).unwrap();
+        let shard = shard.mapped().unwrap();
+        for (first, count, whole) in [(0, 2, true), (1, 2, false), (4, 2, true), (0, 6, false)] {
+            let found = shard.lent(first, count);
+            assert_eq!(matches!(found, Ok(Some(_))), whole);
+            assert_eq!(matches!(found, Err(Error::Damaged { .. })), !whole);
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_was_cut_is_not_mapped() {
+        let path = std::env::temp_dir().join(format!("whence-map-cut-{}", std::process::id()));
+        std::fs::write(&path, [0; 40]).unwrap();
+        let shard = Shard::in_file(&path, 0, 5, 2, Kind::F32, None).unwrap();
+        std::fs::write(&path, [0; 39]).unwrap();
+        assert!(matches!(shard.mapped(), Err(Error::Damaged { .. })));
+        std::fs::write(&path, []).unwrap();
+        let none = Shard::in_file(&path, 0, 0, 2, Kind::F32, None).unwrap().mapped().unwrap();
+        none.read(0, &mut [], &mut Cursor::default()).unwrap();
         std::fs::remove_file(&path).unwrap();
     }
 
@@ -382,13 +530,13 @@ mod tests {
         }
         drop(file);
         let cursor = &mut Cursor::default();
-        let rows = Shard::in_file(&path, 4, 3, 2, Kind::F16).unwrap();
+        let rows = Shard::in_file(&path, 4, 3, 2, Kind::F16, None).unwrap();
         let mut out = [0.0; 4];
         rows.read(1, &mut out, cursor).unwrap();
         assert_eq!(out, [2.0, 3.0, 4.0, 5.0]);
         assert!(rows.read(2, &mut out, cursor).is_err());
         for (offset, count) in [(4, 2), (4, 4), (0, 3), (4, u64::MAX)] {
-            let found = Shard::in_file(&path, offset, count, 2, Kind::F16);
+            let found = Shard::in_file(&path, offset, count, 2, Kind::F16, None);
             assert!(matches!(found, Err(Error::Damaged { .. })));
         }
         let gathered = Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor).unwrap();
@@ -397,13 +545,13 @@ mod tests {
         assert_eq!(gathered.bytes(), 8);
         assert!(Shard::gathered(&[gathered], &[(0, 2)], cursor).is_err());
         // As bytes, the same file has twice as many values.
-        let bytes = Shard::in_file(&path, 4, 6, 2, Kind::I8).unwrap();
+        let bytes = Shard::in_file(&path, 4, 6, 2, Kind::I8, None).unwrap();
         bytes.read(1, &mut out[..2], cursor).unwrap();
         assert_eq!(out[..2], [0.0, 60.0]);
         std::fs::remove_file(&path).unwrap();
         let memory = Shard::in_memory(vec![1.0, 2.0, 3.0], 1);
-        assert_eq!(memory.lent(1, 2), Some(&[2.0, 3.0][..]));
-        assert_eq!(memory.lent(2, 2), None);
+        assert_eq!(memory.lent(1, 2).unwrap(), Some(&[2.0, 3.0][..]));
+        assert_eq!(memory.lent(2, 2).unwrap(), None);
         memory.read(2, &mut out[..1], cursor).unwrap();
         assert_eq!(out[0], 3.0);
         assert!(memory.read(3, &mut out[..1], cursor).is_err());

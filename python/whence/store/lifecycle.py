@@ -1,0 +1,261 @@
+"""Deleting examples, and writing a store anew without what is gone from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence import _arrays
+from whence.errors import IdError
+from whence.store.files import store_errors
+from whence.store.gone import GONE
+from whence.store.manifest import DTYPES, Manifest, last_committed
+from whence.store.maps import PREFIX as MAP
+from whence.store.members import parts
+from whence.store.progress import bar
+from whence.store.reader import read_columns, read_ids, read_scales, stored_rows
+from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
+from whence.store.writer import SHARD_BYTES, Writer
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What `compact` did.
+
+    Attributes:
+        rows: That are in the store.
+        removed: Rows that were gone, whose bytes are off the disk now.
+        shards: How many there were, and are.
+        freed: Bytes.
+    """
+
+    rows: int
+    removed: int
+    shards: tuple[int, int]
+    freed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows in {self.shards[1]:,} shards (were {self.shards[0]:,}); "
+            f"{self.removed:,} rows removed, {self.freed:,} bytes freed"
+        )
+
+
+def delete(path: str | os.PathLike[str], ids: Any, *, missing: str = "error") -> int:
+    """Deletes examples: their rows at all checkpoints are hidden at once.
+
+    Their bytes stay on the disk until `compact` writes the store anew without them; a request to
+    forget somebody needs both. Readers that are open go on with what they opened.
+
+    Args:
+        path: The store's folder.
+        ids: Of the examples; distinct.
+        missing: What to do with an id that is not in the store: "error" or "skip".
+
+    Returns:
+        How many rows were deleted. O(rows) time.
+
+    Raises:
+        ArgumentError: If `missing` is another word.
+        IdError: If an id is of the wrong kind, appears twice, or is not in the store; nothing is
+            deleted then.
+        LockedError: If a writer has the store open.
+        StoreError: If there is no store, it is damaged, or cannot be written.
+
+    Examples:
+        >>> whence.delete("runs/digits", ["user-17/0", "user-17/1"])  # doctest: +SKIP
+        >>> whence.compact("runs/digits")  # doctest: +SKIP
+    """
+    _arrays.choice("missing", missing, ("error", "skip"))
+    array = _arrays.ids("ids", ids)
+    with writers(_arrays.path("path", path)) as found:
+        held = [writer.holds(array) for writer in found]
+        lacking = ~np.any(held, axis=0)
+        if missing == "error" and lacking.any():
+            raise IdError(f"ids must be in the store, got {array[lacking][0].item()!r}")
+        removed = 0
+        for writer, here in zip(found, held, strict=True):
+            if here.any():
+                removed += writer.delete(array[here])
+                writer.commit()
+    return removed
+
+
+def compact(path: str | os.PathLike[str], *, progress: bool | None = None) -> Compacted:
+    """Writes a store anew without what is gone from it, and joins small shards.
+
+    Rows that were deleted or replaced are off the disk when it returns, as far as the file system
+    takes bytes off it, and so is what a killed writer has left. Stored values are copied as they
+    are. A reader that is open cannot read what was written anew, says so, and has to open the store
+    again. Killed at any moment, it leaves the store as it was or as it will be.
+
+    Args:
+        path: The store's folder.
+        progress: Whether to show a bar; None means if standard error is a terminal.
+
+    Returns:
+        What it did. O(bytes that are written anew) time; memory for a few MiB of rows, and the ids
+        and columns of a shard.
+
+    Raises:
+        LockedError: If a writer has the store open.
+        StoreError: If there is no store, it is damaged, or cannot be written.
+    """
+    done = []
+    with writers(_arrays.path("path", path)) as found:
+        total = sum(writer.manifest.stored_bytes for writer in found)
+        with bar("compacting", total, progress) as shown:
+            for writer in found:
+                done.append(_compact(writer, shown))
+    return Compacted(
+        sum(each.rows for each in done),
+        sum(each.removed for each in done),
+        (sum(each.shards[0] for each in done), sum(each.shards[1] for each in done)),
+        sum(each.freed for each in done),
+    )
+
+
+@contextmanager
+def writers(path: Path) -> Iterator[list[Writer]]:
+    """The writers of a store, one or several, all of them open.
+
+    Raises:
+        LockedError: If another writer has one of them open.
+        StoreError: If there is no store, or it is damaged.
+    """
+    with store_errors(path):
+        names = [name for name, _ in parts(path)] if path.is_dir() else [""]
+    with ExitStack() as stack:
+        found = []
+        for name in names:
+            writer = Writer(path, None, name) if name else Writer(path, None)
+            stack.callback(writer.release)
+            found.append(writer)
+        yield found
+
+
+def _compact(writer: Writer, shown: Any) -> Compacted:
+    path, before = writer.path, writer.manifest
+    held = _bytes_in(path)
+    rows = writer.rows
+    shards, number = [], last_number(path, SHARD)
+    made: list[ShardWriter] = []
+    try:
+        for group in _groups(before, writer.gone):
+            if len(group) == 1 and group[0][1] is None:
+                shards.append(group[0][0])
+            elif any(kept is None or kept.any() for _, kept in group):
+                number += 1
+                shards.append(_joined(path, before, number, group, made))
+            shown.update(sum(shard.rows for shard, _ in group) * before.row_bytes)
+        if shards != before.shards:
+            writer.replace_shards(shards)
+    except BaseException:
+        for each in made:
+            each.abandon()
+        raise
+    clear(path, writer.manifest)
+    left = sum(shard.rows for shard in shards)
+    return Compacted(
+        left, rows - left, (len(before.shards), len(shards)), max(held - _bytes_in(path), 0)
+    )
+
+
+_Group = list[tuple[Shard, NDArray[np.bool_] | None]]
+"""Shards that become one, each with [rows] which of its rows are kept; None for all."""
+
+
+def _groups(manifest: Manifest, gone: NDArray[np.int64]) -> Iterator[_Group]:
+    """The shards, those together that become one: neighbours of a checkpoint, up to a full one."""
+    group: _Group = []
+    filled = 0
+    for shard in manifest.shards:
+        kept, size = None, shard.rows
+        here = gone[slice(*np.searchsorted(gone[:, 0], [shard.number, shard.number + 1])), 1]
+        if len(here):
+            kept = np.ones(shard.rows, np.bool_)
+            kept[here] = False
+            size -= len(here)
+        size *= manifest.row_bytes
+        if group and (shard.checkpoint != group[0][0].checkpoint or filled + size > SHARD_BYTES):
+            yield group
+            group, filled = [], 0
+        group.append((shard, kept))
+        filled += size
+    if group:
+        yield group
+
+
+def _joined(
+    path: Path, manifest: Manifest, number: int, group: _Group, made: list[ShardWriter]
+) -> Shard:
+    """Writes the kept rows of shards into one."""
+    first = group[0][0]
+    target = ShardWriter(path, number, first.checkpoint, DTYPES[manifest.dtype], manifest.row_width)
+    made.append(target)
+    beside: list[list[NDArray[Any]]] = []
+    errors = []
+    for shard, kept in group:
+        folder, described = shard.folder(path), Description.read(path, shard)
+        for start, stored in stored_rows(folder, described, manifest):
+            target.append(stored if kept is None else stored[kept[start : start + len(stored)]])
+        arrays = [
+            read_scales(folder, described),
+            read_ids(folder, described, manifest),
+            *read_columns(folder, described, manifest),
+        ]
+        beside.append(arrays if kept is None else [array[kept] for array in arrays])
+        errors.append((described.error, len(beside[-1][0])))
+    scales, ids, *columns = (np.concatenate(each) for each in zip(*beside, strict=True))
+    return target.finish(scales, ids, columns, mean_error(errors))
+
+
+def mean_error(errors: list[tuple[float | None, int]]) -> float | None:
+    """The mean error of shards joined, each with as many rows; None if one's is not known."""
+    known = [(error, rows) for error, rows in errors if error is not None and rows]
+    if len(known) < sum(rows > 0 for _, rows in errors) or not known:
+        return None
+    return sum(error * rows for error, rows in known) / sum(rows for _, rows in known)
+
+
+def clear(path: Path, manifest: Manifest) -> None:
+    """Removes what no manifest names: older ones, and what a killed or repaired store has left.
+
+    Raises:
+        StoreError: If it cannot.
+    """
+    Manifest.settle(path, last_committed(path), kept=0, every=True)
+    with store_errors(path):
+        for each in leftovers(path, manifest):
+            if each.is_dir() and not each.is_symlink():
+                shutil.rmtree(each)
+            else:
+                each.unlink()
+
+
+def leftovers(path: Path, manifest: Manifest) -> list[Path]:
+    """What lies in a store's folder under names of ours, and is named nowhere."""
+    named = {shard.name for shard in manifest.shards}
+    named |= {pack.name for pack in manifest.packs}
+    named |= {each.map.name for each in manifest.checkpoints if each.map is not None}
+    if manifest.gone is not None:
+        named.add(manifest.gone.name)
+    ours = (SHARD, MAP, PACK, GONE)
+    return [
+        each
+        for each in sorted(path.iterdir())
+        if (each.name.startswith(ours) and each.name not in named) or each.suffix == ".part"
+    ]
+
+
+def _bytes_in(path: Path) -> int:
+    with store_errors(path):
+        return sum(each.lstat().st_size for each in path.rglob("*") if each.is_file())

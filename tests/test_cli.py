@@ -1,0 +1,82 @@
+"""The commands on a store."""
+
+import json
+
+import numpy as np
+import pytest
+from filled import fill, random_rows
+
+import whence
+from whence.cli import main
+
+
+@pytest.fixture
+def store(tmp_path):
+    path = tmp_path / "a store"
+    fill(path, random_rows(20), parts=2, label=np.arange(20))
+    return path
+
+
+def run(capsys, *arguments):
+    status = main([str(each) for each in arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_info_prints_figures(store, capsys):
+    status, out, _ = run(capsys, "info", store)
+    assert status == 0
+    assert "20, 20 rows in 2 shards" in out
+    assert "'label' (int64)" in out
+
+
+def test_figures_as_json_are_those_of_the_call(store, capsys):
+    found = json.loads(run(capsys, "info", store, "--json")[1])
+    assert found["bytes"] == whence.info(store).bytes
+    assert json.loads(run(capsys, "verify", store, "--json")[1])["rows"] == 20
+
+
+def test_verify_ends_with_one_where_there_is_damage(store, capsys):
+    assert run(capsys, "verify", store)[0] == 0
+    path = store / "shard-00000001" / "rows.npy"
+    content = bytearray(path.read_bytes())
+    content[300] ^= 4
+    path.write_bytes(content)
+    status, out, _ = run(capsys, "verify", store)
+    assert status == 1
+    assert "rows.npy is damaged: block 0" in out
+
+
+def test_repair_lists_what_is_lost(store, capsys):
+    (store / "shard-00000001" / "rows.npy").write_bytes(b"")
+    status, out, _ = run(capsys, "repair", store)
+    assert status == 0
+    assert "10 rows lost" in out
+    assert "lost: 3 at checkpoint '0'" in out
+
+
+def test_delete_and_compact(store, capsys):
+    assert "2 rows deleted" in run(capsys, "delete", store, "3", "4")[1]
+    assert whence.open(store).ids.tolist() == [each for each in range(20) if each not in (3, 4)]
+    assert "18 rows in 1 shards (were 2); 2 rows removed" in run(capsys, "compact", store)[1]
+
+
+@pytest.mark.parametrize("id_", ["99", "three"])
+def test_an_id_that_is_not_there_is_an_error(store, capsys, id_):
+    status, _, err = run(capsys, "delete", store, id_)
+    assert status == 2
+    assert id_ in err
+    assert len(whence.open(store)) == 20
+
+
+def test_ids_that_are_text_are_taken_as_they_are(tmp_path, capsys):
+    fill(tmp_path / "s", random_rows(2), ids=["1", "x"])
+    assert run(capsys, "delete", tmp_path / "s", "1")[0] == 0
+    assert whence.open(tmp_path / "s").ids.tolist() == ["x"]
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "repair", "compact"])
+def test_what_is_no_store_is_named(tmp_path, capsys, command):
+    status, _, err = run(capsys, command, tmp_path / "nowhere")
+    assert status == 2
+    assert "nowhere" in err
