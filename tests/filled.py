@@ -18,7 +18,7 @@ def random_rows(count, dim=16, seed=0):
     return rows.astype(np.float32)
 
 
-def _column(values):
+def column(values):
     """Strings as objects, as the store takes them."""
     values = np.asarray(values)
     return values.astype(object) if values.dtype.kind == "U" else values
@@ -26,7 +26,7 @@ def _column(values):
 
 def fill(path, rows, ids=None, *, checkpoint="0", rate=None, dtype="float32", parts=1, **columns):
     """Appends rows to a store in several shards."""
-    columns = {name: np.asarray(_column(value)) for name, value in columns.items()}
+    columns = {name: np.asarray(column(value)) for name, value in columns.items()}
     writer = Writer(path, manifest(rows.shape[1], dtype))
     writer.set_checkpoint(Checkpoint(checkpoint, rate))
     ids = np.arange(len(rows)) if ids is None else np.asarray(ids)

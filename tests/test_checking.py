@@ -102,6 +102,16 @@ def test_a_truncated_file_loses_only_its_end(tmp_path):
     assert [id_ for _, id_ in found.lost] == list(range(kept, 1000))
 
 
+def test_bytes_that_were_added_to_a_file_lose_nothing(tmp_path):
+    before = large(tmp_path / "s").rows()
+    path = tmp_path / "s" / "shard-00000001" / "scales.npy"
+    path.write_bytes(path.read_bytes() + b"more")
+    assert not whence.verify(tmp_path / "s").is_sound
+    assert whence.repair(tmp_path / "s").lost == []
+    assert whence.verify(tmp_path / "s").is_sound
+    assert np.array_equal(whence.open(tmp_path / "s").rows(), before)
+
+
 @pytest.mark.parametrize("how", ["removed", "damaged"])
 def test_a_lost_manifest_is_an_error_and_repair_goes_back(tmp_path, how):
     path = tmp_path / "s"
@@ -117,6 +127,17 @@ def test_a_lost_manifest_is_an_error_and_repair_goes_back(tmp_path, how):
     assert whence.open(path).ids.tolist() == list(range(1000))
     assert whence.verify(path).is_sound
     assert fill(path, random_rows(1, 64), ids=[7000]).ids.tolist() == [*range(1000), 7000]
+
+
+def test_a_damaged_older_manifest_is_damage_and_repair_removes_it(tmp_path):
+    path = tmp_path / "s"
+    large(path)
+    damage(min(path.glob("manifest-*")), 30)
+    assert len(whence.open(path)) == 2000
+    assert not whence.verify(path).is_sound
+    assert whence.repair(path).lost == []
+    assert whence.verify(path).is_sound
+    assert len(whence.open(path)) == 2000
 
 
 def test_repair_does_not_let_deleted_rows_come_back_unasked(tmp_path):

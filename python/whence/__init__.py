@@ -1,5 +1,6 @@
 """whence: which training examples made the model do this?
 
+    estimate      time, RAM and disk of recording, before any work        (needs torch)
     record        a store that fills while your own loop trains           (needs torch)
     fit_factors   the loss's curvature, which makes rows worth comparing   (needs torch)
     record_checkpoints  one row an example for all checkpoints of a run   (needs torch)
@@ -7,6 +8,7 @@
     query         the training examples that helped and harmed a query    (needs torch)
     open          a store, searched with arrays                           (numpy only)
     info, verify, repair, delete, compact   what a store holds, whether it is whole, and less of it
+    merge, split  one store of several, and several of one            (numpy only)
     Index         rows made ready to be asked often                       (numpy only)
     Sketch        gradients to rows of a fixed width, usable alone        (numpy only)
     hashing       near rows, near duplicates and instances by random codes (numpy only)
@@ -26,7 +28,7 @@ from whence._core import HASH_VERSION
 from whence.errors import WhenceError
 from whence.search import Hits, Index, Matrix, Side, Store, open
 from whence.sketch import Sketch
-from whence.store import compact, delete, info, repair, verify
+from whence.store import compact, delete, info, merge, repair, split, verify
 
 if TYPE_CHECKING:
     from whence import methods
@@ -38,11 +40,18 @@ if TYPE_CHECKING:
         moments_of,
         suggest_checkpoints,
     )
-    from whence.gradients import Recorder, record, record_checkpoints, register_layer
+    from whence.gradients import (
+        Recorder,
+        estimate,
+        record,
+        record_checkpoints,
+        register_layer,
+    )
 
 _NEED_TORCH = {
     "Factors": "whence.curvature",
     "compress": "whence.curvature",
+    "estimate": "whence.gradients",
     "fit_factors": "whence.curvature",
     "methods": "whence.methods",
     "moments_of": "whence.curvature",
@@ -69,11 +78,13 @@ __all__ = [
     "compress",
     "delete",
     "errors",
+    "estimate",
     "evaluate",
     "fit_factors",
     "hashing",
     "info",
     "interop",
+    "merge",
     "methods",
     "moments_of",
     "open",
@@ -83,6 +94,7 @@ __all__ = [
     "register_layer",
     "repair",
     "report",
+    "split",
     "suggest_checkpoints",
     "text",
     "verify",

@@ -23,6 +23,7 @@ in one step. What no manifest names was never confirmed, and is not read.
 """
 
 from whence.store.checking import Damage, Repair, Verification, repair, verify
+from whence.store.copying import merge, split
 from whence.store.examples import Places, eligible
 from whence.store.info import Info, info
 from whence.store.lifecycle import Compacted, compact, delete
@@ -49,7 +50,9 @@ __all__ = [
     "delete",
     "eligible",
     "info",
+    "merge",
     "read_map",
     "repair",
+    "split",
     "verify",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence.errors import StoreError, WhenceError
+from whence.errors import MissingWritersWarning, StoreError, WhenceError
 from whence.store.files import (
     BLOCK,
     Written,
@@ -28,7 +29,7 @@ from whence.store.lock import Lock
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
 from whence.store.members import members, missing
 from whence.store.progress import bar
-from whence.store.reader import Reader, read_ids
+from whence.store.reader import Reader, file_of, read_ids
 from whence.store.shards import DESCRIPTION, SHARD, Description, Shard, ShardWriter, last_number
 
 
@@ -151,7 +152,7 @@ class _Check:
             self.bytes += older.stat().st_size
             if older != Manifest.path(folder, number):
                 try:
-                    read_json(older)
+                    Manifest.at(folder, int(older.stem.removeprefix("manifest-")))
                 except StoreError as error:
                     self._note(older, error)
         for pack in manifest.packs:  # read with the manifest
@@ -176,7 +177,9 @@ class _Check:
     def meaning(self) -> None:
         """Looks at what the bytes say: every id once, offsets in order, values that can be."""
         try:
-            reader = Reader(self.path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MissingWritersWarning)  # they are listed
+                reader = Reader(self.path)
             _ = reader.ids, reader.scales, reader.core
             for name in reader.columns:
                 _ = reader.columns[name]
@@ -325,6 +328,7 @@ def _repair(path: Path, undelete: bool, progress: bool | None) -> Repair:
                 mended.save(path, number)
                 Manifest.settle(path, number, kept=0, every=True)
                 mender.remove_damaged()
+            _remove_damaged_manifests(path, number)
         except BaseException:
             mender.abandon()
             raise
@@ -354,6 +358,16 @@ def _readable(path: Path) -> tuple[Manifest, int, bool]:
         raise first
 
 
+def _remove_damaged_manifests(path: Path, number: int) -> None:
+    """Removes older manifests that cannot be read: nobody misses them."""
+    for older in manifests(path):
+        if older != Manifest.path(path, number):
+            try:
+                Manifest.at(path, int(older.stem.removeprefix("manifest-")))
+            except StoreError:
+                older.unlink(missing_ok=True)
+
+
 def _later_gone(path: Path, manifest: Manifest) -> Path | None:
     """A file of rows that are gone which only a lost manifest named, if there is one."""
     known = "" if manifest.gone is None else manifest.gone.name
@@ -375,20 +389,23 @@ class _Mender:
     def shard(self, shard: Shard) -> None:
         """Takes a shard over, or writes what is whole of it into a new one."""
         folder = shard.folder(self._path)
-        there = np.ones(shard.rows, np.bool_)
-        rows = self._gone[self._gone[:, 0] == shard.number, 1]
-        there[rows[rows < shard.rows]] = False
+        gone = self._gone[self._gone[:, 0] == shard.number, 1]
+        gone = gone[gone < shard.rows]
         try:
             described = Description.parse(
                 folder / DESCRIPTION, read_json(folder / DESCRIPTION, shard.described)
             )
             if (described.checkpoint, described.rows) != (shard.checkpoint, shard.rows):
                 raise StoreError(f"{folder / DESCRIPTION} is damaged")
+            if shard.rows > sum(_length(folder / name) for name in described.files):
+                raise StoreError(f"{folder} must hold {shard.rows} rows, and is too small")
             found = _Salvage(folder, described, self._manifest)
         except StoreError:
-            self.unnamed += int(there.sum())
+            self.unnamed += shard.rows - len(gone)
             self.damaged.append(folder)
             return
+        there = np.ones(shard.rows, np.bool_)
+        there[gone] = False
         if found.is_whole:
             self.shards.append(shard)
             return
@@ -456,9 +473,14 @@ class _Salvage:
         self._count = described.rows
         self._content: dict[str, bytes] = {}
         self._bad: dict[str, NDArray[np.int64]] = {}
+        stems = ["ids", *(f"column-{index}" for index in range(len(manifest.columns or {})))]
+        for stem in stems:
+            file_of(described, folder / f"{stem}.npy")
         for name, written in described.files.items():
             self._content[name], self._bad[name] = _blocks(folder / name, written)
-        self.is_whole = not any(len(bad) for bad in self._bad.values())
+        self.is_whole = not any(len(bad) for bad in self._bad.values()) and all(
+            _length(folder / name) == written.length for name, written in described.files.items()
+        )
         kind = "<i8" if manifest.ids == "int64" else ""
         self.whole_ids = self._of_column("ids", kind)
         self.whole = self.whole_ids & self._of_values("rows.npy", self._row_kind, self._width)
@@ -539,8 +561,7 @@ class _Salvage:
         self, name: str, kind: str, width: int, count: int | None = None
     ) -> NDArray[np.bool_]:
         """[count] whether each value, or row of values, of a file is whole."""
-        if name not in self._described.files:
-            raise StoreError(f"{self._folder / name} must be named, and is not")
+        file_of(self._described, self._folder / name)
         count = self._count if count is None else count
         shape = (count,) if width == 1 and name != "rows.npy" else (count, width)
         size = width * np.dtype(kind).itemsize
@@ -556,6 +577,15 @@ class _Salvage:
         last = np.searchsorted(bad, (np.maximum(ends, starts + 1) - 1) // BLOCK, side="right")
         found: NDArray[np.bool_] = first == last
         return found
+
+
+def _length(path: Path) -> int:
+    """The bytes of a file; 0 where there is none."""
+    try:
+        with regular(path) as (_, length):
+            return length
+    except StoreError:
+        return 0
 
 
 def _blocks(path: Path, written: Written) -> tuple[bytes, NDArray[np.int64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -29,14 +30,16 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
-ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
-"""Names of the `.npy` files in the folders of a store."""
+PIECE = 4 << 20
+"""Bytes of a file that are read at a time, where they are copied."""
 
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
 
 NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
 """What numpy's parser ends in where there is no header of a `.npy` file."""
+
+_ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
 
 _DIGITS = re.compile("[0-9a-f]*")
 
@@ -79,6 +82,17 @@ class Written(NamedTuple):
     def blocks(self) -> NDArray[np.uint32]:
         """[blocks] the checksum of each."""
         return np.frombuffer(bytes.fromhex(self.checksums), ">u4").astype(np.uint32)
+
+
+def array_name(name: str) -> str:
+    """The name of an array's file, once it is one that lies in the folder it is said to lie in.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _ARRAY.fullmatch(name):
+        raise ValueError(f"a file must lie in its folder, got {name!r:.80}")
+    return name
 
 
 @contextmanager
@@ -148,6 +162,13 @@ class NewFile:
         sums = np.concatenate(self._sums) if self._sums else np.empty(0, np.uint32)
         return Written(self.length, sums.astype(">u4").tobytes().hex())
 
+    def start(self) -> None:
+        """Lets the system begin to write what was appended, if it can; waits for nothing."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                # On Linux this writes dirty pages, and keeps them: it drops only what is written.
+                os.posix_fadvise(self._handle, 0, self.length, os.POSIX_FADV_DONTNEED)
+
     def sync(self) -> None:
         """Makes its bytes durable."""
         sync(self._handle)
@@ -211,15 +232,22 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number in JSON")
 
 
+def unfinished(path: Path) -> Path:
+    """Where a file of JSON lies until it is whole."""
+    return path.with_suffix(".part")
+
+
 def write_json(path: Path, body: dict[str, Any]) -> Written:
     """Writes a JSON object and its checksum; the file appears whole, or not at all.
 
     Raises:
-        StoreError: If the system refuses.
+        StoreError: If the system refuses, or it is longer than one that is read.
     """
-    temporary = path.with_suffix(".part")
+    temporary, content = unfinished(path), json_bytes(body)
+    if len(content) > MAX_JSON:
+        raise StoreError(f"{path} must be at most {MAX_JSON} bytes long, got {len(content)}")
     with store_errors(path):
-        written = write(temporary, json_bytes(body))
+        written = write(temporary, content)
         temporary.replace(path)
         sync_directory(path.parent)
     return written
@@ -503,6 +531,17 @@ def check_header(path: Path, content: bytes, kind: str, shape: tuple[int, ...]) 
             f"that begins with {bytes(content[: len(wanted)])!r:.160}"
         )
     return len(wanted)
+
+
+def read_header(path: Path, written: Written, kind: str, shape: tuple[int, ...]) -> int:
+    """The byte at which the values of a `.npy` file begin, of which no block is checked yet.
+
+    Raises:
+        StoreError: If it is not as long as it was, or of another type or shape than asked for.
+    """
+    with regular(path, written.length) as (handle, length):
+        content = read_part(path, handle, 0, min(length, len(header(kind, shape))))
+    return check_header(path, content, kind, shape)
 
 
 def stamp(path: Path) -> tuple[int, int, int]:

@@ -79,6 +79,27 @@ def write_gone(folder: Path, number: int, rows: NDArray[np.int64]) -> Gone | Non
     return Gone(name, len(rows), *written)
 
 
+def kept_rows(gone: NDArray[np.int64], number: int, rows: int) -> NDArray[np.bool_] | None:
+    """[rows] whether each row of a shard is left; None if all are.
+
+    Args:
+        gone: [gone, 2] shard and row, in order.
+        number: Of the shard.
+        rows: How many it has.
+
+    Raises:
+        StoreError: If rows are gone that it does not have.
+    """
+    here = gone[slice(*np.searchsorted(gone[:, 0], [number, number + 1])), 1]
+    if not len(here):
+        return None
+    if here[-1] >= rows:
+        raise StoreError(f"row {here[-1]} of shard {number} is gone, which has {rows} rows")
+    kept = np.ones(rows, np.bool_)
+    kept[here] = False
+    return kept
+
+
 def keys(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """[rows] one number for each (shard, row)."""
     found: NDArray[np.int64] = rows[:, 0] << 32 | rows[:, 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays
-from whence.errors import IdError
+from whence.errors import IdError, StoreError
 from whence.store.files import store_errors
-from whence.store.gone import GONE
-from whence.store.manifest import DTYPES, Manifest, last_committed
+from whence.store.gone import GONE, kept_rows
+from whence.store.manifest import DTYPES, Manifest, gone_in, last_committed, manifests
 from whence.store.maps import PREFIX as MAP
 from whence.store.members import parts
 from whence.store.progress import bar
@@ -178,13 +178,8 @@ def _groups(manifest: Manifest, gone: NDArray[np.int64]) -> Iterator[_Group]:
     group: _Group = []
     filled = 0
     for shard in manifest.shards:
-        kept, size = None, shard.rows
-        here = gone[slice(*np.searchsorted(gone[:, 0], [shard.number, shard.number + 1])), 1]
-        if len(here):
-            kept = np.ones(shard.rows, np.bool_)
-            kept[here] = False
-            size -= len(here)
-        size *= manifest.row_bytes
+        kept = kept_rows(gone, shard.number, shard.rows)
+        size = (shard.rows if kept is None else int(kept.sum())) * manifest.row_bytes
         if group and (shard.checkpoint != group[0][0].checkpoint or filled + size > SHARD_BYTES):
             yield group
             group, filled = [], 0
@@ -242,12 +237,18 @@ def clear(path: Path, manifest: Manifest) -> None:
 
 
 def leftovers(path: Path, manifest: Manifest) -> list[Path]:
-    """What lies in a store's folder under names of ours, and is named nowhere."""
+    """What lies in a store's folder under names of ours, and is named nowhere.
+
+    Rows that an older manifest says are gone stay with it, for `repair` may go back to it.
+    """
     named = {shard.name for shard in manifest.shards}
     named |= {pack.name for pack in manifest.packs}
     named |= {each.map.name for each in manifest.checkpoints if each.map is not None}
     if manifest.gone is not None:
         named.add(manifest.gone.name)
+    for older in manifests(path)[:-1]:
+        with suppress(StoreError):
+            named |= gone_in(older)
     ours = (SHARD, MAP, PACK, GONE)
     return [
         each

@@ -47,6 +47,11 @@ class Lock:
             self._file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
             self._file.flush()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it was not let go."""
+        return not self._file.closed
+
     def close(self) -> None:
         """Lets go of the lock, also for processes forked meanwhile, which share it."""
         if not self._file.closed:

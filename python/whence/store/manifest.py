@@ -183,19 +183,24 @@ class Manifest:
             packs.append(write_pack(folder, next_pack, self.shards[packed : packed + PACKED]))
             packed += PACKED
         saved = replace(self, packs=packs)
+        write_json(self.path(folder, number), saved.body(number))
+        return saved
+
+    def body(self, number: int) -> dict[str, Any]:
+        """What JSON holds of it, as the manifest of a number."""
         body = {"format": FORMAT, "version": VERSION, "requires": [], "number": number}
         body |= {
-            each.name: getattr(saved, each.name)
-            for each in fields(saved)
+            each.name: getattr(self, each.name)
+            for each in fields(self)
             if each.name not in ("unknown", "columns", "shards", "packs", "gone", "checkpoints")
         }
-        body["columns"] = None if saved.columns is None else list(saved.columns.items())
-        body["checkpoints"] = [asdict(each) for each in saved.checkpoints]
-        body["shards"] = [shard.entry() for shard in saved.shards[packed:]]
-        body["packs"] = [asdict(pack) for pack in packs]
-        body["gone"] = None if saved.gone is None else asdict(saved.gone)
-        write_json(self.path(folder, number), body | saved.unknown)
-        return saved
+        packed = sum(pack.shards for pack in self.packs)
+        body["columns"] = None if self.columns is None else list(self.columns.items())
+        body["checkpoints"] = [asdict(each) for each in self.checkpoints]
+        body["shards"] = [shard.entry() for shard in self.shards[packed:]]
+        body["packs"] = [asdict(pack) for pack in self.packs]
+        body["gone"] = None if self.gone is None else asdict(self.gone)
+        return body | self.unknown
 
     @staticmethod
     def path(folder: Path, number: int) -> Path:
@@ -257,7 +262,7 @@ class Manifest:
         path = cls.path(folder, number)
         body = read_json(path)
         try:
-            return cls._from_json(body, folder, number)
+            return cls.from_json(body, folder, number)
         except StoreError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -270,7 +275,13 @@ class Manifest:
             return folder.is_dir() and bool(_numbered(folder, _NAME) or _numbered(folder, _MARKER))
 
     @classmethod
-    def _from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+    def from_json(cls, body: Any, folder: Path, number: int) -> Manifest:
+        """The manifest of a number, from what JSON holds of it; its packs are read.
+
+        Raises:
+            StoreError: If it is of another version, or a pack is damaged.
+            ValueError: If it is no manifest; or another error of Python's.
+        """
         path = cls.path(folder, number)
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise ValueError("format must be a whence store")
@@ -296,9 +307,11 @@ class Manifest:
         known = {each.name for each in fields(cls)} - {"unknown"}
         unknown = {name: body.pop(name) for name in set(body) - known}
         manifest = cls(**body, unknown=unknown)
-        if body["columns"] is not None:
-            manifest.columns = dict(body["columns"])
-            if len(manifest.columns) < len(body["columns"]):
+        if (columns := body["columns"]) is not None:
+            if not isinstance(columns, list):
+                raise ValueError(f"columns must be a list, got {columns!r:.80}")
+            manifest.columns = dict(columns)
+            if len(manifest.columns) < len(columns):
                 raise ValueError("columns must have distinct names")
         manifest.checkpoints = [
             Checkpoint(
@@ -328,6 +341,8 @@ class Manifest:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
         if self.is_preconditioned and not {"basis", "coordinates"} <= set(self.sketch):
             raise ValueError("sketch must say how rows are preconditioned")
+        if self.rows not in ("per_checkpoint", COMBINED):
+            raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r:.80}")
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
@@ -350,14 +365,15 @@ class Manifest:
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
         if not isinstance(self.writer, (str, type(None))):
             raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
-        if self.rows not in ("per_checkpoint", COMBINED):
-            raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("shards must have distinct names")
         known = range(len(self.row_sets))
         for index in [shard.checkpoint for shard in self.shards] + [at for at, _ in self.skipped]:
             if type(index) is not int or index not in known:
                 raise ValueError(f"rows must be of a known checkpoint, got {index!r}")
+        for _, id_ in self.skipped:
+            if type(id_) is not {"int64": int, "str": str}.get(self.ids or ""):
+                raise ValueError(f"skipped ids must be {self.ids}, got {id_!r:.80}")
         for parameter in self.model["parameters"]:
             if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
                 raise ValueError("parameters must have names and kinds")
@@ -405,6 +421,17 @@ def manifests(folder: Path) -> list[Path]:
     """
     with store_errors(folder):
         return [path for _, path in sorted(_numbered(folder, _NAME))]
+
+
+def gone_in(path: Path) -> set[str]:
+    """The name of the file of rows that a manifest says are gone, without a look at all it says.
+
+    Raises:
+        StoreError: If the manifest is damaged.
+    """
+    body = read_json(path)
+    gone = body.get("gone") if isinstance(body, dict) else None
+    return {gone["name"]} if isinstance(gone, dict) and isinstance(gone.get("name"), str) else set()
 
 
 def last_committed(folder: Path) -> int:

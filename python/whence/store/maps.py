@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
-    ARRAY,
+    PIECE,
+    NewFile,
     Written,
+    array_name,
     check_folder,
     json_bytes,
     read_array,
     read_json,
+    read_range,
     store_errors,
     sync_directory,
     write,
@@ -107,6 +110,36 @@ def read_map(path: Path, stored: StoredMap) -> tuple[Any, dict[str, NDArray[Any]
         raise StoreError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
 
+def copy_map(source: Path, stored: StoredMap, path: Path, number: int) -> StoredMap:
+    """Copies a map into a new folder of another store, in pieces.
+
+    Args:
+        source: The folder of the store that it is of.
+        stored: The map.
+        path: The folder of the other store.
+        number: Of the map there; none of that store has it.
+
+    Raises:
+        StoreError: If a file of it is damaged, or the system refuses.
+    """
+    folder = path / f"{PREFIX}{number:08}"
+    check_folder(source / stored.name)
+    with store_errors(folder):
+        folder.mkdir()
+        for name, written in stored.files.items():
+            file = NewFile(folder / name)
+            try:
+                for start in range(0, written.length, PIECE):
+                    stop = min(start + PIECE, written.length)
+                    file.write(read_range(source / stored.name / name, written, start, stop))
+                file.sync()
+            finally:
+                file.close()
+        sync_directory(folder)
+        sync_directory(path)
+    return replace(stored, name=folder.name)
+
+
 def checked_map(body: Any) -> StoredMap:
     """A map as a manifest names it.
 
@@ -118,6 +151,6 @@ def checked_map(body: Any) -> StoredMap:
         raise ValueError(f"a map's name must be {PREFIX}N, got {name!r}")
     files = {each: Written.of(written) for each, written in body["files"].items()}
     for each in files:
-        if each != "map.json" and not ARRAY.fullmatch(each):
-            raise ValueError(f"a map's files must lie in its folder, got {each!r:.80}")
+        if each != "map.json":
+            array_name(each)
     return StoredMap(name, dict(body["identity"]), files)

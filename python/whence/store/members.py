@@ -8,6 +8,7 @@ while they run; what does not go together is refused when they are opened as one
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError
+from whence.errors import (
+    ArgumentError,
+    DtypeError,
+    MismatchError,
+    MissingWritersWarning,
+    StoreError,
+)
 from whence.store.files import check_folder, store_errors
 from whence.store.manifest import COMBINED, Checkpoint, Manifest
 from whence.store.maps import StoredMap, read_map
@@ -86,12 +93,37 @@ def missing(path: Path) -> list[str]:
     return [f"{number}/{total}" for number in range(1, total + 1) if number not in there]
 
 
+def warn_of_missing(path: Path, stacklevel: int) -> list[str]:
+    """The `missing` writers, of which the caller is warned.
+
+    Args:
+        path: The store's folder.
+        stacklevel: How many calls above this one the warning is for.
+
+    Warns:
+        MissingWritersWarning: If there are any.
+    """
+    found = missing(path)
+    if found:
+        warnings.warn(
+            f"{path} is without the rows of writers {', '.join(found)}, which have confirmed "
+            "nothing yet",
+            MissingWritersWarning,
+            stacklevel=stacklevel + 1,
+        )
+    return found
+
+
 def parts(path: Path) -> list[tuple[str, Manifest]]:
     """The stores that make up the one at `path`, by the names of their folders; "" for itself.
 
     Raises:
         StoreError: If there is none, or one is damaged.
     """
+    with store_errors(path):
+        if not path.is_dir():
+            got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
+            raise StoreError(f"path must be the folder of a store, got {got}")
     found = []
     for name in members(path):
         check_folder(path / name)
@@ -106,32 +138,47 @@ def parts(path: Path) -> list[tuple[str, Manifest]]:
     return found or [("", Manifest.load(path)[0])]
 
 
-def combined(path: Path, found: list[tuple[str, Manifest]]) -> Manifest:
-    """What a store of several writers says about itself.
+def combined(path: Path, found: list[tuple[str, Manifest]], among: str) -> Manifest:
+    """What several stores say about themselves as one.
+
+    Args:
+        path: The folder that they lie in.
+        found: The name of the folder and the manifest of each. Shards and maps of the whole are
+            named with them, unless it is one in no folder of its own.
+        among: What they are, for an error.
 
     Raises:
-        MismatchError: If they did not record the same: names the writer and the difference.
+        MismatchError: If they did not record the same: names the folder and the difference.
+        StoreError: If maps that are to be compared are damaged.
     """
     first_name, first = found[0]
     if not first_name:
         return first
     whole = replace(
-        first, checkpoints=[], shards=[], skipped=[], packs=[], gone=None, ids=None, columns=None
+        first,
+        checkpoints=[],
+        shards=[],
+        skipped=[],
+        packs=[],
+        gone=None,
+        ids=None,
+        columns=None,
+        writer=None,
     )
     for name, manifest in found:
         for what in ("sketch", "dtype", "reduction", "rows"):
-            _same(path, what, first_name, getattr(first, what), name, getattr(manifest, what))
-        _same(path, "model", first_name, first.model["digest"], name, manifest.model["digest"])
+            _same(among, what, first_name, getattr(first, what), name, getattr(manifest, what))
+        _same(among, "model", first_name, first.model["digest"], name, manifest.model["digest"])
         for what in ("ids", "columns"):
             there, here = getattr(whole, what), getattr(manifest, what)
             if there is None:
                 setattr(whole, what, here)
             elif here is not None:
-                _same(path, what, first_name, _ordered(there), name, _ordered(here))
+                _same(among, what, first_name, there, name, here)
         if manifest.rows == COMBINED and whole.checkpoints and manifest.checkpoints:
             there, here = ([each.name for each in it.checkpoints] for it in (whole, manifest))
-            _same(path, "checkpoints", first_name, there, name, here)
-        places = [_place(path, whole, name, each) for each in manifest.checkpoints]
+            _same(among, "checkpoints", first_name, there, name, here)
+        places = [_place(path, among, whole, name, each) for each in manifest.checkpoints]
         if manifest.rows == COMBINED:
             places = [0]
         whole.shards += [
@@ -142,7 +189,7 @@ def combined(path: Path, found: list[tuple[str, Manifest]]) -> Manifest:
     return whole
 
 
-def _place(path: Path, whole: Manifest, name: str, found: Checkpoint) -> int:
+def _place(path: Path, among: str, whole: Manifest, name: str, found: Checkpoint) -> int:
     """The number of a writer's checkpoint among those of all, to which it is added if it is new."""
     if found.map is not None:
         found = replace(found, map=replace(found.map, name=f"{name}/{found.map.name}"))
@@ -150,23 +197,25 @@ def _place(path: Path, whole: Manifest, name: str, found: Checkpoint) -> int:
         if there.name != found.name:
             continue
         for what in ("learning_rate", "weight"):
-            _same(path, what, there.name, getattr(there, what), name, getattr(found, what))
+            _same(among, what, there.name, getattr(there, what), name, getattr(found, what))
         if there.first is None or found.first is None:
             whole.checkpoints[index] = there if found.first is None else found
             return index
         if there.map is not None and found.map is not None:
-            _same(path, "map", there.name, there.map.identity, name, found.map.identity)
-            _check_maps(path, there, there.map, found.map)
+            _same(among, "map", there.name, there.map.identity, name, found.map.identity)
+            _check_maps(path, among, there, there.map, found.map)
         moving = "moving" in (there.weights, found.weights)
         if not moving:
-            _same(path, "weights", there.name, there.first, name, found.first)
+            _same(among, "weights", there.name, there.first, name, found.first)
         whole.checkpoints[index] = replace(there, weights="moving" if moving else "fixed")
         return index
     whole.checkpoints.append(found)
     return len(whole.checkpoints) - 1
 
 
-def _check_maps(path: Path, checkpoint: Checkpoint, one: StoredMap, other: StoredMap) -> None:
+def _check_maps(
+    path: Path, among: str, checkpoint: Checkpoint, one: StoredMap, other: StoredMap
+) -> None:
     """Nothing, if two maps make the same rows, but for rounding.
 
     Factors that two processes have fitted each for itself need not: their rows would lie in
@@ -184,7 +233,7 @@ def _check_maps(path: Path, checkpoint: Checkpoint, one: StoredMap, other: Store
         if all(a.shape == b.shape and a.dtype == b.dtype and _close(a, b) for a, b in pairs):
             return
     raise MismatchError(
-        f"map must be the same for all writers of {path}, got others in {one.name} and "
+        f"map must be the same for all {among}, got others in {one.name} and "
         f"{other.name} of checkpoint {checkpoint.name!r}; fit factors once, save them, and load "
         "them in each process"
     )
@@ -197,14 +246,9 @@ def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return bool(difference <= MAP_ROUNDING * np.linalg.norm(one.astype(np.float64)))
 
 
-def _ordered(value: Any) -> Any:
-    """Columns with their order, in which their files are numbered."""
-    return list(value.items()) if isinstance(value, dict) else value
-
-
-def _same(path: Path, what: str, first: str, there: Any, name: str, here: Any) -> None:
+def _same(among: str, what: str, first: str, there: Any, name: str, here: Any) -> None:
     if there != here:
         raise MismatchError(
-            f"{what} must be the same for all writers of {path}, got {there!r:.80} in {first} and "
+            f"{what} must be the same for all {among}, got {there!r:.80} in {first} and "
             f"{here!r:.80} in {name}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,21 +17,21 @@ from whence.errors import (
     CheckpointError,
     IdError,
     MismatchError,
-    MissingWritersWarning,
     StoreError,
 )
 from whence.store.examples import Places, eligible
 from whence.store.files import (
+    PIECE,
     Written,
     header,
     read_array,
+    read_header,
     read_range,
     read_strings,
-    store_errors,
 )
 from whence.store.gone import keys
 from whence.store.manifest import COLUMN_KINDS, DTYPES, READ_ATTEMPTS, Manifest
-from whence.store.members import combined, missing, parts
+from whence.store.members import combined, parts, warn_of_missing
 from whence.store.shards import Description, Shard
 
 
@@ -52,6 +51,8 @@ class Reader:
     Attributes:
         path: The store's folder.
         manifest: What the store says about itself.
+        parts: The stores that make it up, each what it says about itself, by the names of their
+            folders: one for each writer that has confirmed something, or "" for itself.
         missing_writers: Of a store of several writers, those that have confirmed nothing yet.
 
     Raises:
@@ -66,10 +67,6 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = False) -> None:
         self.path = path = _arrays.path("path", path)
         self._memory_map = _arrays.boolean("memory_map", memory_map)
-        with store_errors(path):
-            if not path.is_dir():
-                got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
-                raise StoreError(f"path must be the folder of a store, got {got}")
         for attempt in range(READ_ATTEMPTS):
             try:
                 found = parts(path)
@@ -91,19 +88,9 @@ class Reader:
                 gone = isinstance(error.__cause__, FileNotFoundError)
                 if not gone or attempt == READ_ATTEMPTS - 1:
                     raise
-        self.manifest = combined(path, found)
-        self._stems = {
-            name: {column: f"column-{index}" for index, column in enumerate(part.columns or {})}
-            for name, part in found
-        }
-        self.missing_writers = missing(path)
-        if self.missing_writers:
-            warnings.warn(
-                f"{path} is without the rows of writers {', '.join(self.missing_writers)}, which "
-                "have confirmed nothing yet",
-                MissingWritersWarning,
-                stacklevel=3,
-            )
+        self.parts = dict(found)
+        self.manifest = combined(path, found, f"writers of {path}")
+        self.missing_writers = warn_of_missing(path, stacklevel=3)
         if len(found) > 1:
             _ = self._order  # an id that two writers have recorded is refused at once
 
@@ -153,7 +140,8 @@ class Reader:
         kind = DTYPES[self.manifest.dtype]
         for shard, described in self.shards:
             path = shard.folder(self.path) / "rows.npy"
-            offset = len(header(kind, (shard.rows, self.manifest.row_width)))
+            shape = (shard.rows, self.manifest.row_width)
+            offset = read_header(path, file_of(described, path), kind, shape)
             files.append((path, offset, shard.rows, file_of(described, path).blocks))
         return _core.Rows(files, self.dim, self.manifest.dtype, self.scales, self._memory_map)
 
@@ -306,8 +294,13 @@ class Reader:
         first = np.full(len(self), -1, np.int64)
         for rows in self._order[1][::-1]:
             first = np.where(rows >= 0, rows, first)
+        stems = {  # a writer has its own order
+            member: f"column-{list(part.columns).index(name)}"
+            for member, part in self.parts.items()
+            if part.columns is not None
+        }
         read = [
-            read_column(shard.folder(self.path), described, self._stems[shard.member][name], kind)
+            read_column(shard.folder(self.path), described, stems[shard.member], kind)
             for shard, described in self.shards
         ]
         found: NDArray[Any] = np.concatenate(read)[first] if read else np.empty(0)
@@ -393,10 +386,6 @@ class Columns(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._reader.manifest.columns or {})
-
-
-PIECE = 4 << 20
-"""Bytes of stored rows that are read at a time, where they are copied."""
 
 
 def stored_rows(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence._arrays import Ids
+from whence._arrays import MAX_ID, Ids
 from whence.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,13 +24,13 @@ from whence.errors import (
 from whence.store.files import store_errors, sync_directory
 from whence.store.gone import GONE, keys, write_gone
 from whence.store.lock import Lock
-from whence.store.manifest import BITS, DTYPES, MARKER, Checkpoint, Manifest
+from whence.store.manifest import BITS, DTYPES, KEPT, MARKER, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, write_map
 from whence.store.members import PREFIX as MEMBER
 from whence.store.members import member_of, members, writer_of
 from whence.store.reader import read_ids
-from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
+from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number, names_of
 
 SHARD_BYTES = 64 << 20
 """Rows are committed at the latest when this many bytes of them wait."""
@@ -136,9 +136,12 @@ class Writer:
             self._lock.close()
             raise
         self._ids: dict[str, _ShardIds] = {}
-        # The files of what is gone that this and the last manifest name.
-        gone_now = self.manifest.gone
-        self._old_gone = set() if gone_now is None else {gone_now.name}
+        # Files of rows that are gone before those of today, by the commit that wrote others.
+        self._superseded = [
+            (self._state.number, name)
+            for name in names_of(path, GONE)
+            if self.manifest.gone is None or name != self.manifest.gone.name
+        ]
         self._attempt: _Attempt | None = None
         self._waiting_bytes = 0
         # Where waiting rows lie, and how many bytes of it are taken.
@@ -258,11 +261,14 @@ class Writer:
             replaces: Whether rows of ids that are there take the place of those, in one commit.
 
         Raises:
+            IdError: If an id is longer than `_arrays.MAX_ID`: no reader would take it.
             NotFiniteError: If a value, or the norm of a row, is not finite.
             StoreError: If a commit that is due fails.
         """
         if not len(ids):
             return
+        if ids.dtype.kind == "U" and (longest := int(np.char.str_len(ids).max())) > MAX_ID:
+            raise IdError(f"ids must be at most {MAX_ID} characters long, got one of {longest}")
         going = self._rows_of(ids, self._checkpoint) if replaces else _NONE
         dtype, errors = self.manifest.dtype, None
         if scales is not None:
@@ -380,7 +386,7 @@ class Writer:
         ids = self._read_ids(shard)
         keep = np.ones(len(ids), np.bool_)
         gone = self._state.gone
-        rows = gone[gone[:, 0] == shard.number, 1]
+        rows = gone[slice(*np.searchsorted(gone[:, 0], [shard.number, shard.number + 1])), 1]
         keep[rows[rows < len(keep)]] = False
         return ids[keep]
 
@@ -444,18 +450,22 @@ class Writer:
         if before.going:
             gone = np.unique(np.concatenate([gone, *before.going]), axis=0)
             named = write_gone(self.path, number, gone)
+            here = named.name if named else ""  # which a killed writer may have left before
+            self._superseded = [each for each in self._superseded if each[1] != here]
         manifest = replace(before.manifest, shards=shards, gone=named)
         self._attempt = _Attempt(number, manifest, gone, len(before.waiting), len(before.going))
         saved = manifest.save(self.path, number)
         self._attempt = replace(self._attempt, manifest=saved)
         self._settle()
         Manifest.settle(self.path, number)
-        # The manifest before this one is kept, and so is what it names.
-        kept = {each.name for each in (before.manifest.gone, named) if each is not None}
-        for name in self._old_gone - kept:
-            with contextlib.suppress(OSError):
-                (self.path / name).unlink(missing_ok=True)
-        self._old_gone = kept
+        if before.manifest.gone is not None and named is not before.manifest.gone:
+            self._superseded.append((number, before.manifest.gone.name))
+        # Those that an older manifest names stay with it: what was deleted must not come back if
+        # `repair` has to go back to that.
+        with contextlib.suppress(OSError):
+            while self._superseded and self._superseded[0][0] <= number - KEPT:
+                (self.path / self._superseded[0][1]).unlink(missing_ok=True)
+                del self._superseded[0]
 
     def replace_shards(self, shards: list[Shard]) -> None:
         """Commits other shards in the place of all: what `compact` and `repair` have written.
@@ -520,7 +530,7 @@ class Writer:
         this fails, the commit writes them again, or says what is wrong.
         """
         try:
-            self._shard_of(self._state.waiting)
+            self._shard_of(self._state.waiting).start()
         except StoreError:
             self._abandon()
         except BaseException:

@@ -3,7 +3,7 @@
 //! The map, in the order data flows and in which modules may use each other:
 //!
 //! - [`error`]: the one error type; [`stop`]: how a long call learns that it should end.
-//! - [`memory`]: large arrays.
+//! - [`memory`]: large arrays; [`order`]: sorting them.
 //! - [`random`]: the one definition of randomness; [`normal`]: normal numbers from it.
 //! - [`kernels`]: the inner loops, one file per instruction set, `scalar` defines each.
 //! - [`sketch`]: per-sample gradients to rows of a fixed width.
@@ -22,6 +22,7 @@ pub mod kernels;
 pub mod memory;
 pub mod normal;
 pub mod norms;
+pub mod order;
 pub mod parallel;
 pub mod random;
 pub mod search;

@@ -56,20 +56,20 @@ impl<'a> Asker<'a> {
         Self { ask, last: Cell::new(Instant::now()) }
     }
 
-    /// Asks, if it is time to, and raises `stop` on a yes.
-    pub fn tick(&self, stop: &Stop) {
-        if self.last.get().elapsed() >= INTERVAL {
-            self.last.set(Instant::now());
-            if (self.ask)() {
-                stop.raise();
-            }
+    /// Asks, if it is time to; whether the work should stop.
+    fn says_stop(&self) -> bool {
+        if self.last.get().elapsed() < INTERVAL {
+            return false;
         }
+        self.last.set(Instant::now());
+        (self.ask)()
     }
 }
 
 /// What a worker looks at between pieces of work: the flag, and on the calling thread the asker.
+#[derive(Clone, Copy)]
 pub struct Watch<'a> {
-    stop: &'a Stop,
+    stop: Option<&'a Stop>,
     asker: Option<&'a Asker<'a>>,
 }
 
@@ -77,7 +77,19 @@ impl<'a> Watch<'a> {
     /// The watch of a worker; `asker` on the calling thread only.
     #[must_use]
     pub fn new(stop: &'a Stop, asker: Option<&'a Asker<'a>>) -> Self {
-        Self { stop, asker }
+        Self { stop: Some(stop), asker }
+    }
+
+    /// The watch of work that the calling thread does alone.
+    #[must_use]
+    pub fn of(asker: &'a Asker<'a>) -> Self {
+        Self { stop: None, asker: Some(asker) }
+    }
+
+    /// The watch of work that nobody stops.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self { stop: None, asker: None }
     }
 
     /// To be called at least every few milliseconds of work; takes tens of nanoseconds.
@@ -85,10 +97,45 @@ impl<'a> Watch<'a> {
     /// # Errors
     /// [`Error::Stopped`] if the work should end.
     pub fn check(&self) -> Result<(), Error> {
-        if let Some(asker) = self.asker {
-            asker.tick(self.stop);
+        if self.asker.is_some_and(Asker::says_stop) {
+            if let Some(stop) = self.stop {
+                stop.raise();
+            }
+            return Err(Error::Stopped);
         }
-        self.stop.check()
+        self.stop.map_or(Ok(()), Stop::check)
+    }
+
+    /// A count of steps of about a nanosecond, for loops of so little work that a check would take
+    /// longer.
+    #[must_use]
+    pub fn steps(&self) -> Steps<'a> {
+        Steps { watch: *self, left: STEPS }
+    }
+}
+
+/// Steps between two checks.
+const STEPS: usize = 1 << 16;
+
+/// What a loop counts its steps with.
+pub struct Steps<'a> {
+    watch: Watch<'a>,
+    left: usize,
+}
+
+impl Steps<'_> {
+    /// Counts so many steps, and checks if there were many since the last time.
+    ///
+    /// # Errors
+    /// As [`Watch::check`].
+    #[inline]
+    pub fn add(&mut self, steps: usize) -> Result<(), Error> {
+        if steps < self.left {
+            self.left -= steps;
+            return Ok(());
+        }
+        self.left = STEPS;
+        self.watch.check()
     }
 }
 
@@ -96,4 +143,36 @@ impl<'a> Watch<'a> {
 #[must_use]
 pub fn never() -> bool {
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_yes_ends_work_at_the_next_check_and_that_of_other_workers() {
+        let yes = || true;
+        let asker = Asker::new(&yes);
+        let stop = Stop::new();
+        let (mine, other) = (Watch::new(&stop, Some(&asker)), Watch::new(&stop, None));
+        assert!(mine.check().is_ok() && other.check().is_ok());
+        std::thread::sleep(INTERVAL);
+        assert!(other.check().is_ok());
+        assert!(matches!(mine.check(), Err(Error::Stopped)));
+        assert!(matches!(other.check(), Err(Error::Stopped)));
+        assert!(Watch::none().check().is_ok());
+    }
+
+    #[test]
+    fn steps_check_once_in_so_many_however_they_are_counted() {
+        let yes = || true;
+        for size in [1, 7, STEPS, usize::MAX] {
+            let asker = Asker::new(&yes);
+            std::thread::sleep(INTERVAL);
+            let watch = Watch::of(&asker);
+            let mut steps = watch.steps();
+            let done = (0..=STEPS).take_while(|_| steps.add(size).is_ok()).count();
+            assert_eq!(done, STEPS.div_ceil(size) - 1);
+        }
+    }
 }

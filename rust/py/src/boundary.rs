@@ -8,7 +8,8 @@ use numpy::{Element, PyReadonlyArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyModule;
 use whence_core::error::Error;
-use whence_core::stop::Asker;
+use whence_core::memory;
+use whence_core::stop::{Asker, Watch};
 
 /// Runs `work` without the GIL. Every 50 ms of it signals are looked at, and a pending exception,
 /// such as that of Ctrl-C, ends it.
@@ -37,13 +38,21 @@ pub(crate) fn compute<T: Send>(
     }
 }
 
+/// The same for work that the calling thread does alone.
+pub(crate) fn compute_alone<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&Watch<'_>) -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    compute(py, |asker| work(&Watch::of(asker)))
+}
+
 /// The exception of `whence.errors` that stands for `error`.
 pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     let class = match error {
         Error::Argument { .. } => "ArgumentError",
         Error::Shape { .. } => "ShapeError",
         Error::NotFinite { .. } => "NotFiniteError",
-        Error::Io { .. } | Error::Damaged { .. } => "StoreError",
+        Error::Io { .. } | Error::Gone { .. } | Error::Damaged { .. } => "StoreError",
         Error::Stopped | Error::Internal(_) => "WhenceError",
     };
     let made = PyModule::import(py, "whence.errors")
@@ -66,7 +75,17 @@ pub(crate) fn values_of<'a, T: Element, D: Dimension>(
     values.ok_or_else(|| not_contiguous(py, argument))
 }
 
-/// The same; no values of no array.
+/// A copy of them.
+pub(crate) fn copied<T: Element + Copy + Send + Sync, D: Dimension>(
+    py: Python<'_>,
+    argument: &'static str,
+    array: &PyReadonlyArray<'_, T, D>,
+) -> PyResult<Vec<T>> {
+    let values = values_of(py, argument, array)?;
+    compute_alone(py, |watch| memory::copied(values, watch))
+}
+
+/// The values of an array that lies row by row; no values of no array.
 pub(crate) fn values_if_any<'a, T: Element, D: Dimension>(
     py: Python<'_>,
     argument: &'static str,

@@ -10,8 +10,9 @@ use whence_core::hash::family::{self, Codes, Family};
 use whence_core::hash::graph::{self, Batches, Graph, Views};
 use whence_core::hash::index::{self, Request};
 use whence_core::hash::{duplicates, shuffle};
+use whence_core::memory;
 
-use crate::boundary::{compute, exception, values_of};
+use crate::boundary::{compute, compute_alone, copied, exception, values_of};
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Hash {
@@ -32,13 +33,13 @@ impl Hash {
         width: f64,
         levels: usize,
     ) -> PyResult<Self> {
-        let hash = compute(py, |_| {
+        let hash = compute_alone(py, |watch| {
             let family = match family {
                 "sign" => Family::Sign,
                 "p_stable" => Family::PStable { width, levels },
                 other => return Err(Error::argument("family", "sign or p_stable", other)),
             };
-            family::Hash::new(family, dim, hashes, seed, view)
+            family::Hash::new(family, dim, hashes, seed, view, watch)
         })?;
         Ok(Self { hash })
     }
@@ -94,10 +95,10 @@ fn array_of(py: Python<'_>, codes: Codes, shape: [usize; 2]) -> PyResult<Bound<'
 /// An array as codes.
 fn codes_of(py: Python<'_>, codes: &Bound<'_, PyAny>) -> PyResult<Codes> {
     if let Ok(bits) = codes.extract::<PyReadonlyArray2<'_, u64>>() {
-        return Ok(Codes::Bits(values_of(py, "codes", &bits)?.to_vec()));
+        return Ok(Codes::Bits(copied(py, "codes", &bits)?));
     }
     let cells = codes.extract::<PyReadonlyArray2<'_, i32>>()?;
-    Ok(Codes::Cells(values_of(py, "codes", &cells)?.to_vec()))
+    Ok(Codes::Cells(copied(py, "codes", &cells)?))
 }
 
 #[pyclass(frozen, module = "whence._core")]
@@ -131,7 +132,13 @@ impl HashIndex {
 
     fn codes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let shape = [self.index.len(), self.index.hash().code_len()];
-        array_of(py, self.index.codes().clone(), shape)
+        let codes = compute_alone(py, |watch| {
+            Ok(match self.index.codes() {
+                Codes::Bits(bits) => Codes::Bits(memory::copied(bits, watch)?),
+                Codes::Cells(cells) => Codes::Cells(memory::copied(cells, watch)?),
+            })
+        })?;
+        array_of(py, codes, shape)
     }
 
     fn search<'py>(
@@ -178,7 +185,8 @@ pub(crate) fn code_similarities<'py>(
     pairs: Vec<(u64, u64)>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
     let codes = codes_of(py, codes)?;
-    let found = compute(py, |_| family::similarities(&codes, hashes, level, &pairs))?;
+    let found =
+        compute_alone(py, |watch| family::similarities(&codes, hashes, level, &pairs, watch))?;
     Ok(found.into_pyarray(py))
 }
 
@@ -206,8 +214,7 @@ pub(crate) fn graph_by_codes<'py>(
     threads: usize,
 ) -> PyResult<Lists<'py, f32>> {
     let [rows, hashes] = views.first().map_or([0, 0], |view| [view.shape()[0], view.shape()[1]]);
-    let copy =
-        |view: &PyReadonlyArray2<'_, i32>| Ok(Codes::Cells(values_of(py, "views", view)?.to_vec()));
+    let copy = |view: &PyReadonlyArray2<'_, i32>| Ok(Codes::Cells(copied(py, "views", view)?));
     let views = views.iter().map(copy).collect::<PyResult<Vec<Codes>>>()?;
     let request = Views { views: &views, rows, hashes, levels, band, cap, k, seed };
     Ok(lists(py, compute(py, |asker| graph::by_codes(&request, threads, asker))?))
@@ -257,10 +264,7 @@ pub(crate) fn shuffled<'py>(
     seed: u64,
     name: &str,
 ) -> PyResult<Bound<'py, PyArray1<i64>>> {
-    let mut numbers = values_of(py, "numbers", &numbers)?.to_vec();
-    compute(py, |_| {
-        shuffle::shuffle(&mut numbers, seed, name);
-        Ok(())
-    })?;
+    let mut numbers = copied(py, "numbers", &numbers)?;
+    compute_alone(py, |watch| shuffle::shuffle(&mut numbers, seed, name, watch))?;
     Ok(numbers.into_pyarray(py))
 }

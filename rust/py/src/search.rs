@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use half::slice::HalfFloatSliceExt;
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use numpy::{
     Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
-    PyReadonlyArray3, PyUntypedArrayMethods, ToPyArray,
+    PyReadonlyArray3, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 use whence_core::error::Error;
@@ -18,7 +20,7 @@ use whence_core::search::rotation::Rotation;
 use whence_core::search::{self, Ends, Hit, Request, Sides, graph};
 use whence_core::store::{Kind, Shard};
 
-use crate::boundary::{compute, exception, values_if_any, values_of};
+use crate::boundary::{compute, compute_alone, copied, exception, values_if_any, values_of};
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Rows {
@@ -52,17 +54,18 @@ impl Rows {
         scales: PyReadonlyArray1<'_, f32>,
         memory_map: bool,
     ) -> PyResult<Self> {
-        let scales = values_of(py, "scales", &scales)?.to_vec();
+        let scales = copied(py, "scales", &scales)?;
         let mut all = Vec::with_capacity(files.len());
         for (path, offset, rows, checksums) in files {
-            let checksums = checksums.as_ref().map(|values| values_of(py, "checksums", values));
-            all.push((path, offset, rows, checksums.transpose()?.map(<[u32]>::to_vec)));
+            let checksums = checksums.as_ref().map(|values| copied(py, "checksums", values));
+            all.push((path, offset, rows, checksums.transpose()?));
         }
-        let rows = compute(py, |_| {
+        let rows = compute_alone(py, |watch| {
             let kind = kind_of(dtype)?;
             let files: Result<Vec<_>, _> = all
                 .into_iter()
                 .map(|(path, offset, rows, checksums)| {
+                    watch.check()?;
                     let shard = Shard::in_file(&path, offset, rows, dim, kind, checksums)?;
                     if memory_map { shard.mapped() } else { Ok(shard) }
                 })
@@ -91,14 +94,14 @@ impl Rows {
         numbers: PyReadonlyArray1<'_, u64>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let numbers = values_of(py, "numbers", &numbers)?;
-        let values = compute(py, |_| self.rows.scaled(numbers))?;
+        let values = compute_alone(py, |watch| self.rows.scaled(numbers, watch))?;
         values.into_pyarray(py).reshape([numbers.len(), self.dim])
     }
 
     /// The rows of some numbers, in memory.
     fn gathered(&self, py: Python<'_>, numbers: PyReadonlyArray1<'_, u64>) -> PyResult<Self> {
         let numbers = values_of(py, "numbers", &numbers)?;
-        let rows = compute(py, |_| self.rows.gathered(numbers))?;
+        let rows = compute_alone(py, |watch| self.rows.gathered(numbers, watch))?;
         Ok(Self { rows, dim: self.dim })
     }
 
@@ -167,13 +170,13 @@ impl Rows {
 }
 
 impl Rows {
-    fn in_memory<T: Element + Copy>(
+    fn in_memory<T: Element + Copy + Send + Sync>(
         py: Python<'_>,
         values: &PyReadonlyArray2<'_, T>,
         shard: impl FnOnce(Vec<T>, usize) -> Shard,
     ) -> PyResult<Self> {
         let (count, dim) = (values.shape()[0], values.shape()[1]);
-        let values = memory::copied(values_of(py, "matrix", values)?);
+        let values = copied(py, "matrix", values)?;
         let shards = vec![shard(values, dim)];
         let rows = search::Rows::new(shards, vec![1.0; count], dim);
         Ok(Self { rows: rows.map_err(|error| exception(py, &error))?, dim })
@@ -239,25 +242,27 @@ impl Codes {
         let segments = segments
             .iter()
             .map(|(width, planes, scales, numbers)| {
-                let [upper, lower] = planes.each_ref().map(|plane| copied(py, plane));
+                let [upper, lower] = planes.each_ref().map(|plane| values_of(py, "parts", plane));
                 let [upper_errors, errors, tails] =
-                    numbers.each_ref().map(|numbers| copied(py, numbers));
-                let bits = |bits: PyResult<Vec<u16>>| -> PyResult<Vec<bf16>> {
-                    Ok(bits?.into_iter().map(bf16::from_bits).collect())
-                };
+                    numbers.each_ref().map(|numbers| copied(py, "parts", numbers));
+                let bits = |bits: PyResult<Vec<u16>>| Ok::<_, PyErr>(bits?.reinterpret_into());
+                let (upper, lower) = (upper?, lower?);
+                let (upper, lower) = compute_alone(py, |watch| {
+                    Ok((Lines::joined(&[upper], watch)?, memory::copied(lower, watch)?))
+                })?;
                 Ok(Segment {
                     width: *width,
-                    upper: Lines::joined(&[&upper?]),
-                    lower: lower?,
-                    scales: copied(py, scales)?,
+                    upper,
+                    lower,
+                    scales: copied(py, "parts", scales)?,
                     upper_errors: bits(upper_errors)?,
                     errors: bits(errors)?,
                     tails: bits(tails)?,
                 })
             })
             .collect::<PyResult<Vec<_>>>()?;
-        let (order, reaches) = (copied(py, &order)?, copied(py, &reaches)?);
-        let codes = compute(py, |_| {
+        let (order, reaches) = (copied(py, "parts", &order)?, copied(py, "parts", &reaches)?);
+        let codes = compute_alone(py, |watch| {
             let rotation = Rotation::new(length, &prefix, directions, seed)?;
             codes::Codes::from_parts(
                 rotation,
@@ -266,27 +271,25 @@ impl Codes {
                 segments,
                 reaches,
                 search::Digest(digest),
+                watch,
             )
         })?;
         Ok(Self { codes: Arc::new(codes) })
     }
 
     /// The arrays it is made of: order, segments and reaches.
-    fn parts<'py>(&self, py: Python<'py>) -> Parts<'py> {
+    fn parts<'py>(&self, py: Python<'py>) -> PyResult<Parts<'py>> {
         let segments = self.codes.segments().iter().map(|segment| {
-            let bits = |numbers: &[bf16]| -> Bound<'py, PyArray1<u16>> {
-                let bits: Vec<u16> = numbers.iter().map(|number| number.to_bits()).collect();
-                bits.into_pyarray(py)
-            };
-            (
+            let bits = |numbers: &[bf16]| array_of::<u16>(py, numbers.reinterpret_cast());
+            Ok((
                 segment.width,
-                [segment.upper.to_pyarray(py), segment.lower.to_pyarray(py)],
-                segment.scales.to_pyarray(py),
-                [bits(&segment.upper_errors), bits(&segment.errors), bits(&segment.tails)],
-            )
+                [array_of(py, &segment.upper)?, array_of(py, &segment.lower)?],
+                array_of(py, &segment.scales)?,
+                [bits(&segment.upper_errors)?, bits(&segment.errors)?, bits(&segment.tails)?],
+            ))
         });
-        let (order, reaches) = (self.codes.order(), self.codes.reaches());
-        (order.to_pyarray(py), segments.collect(), reaches.to_pyarray(py))
+        let segments = segments.collect::<PyResult<_>>()?;
+        Ok((array_of(py, self.codes.order())?, segments, array_of(py, self.codes.reaches())?))
     }
 
     /// What tells the rows that they are of from others.
@@ -297,7 +300,7 @@ impl Codes {
 
     /// These and the codes of more examples.
     fn appended(&self, py: Python<'_>, more: &Codes) -> PyResult<Self> {
-        let codes = compute(py, |_| self.codes.appended(&more.codes))?;
+        let codes = compute_alone(py, |watch| self.codes.appended(&more.codes, watch))?;
         Ok(Self { codes: Arc::new(codes) })
     }
 
@@ -364,8 +367,12 @@ type SegmentArrays<'py> = (
 );
 type Parts<'py> = (Bound<'py, PyArray1<u32>>, Vec<SegmentArrays<'py>>, Bound<'py, PyArray1<f32>>);
 
-fn copied<T: Element + Copy>(py: Python<'_>, array: &PyReadonlyArray1<'_, T>) -> PyResult<Vec<T>> {
-    Ok(memory::copied(values_of(py, "parts", array)?))
+/// A copy of values as an array.
+fn array_of<'py, T: Element + Copy + Send + Sync>(
+    py: Python<'py>,
+    values: &[T],
+) -> PyResult<Bound<'py, PyArray1<T>>> {
+    Ok(compute_alone(py, |watch| memory::copied(values, watch))?.into_pyarray(py))
 }
 
 type Answers<'py> = (Side<'py>, Side<'py>, Bound<'py, PyArray1<u64>>, Bound<'py, PyArray2<f32>>);
@@ -402,7 +409,7 @@ impl Graph {
         seed: u64,
         threads: usize,
     ) -> PyResult<Self> {
-        let norms = copied(py, &norms)?;
+        let norms = copied(py, "norms", &norms)?;
         let codes = Arc::clone(&codes.codes);
         let graph = compute(py, |asker| graph::Graph::new(codes, norms, seed, threads, asker))?;
         Ok(Self { graph })
@@ -418,19 +425,20 @@ impl Graph {
         entries: PyReadonlyArray1<'_, u32>,
     ) -> PyResult<Self> {
         let parts = graph::Parts {
-            norms: copied(py, &norms)?,
-            links: copied(py, &links)?,
-            entries: copied(py, &entries)?,
+            norms: copied(py, "norms", &norms)?,
+            links: copied(py, "links", &links)?,
+            entries: copied(py, "entries", &entries)?,
         };
         let codes = Arc::clone(&codes.codes);
-        let graph = compute(py, |_| graph::Graph::from_parts(codes, parts))?;
+        let graph = compute_alone(py, |watch| graph::Graph::from_parts(codes, parts, watch))?;
         Ok(Self { graph })
     }
 
     /// The arrays it is made of beside its codes: norms, links, entries.
-    fn parts<'py>(&self, py: Python<'py>) -> GraphParts<'py> {
-        let graph::Parts { norms, links, entries } = self.graph.parts();
-        (norms.into_pyarray(py), links.into_pyarray(py), entries.into_pyarray(py))
+    fn parts<'py>(&self, py: Python<'py>) -> PyResult<GraphParts<'py>> {
+        let graph::Parts { norms, links, entries } =
+            compute_alone(py, |watch| self.graph.parts(watch))?;
+        Ok((norms.into_pyarray(py), links.into_pyarray(py), entries.into_pyarray(py)))
     }
 
     #[pyo3(signature = (rows, numbers, queries, k, width, eligible, excluded, candidates, threads))]
@@ -492,7 +500,7 @@ impl Graph {
         self.graph.norm_spread()
     }
 
-    fn digest(&self) -> u64 {
-        self.graph.digest()
+    fn digest(&self, py: Python<'_>) -> PyResult<u64> {
+        compute_alone(py, |watch| self.graph.digest(watch))
     }
 }

@@ -10,8 +10,9 @@ use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::kernels::InstructionSet;
 use whence_core::sketch::{self, Kind, Matrix, Sequences, Totals, Value};
+use whence_core::stop::Watch;
 
-use crate::boundary::{compute, exception, not_contiguous, values_of};
+use crate::boundary::{compute, compute_alone, exception, not_contiguous, values_of};
 
 #[pyclass(frozen, module = "whence._core")]
 pub(crate) struct Sketch(sketch::Sketch);
@@ -95,8 +96,9 @@ impl Sketch {
             None => None,
         };
         compute(py, |asker| {
-            with_sequences("left", left, |left| {
-                with_sequences("right", right, |right| {
+            let watch = &Watch::of(asker);
+            with_sequences("left", left, watch, |left| {
+                with_sequences("right", right, watch, |right| {
                     self.0
                         .add_outer(parameter, start, left, right, totals, sum, bias, threads, asker)
                 })
@@ -140,7 +142,7 @@ impl Sketch {
 
     fn slots<'py>(&self, py: Python<'py>, name: &str, shape: Vec<u64>) -> PyResult<Slots<'py>> {
         let parameter = self.parameter(py, name, &shape)?;
-        let slots = compute(py, |_| Ok(self.0.slots(parameter)))?;
+        let slots = compute_alone(py, |watch| self.0.slots(parameter, watch))?;
         let (offsets, signs): (Vec<u32>, Vec<u16>) =
             slots.iter().map(|slot| (slot.offset(), slot.signs())).unzip();
         Ok((offsets.into_pyarray(py), signs.into_pyarray(py)))
@@ -195,6 +197,7 @@ pub(crate) fn rows_of<'a, T: Element>(
 fn with_sequences<T>(
     argument: &'static str,
     array: ArrayView3<'_, f32>,
+    watch: &Watch<'_>,
     work: impl FnOnce(Sequences<'_>) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let (a, b, c) = array.dim();
@@ -212,7 +215,9 @@ fn with_sequences<T>(
             work(Sequences::new(argument, values, [a, b, c], strides)?)
         }
         _ => {
-            let copy: Vec<f32> = array.iter().copied().collect();
+            let mut steps = watch.steps();
+            let value = |&value: &f32| steps.add(2).map(|()| value);
+            let copy = array.iter().map(value).collect::<Result<Vec<f32>, Error>>()?;
             work(Sequences::new(argument, &copy, [a, b, c], [b * c, c, 1])?)
         }
     }

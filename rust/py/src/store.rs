@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::store::{self, Part, Stored, blocks};
 
-use crate::boundary::{compute, exception, values_of};
+use crate::boundary::{compute_alone, exception, values_of};
 use crate::sketch::rows_of;
 
 #[pyfunction]
@@ -23,11 +23,11 @@ pub(crate) fn encode<'py>(
     let [count, dim] = [rows.shape()[0], rows.shape()[1]];
     let rows = values_of(py, "rows", &rows)?;
     if half {
-        let (stored, scales) = compute(py, |_| store::encode::<f16>(rows, dim))?;
+        let (stored, scales) = compute_alone(py, |watch| store::encode::<f16>(rows, dim, watch))?;
         let stored: Bound<'py, PyArray2<f16>> = stored.into_pyarray(py).reshape([count, dim])?;
         Ok((stored.into_any(), scales.into_pyarray(py)))
     } else {
-        let (stored, scales) = compute(py, |_| store::encode::<f32>(rows, dim))?;
+        let (stored, scales) = compute_alone(py, |watch| store::encode::<f32>(rows, dim, watch))?;
         let stored: Bound<'py, PyArray2<f32>> = stored.into_pyarray(py).reshape([count, dim])?;
         Ok((stored.into_any(), scales.into_pyarray(py)))
     }
@@ -44,7 +44,7 @@ pub(crate) fn quantise<'py>(
 ) -> PyResult<(Bound<'py, PyAny>, Numbers<'py>, Numbers<'py>)> {
     let [count, dim] = [rows.shape()[0], rows.shape()[1]];
     let rows = values_of(py, "rows", &rows)?;
-    let made = compute(py, |asker| store::quantise(rows, dim, bits, asker))?;
+    let made = compute_alone(py, |watch| store::quantise(rows, dim, bits, watch))?;
     let width = (dim * bits).div_ceil(8);
     let packed = if bits == 8 {
         let levels: Vec<i8> = made.packed.into_iter().map(u8::cast_signed).collect();
@@ -80,7 +80,8 @@ fn factors<'py, T: Stored + Element>(
     parts: &[Part<'_>],
     batch: usize,
 ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<f32>>)> {
-    let (stored, norms) = compute(py, |_| store::encode_factors::<T>(parts, batch))?;
+    let (stored, norms) =
+        compute_alone(py, |watch| store::encode_factors::<T>(parts, batch, watch))?;
     let width = stored.len().checked_div(batch).unwrap_or(0);
     let stored: Bound<'py, PyArray2<T>> = stored.into_pyarray(py).reshape([batch, width])?;
     Ok((stored.into_any(), norms.into_pyarray(py)))
@@ -90,7 +91,7 @@ fn factors<'py, T: Stored + Element>(
 #[pyfunction]
 pub(crate) fn crc32(py: Python<'_>, bytes: PyReadonlyArray1<'_, u8>, before: u32) -> PyResult<u32> {
     let bytes = values_of(py, "bytes", &bytes)?;
-    compute(py, |_| Ok(store::crc32(before, bytes)))
+    compute_alone(py, |watch| store::crc32(before, bytes, watch))
 }
 
 /// The CRC-32 of each block of bytes; see [`blocks::checksums`].
@@ -100,7 +101,7 @@ pub(crate) fn block_checksums<'py>(
     bytes: PyReadonlyArray1<'py, u8>,
 ) -> PyResult<Bound<'py, PyArray1<u32>>> {
     let bytes = values_of(py, "bytes", &bytes)?;
-    Ok(compute(py, |asker| blocks::checksums(bytes, asker))?.into_pyarray(py))
+    Ok(compute_alone(py, |watch| blocks::checksums(bytes, watch))?.into_pyarray(py))
 }
 
 /// The blocks of a file that have other checksums; see [`blocks::check_file`].
@@ -112,5 +113,5 @@ pub(crate) fn check_file(
     checksums: PyReadonlyArray1<'_, u32>,
 ) -> PyResult<Vec<u64>> {
     let checksums = values_of(py, "checksums", &checksums)?;
-    compute(py, |asker| blocks::check_file(&path, length, checksums, asker))
+    compute_alone(py, |watch| blocks::check_file(&path, length, checksums, watch))
 }

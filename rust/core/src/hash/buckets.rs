@@ -1,5 +1,9 @@
 //! Rows in lists by a key: inverted lists as compressed sparse rows.
 
+use crate::error::Error;
+use crate::order;
+use crate::stop::Watch;
+
 /// The rows of every key, in rising order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Buckets {
@@ -14,12 +18,16 @@ impl Buckets {
     /// The buckets of rows with these keys: row `i` has key `i`. O(rows log rows).
     ///
     /// Rows are numbered in 32 bits; further ones are left out, which callers rule out.
-    #[must_use]
-    pub fn new(keys: &[u64]) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub fn new(keys: &[u64], watch: &Watch<'_>) -> Result<Self, Error> {
         let mut order: Vec<(u64, u32)> = keys.iter().copied().zip(0..).collect();
-        order.sort_unstable();
+        order::sort(&mut order, watch, Ord::cmp)?;
+        let mut steps = watch.steps();
         let mut buckets = Self { keys: Vec::new(), starts: Vec::new(), rows: Vec::new() };
         for (at, &(key, row)) in order.iter().enumerate() {
+            steps.add(5)?;
             if buckets.keys.last() != Some(&key) {
                 buckets.keys.push(key);
                 buckets.starts.push(at);
@@ -27,7 +35,7 @@ impl Buckets {
             buckets.rows.push(row);
         }
         buckets.starts.push(buckets.rows.len());
-        buckets
+        Ok(buckets)
     }
 
     /// How many there are.
@@ -74,7 +82,7 @@ mod tests {
             for (row, &key) in keys.iter().enumerate() {
                 expected.entry(key).or_default().push(row as u32);
             }
-            let buckets = Buckets::new(&keys);
+            let buckets = Buckets::new(&keys, &Watch::none()).unwrap();
             prop_assert_eq!(buckets.len(), expected.len());
             prop_assert!(buckets.iter().eq(expected.values().map(|rows| &rows[..])));
             for key in 0..10 {

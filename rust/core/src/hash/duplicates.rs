@@ -3,16 +3,16 @@
 use super::buckets::Buckets;
 use super::family::{Family, Hash};
 use super::in_range;
-use super::index::{keys, whole_keys};
+use super::index::{keys, value_keys, whole_keys};
 use super::pairs::sharing;
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::parallel::share;
-use crate::random::absorb;
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 
-/// Pairs that are compared in one job.
+/// Pairs that are compared in one job, at most, and values of theirs.
 const PAIRS: usize = 1 << 12;
+const VALUES: usize = 1 << 22;
 
 /// For each row the lowest row of its group: the connected components of pairs whose cosine is at
 /// least `threshold`, among those that share a bucket of `band` bits, at most `cap` of each, and
@@ -44,23 +44,23 @@ pub fn groups(
     in_range("band", band, 1, hash.hashes().min(64))?;
     let codes = hash.codes(rows, threads, asker)?;
     let (dim, width) = (hash.dim(), hash.code_len());
-    let mut pairs = sharing(hash.hashes() / band, cap, seed, threads, asker, |table| {
-        Ok(keys(&codes, width, table, band, 0))
+    let mut pairs = sharing(hash.hashes() / band, cap, seed, threads, asker, |table, watch| {
+        keys(&codes, width, table, band, 0, watch)
     })?;
-    let values = |row: &[f32]| {
-        // Zeros of both signs are one value.
-        row.iter().fold(0, |key, value| absorb(key, u64::from((value + 0.0).to_bits())))
-    };
-    let values = rows.chunks_exact(dim).map(values).collect();
-    for keys in [whole_keys(&codes, width), values] {
-        for rows in Buckets::new(&keys).iter() {
+    let watch = &Watch::of(asker);
+    let mut steps = watch.steps();
+    for keys in [whole_keys(&codes, width, watch)?, value_keys(rows, dim, watch)?] {
+        for rows in Buckets::new(&keys, watch)?.iter() {
+            steps.add(rows.len())?;
             pairs.extend(rows.windows(2).map(|pair| (pair[0], pair[1])));
         }
     }
     let set = InstructionSet::best();
-    let norms: Vec<f64> = rows.chunks_exact(dim).map(|row| set.squares(row)).collect();
-    let states = share(pairs.len().div_ceil(PAIRS), threads, asker, Vec::new, |near, job, _| {
-        let pairs = &pairs[job * PAIRS..pairs.len().min((job + 1) * PAIRS)];
+    let norm = |row: &[f32]| steps.add(row.len()).map(|()| set.squares(row));
+    let norms = rows.chunks_exact(dim).map(norm).collect::<Result<Vec<f64>, Error>>()?;
+    let step = (VALUES / dim).clamp(1, PAIRS);
+    let states = share(pairs.len().div_ceil(step), threads, asker, Vec::new, |near, job, _| {
+        let pairs = &pairs[job * step..pairs.len().min((job + 1) * step)];
         let mut products = vec![0.0; pairs.len()];
         set.dots_of_pairs(rows, rows, dim, pairs, &mut products);
         for (&(low, high), product) in pairs.iter().zip(products) {
@@ -82,11 +82,14 @@ pub fn groups(
     })?;
     // Each row points to a lower one of its group, or to itself; so do their groups after a union.
     let mut lower: Vec<u32> = (0..norms.len() as u32).collect();
+    let mut steps = watch.steps();
     for (low, high) in states.into_iter().flatten() {
+        steps.add(20)?;
         let (low, high) = (lowest(&mut lower, low), lowest(&mut lower, high));
         lower[low.max(high) as usize] = low.min(high);
     }
     for row in 0..lower.len() {
+        steps.add(1)?;
         lower[row] = lower[lower[row] as usize];
     }
     Ok(lower)
@@ -113,7 +116,7 @@ mod tests {
         let kinds = [[1.0, 0.0, 2.0], [0.0; 3], [-1.0, 3.0, 0.5], [0.2, -0.1, 0.0]];
         let rows: Vec<f32> = (0..500).flat_map(|row| kinds[row * row % 7 % 4]).collect();
         // Few bits, so that rows of unlike values have one code.
-        let hash = Hash::new(Family::Sign, 3, 2, 0, 0).unwrap();
+        let hash = Hash::new(Family::Sign, 3, 2, 0, 0, &Watch::none()).unwrap();
         let asker = Asker::new(&never);
         for threads in [1, 3] {
             let found = groups(&hash, &rows, 2, 1.0, 2, 0, threads, &asker).unwrap();
@@ -130,7 +133,7 @@ mod tests {
         // Directions 0.1 apart on a circle, with a gap: a chain holds together, a gap does not.
         let angles = [0.0f32, 0.1, 0.2, 0.3, 1.0, 1.1, 2.0];
         let rows: Vec<f32> = angles.iter().flat_map(|t| [3.0 * t.cos(), 3.0 * t.sin()]).collect();
-        let hash = Hash::new(Family::Sign, 2, 64, 0, 0).unwrap();
+        let hash = Hash::new(Family::Sign, 2, 64, 0, 0, &Watch::none()).unwrap();
         let asker = Asker::new(&never);
         let found = groups(&hash, &rows, 2, f64::from(0.11f32.cos()), 99, 0, 1, &asker).unwrap();
         assert_eq!(found, [0, 0, 0, 0, 4, 4, 6]);

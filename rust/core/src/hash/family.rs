@@ -28,7 +28,7 @@ use crate::normal::quantile;
 use crate::parallel::share;
 use crate::random::{parameter_key, value};
 use crate::sketch::MAX_DIM;
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 
 /// The most hashes of a code.
 pub const MAX_HASHES: usize = 4096;
@@ -91,13 +91,14 @@ impl Hash {
     /// independent.
     ///
     /// # Errors
-    /// [`Error::Argument`] if a number is out of range.
+    /// [`Error::Argument`] if a number is out of range; [`Error::Stopped`].
     pub fn new(
         family: Family,
         dim: usize,
         hashes: usize,
         seed: u64,
         view: u64,
+        watch: &Watch<'_>,
     ) -> Result<Self, Error> {
         in_range("dim", dim, 1, MAX_DIM)?;
         in_range("hashes", hashes, 1, MAX_HASHES)?;
@@ -119,9 +120,13 @@ impl Hash {
                 let key = parameter_key(seed, "hash.p_stable", &[dim as u64, view]);
                 let span = width * f64::from(1u32 << (levels - 1));
                 let fraction = |bits: u64| (bits >> 11) as f64 / (1u64 << 53) as f64;
-                let normal = |at: usize| quantile((value(key, at as u64) >> 32) as u32) as f32;
+                let mut steps = watch.steps();
+                let normal = |at: usize| {
+                    steps.add(20)?;
+                    Ok(quantile((value(key, at as u64) >> 32) as u32) as f32)
+                };
                 Projection::Normals {
-                    normals: (0..hashes * dim).map(normal).collect(),
+                    normals: (0..hashes * dim).map(normal).collect::<Result<_, Error>>()?,
                     offsets: (0..hashes as u64)
                         .map(|hash| span * fraction(value(key, OFFSETS + hash)))
                         .collect(),
@@ -172,7 +177,7 @@ impl Hash {
         threads: usize,
         asker: &Asker<'_>,
     ) -> Result<Vec<f32>, Error> {
-        let count = count_rows("rows", rows, self.dim)?;
+        let count = count_rows("rows", rows, self.dim, &Watch::of(asker))?;
         let mut projections = vec![0.0; count * self.hashes];
         self.in_blocks(rows, threads, asker, &mut projections, self.hashes, |found, out| {
             out.copy_from_slice(found);
@@ -186,7 +191,7 @@ impl Hash {
     /// # Errors
     /// As [`Hash::project`]; [`Error::Argument`] if a cell does not fit 32 bits.
     pub fn codes(&self, rows: &[f32], threads: usize, asker: &Asker<'_>) -> Result<Codes, Error> {
-        let size = count_rows("rows", rows, self.dim)? * self.code_len();
+        let size = count_rows("rows", rows, self.dim, &Watch::of(asker))? * self.code_len();
         match self.family {
             Family::Sign => {
                 let mut bits = vec![0u64; size];
@@ -225,34 +230,45 @@ impl Hash {
     ) -> Result<(), Error> {
         let blocks = rows.chunks(LANES * self.dim).zip(out.chunks_mut(LANES * width));
         let blocks: Vec<_> = blocks.map(Mutex::new).collect();
-        share(blocks.len(), threads, asker, Vec::new, |projections: &mut Vec<f32>, block, _| {
-            let mut place = blocks[block].lock().map_err(Error::panicked)?;
-            let (rows, out) = &mut *place;
-            projections.resize(rows.len() / self.dim * self.hashes, 0.0);
-            if rows.len() == self.dim {
-                self.project_block::<1>(rows, projections);
-            } else {
-                self.project_block::<LANES>(rows, projections);
-            }
-            if let Some(at) = projections.iter().position(|value| !value.is_finite()) {
-                let row = block * LANES + at / self.hashes;
-                return Err(Error::NotFinite {
-                    argument: "projections of rows",
-                    place: format!("row {row}, hash {}", at % self.hashes),
-                    value: f64::from(projections[at]),
-                });
-            }
-            take(projections, out)
-        })?;
+        share(
+            blocks.len(),
+            threads,
+            asker,
+            Vec::new,
+            |projections: &mut Vec<f32>, block, watch| {
+                let mut place = blocks[block].lock().map_err(Error::panicked)?;
+                let (rows, out) = &mut *place;
+                projections.resize(rows.len() / self.dim * self.hashes, 0.0);
+                if rows.len() == self.dim {
+                    self.project_block::<1>(rows, projections, watch)?;
+                } else {
+                    self.project_block::<LANES>(rows, projections, watch)?;
+                }
+                if let Some(at) = projections.iter().position(|value| !value.is_finite()) {
+                    let row = block * LANES + at / self.hashes;
+                    return Err(Error::NotFinite {
+                        argument: "projections of rows",
+                        place: format!("row {row}, hash {}", at % self.hashes),
+                        value: f64::from(projections[at]),
+                    });
+                }
+                take(projections, out)
+            },
+        )?;
         Ok(())
     }
 
     /// The projections of at most `L` rows.
-    fn project_block<const L: usize>(&self, rows: &[f32], out: &mut [f32]) {
+    fn project_block<const L: usize>(
+        &self,
+        rows: &[f32],
+        out: &mut [f32],
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
         match &self.projection {
             Projection::Normals { normals, offsets } => {
                 self.set.dots(rows, normals, self.dim, out);
-                let Family::PStable { width, .. } = self.family else { return };
+                let Family::PStable { width, .. } = self.family else { return Ok(()) };
                 for row in out.chunks_exact_mut(self.hashes) {
                     for (position, offset) in row.iter_mut().zip(offsets) {
                         *position = ((f64::from(*position) + offset) / width) as f32;
@@ -271,6 +287,7 @@ impl Hash {
                     self.set.side_by_side(&views, 0, &first[..self.dim], inside);
                     self.set.hadamard(&mut values);
                     for flips in others.chunks_exact(*len) {
+                        watch.check()?;
                         for (value, flip) in values
                             .as_flattened_mut()
                             .iter_mut()
@@ -289,6 +306,7 @@ impl Hash {
                 }
             }
         }
+        Ok(())
     }
 }
 
@@ -316,12 +334,14 @@ fn cell_of(position: f32) -> Result<i32, Error> {
 /// The share of hashes on which each pair of rows agrees.
 ///
 /// # Errors
-/// [`Error::Argument`] if a pair names a row that is not there; [`Error::Shape`].
+/// [`Error::Argument`] if a pair names a row that is not there; [`Error::Shape`];
+/// [`Error::Stopped`].
 pub fn similarities(
     codes: &Codes,
     hashes: usize,
     level: usize,
     pairs: &[(u64, u64)],
+    watch: &Watch<'_>,
 ) -> Result<Vec<f32>, Error> {
     in_range("hashes", hashes, 1, MAX_HASHES)?;
     in_range("level", level, 0, MAX_LEVELS - 1)?;
@@ -333,7 +353,9 @@ pub fn similarities(
         return Err(Error::shape("codes", format!("rows of {width}"), len));
     }
     let rows = len / width;
+    let mut steps = watch.steps();
     let similarity = |&(left, right): &(u64, u64)| {
+        steps.add(width)?;
         if left.max(right) >= rows as u64 {
             return Err(Error::argument("pairs", format!("below {rows}"), left.max(right)));
         }
@@ -401,7 +423,7 @@ mod tests {
     fn sign_projections_are_those_of_the_definition() {
         for (dim, hashes) in [(5, 7), (300, 20), (256, 300)] {
             let rows = numbers(3 * dim, 1);
-            let hash = Hash::new(Family::Sign, dim, hashes, 9, 2).unwrap();
+            let hash = Hash::new(Family::Sign, dim, hashes, 9, 2, &Watch::none()).unwrap();
             let found = hash.project(&rows, 2, &Asker::new(&never)).unwrap();
             let len = dim.next_power_of_two().max(256);
             for (row, found) in rows.chunks(dim).zip(found.chunks(hashes)) {
@@ -420,7 +442,8 @@ mod tests {
     fn p_stable_projections_are_those_of_the_definition() {
         let (dim, hashes, width, levels) = (7, 5, 0.5, 3);
         let rows = numbers(4 * dim, 2);
-        let hash = Hash::new(Family::PStable { width, levels }, dim, hashes, 3, 2).unwrap();
+        let hash = Hash::new(Family::PStable { width, levels }, dim, hashes, 3, 2, &Watch::none())
+            .unwrap();
         let key = parameter_key(3, "hash.p_stable", &[dim as u64, 2]);
         let found = hash.project(&rows, 1, &Asker::new(&never)).unwrap();
         for (row, found) in rows.chunks(dim).zip(found.chunks(hashes)) {
@@ -448,7 +471,7 @@ mod tests {
             let rows = numbers(count * dim, seed);
             let asker = Asker::new(&never);
             for family in [Family::Sign, Family::PStable { width: 0.7, levels: 4 }] {
-                let mut hash = Hash::new(family, dim, hashes, seed, 0).unwrap();
+                let mut hash = Hash::new(family, dim, hashes, seed, 0, &Watch::none()).unwrap();
                 let all = hash.project(&rows, 3, &asker).unwrap();
                 let codes = hash.codes(&rows, 3, &asker).unwrap();
                 for set in InstructionSet::available() {
@@ -470,7 +493,7 @@ mod tests {
                         }
                     }
                 }
-                let fewer = Hash::new(family, dim, hashes.div_ceil(2), seed, 0).unwrap();
+                let fewer = Hash::new(family, dim, hashes.div_ceil(2), seed, 0, &Watch::none()).unwrap();
                 for (some, all) in
                     fewer.project(&rows, 1, &asker).unwrap().chunks(fewer.hashes).zip(all.chunks(hashes))
                 {
@@ -494,14 +517,17 @@ mod tests {
             (p_stable(1.0, 99), 1, 1),
             (p_stable(1.0, 1), MAX_DIM, MAX_HASHES),
         ] {
-            assert!(matches!(Hash::new(family, dim, hashes, 0, 0), Err(Error::Argument { .. })));
+            assert!(matches!(
+                Hash::new(family, dim, hashes, 0, 0, &Watch::none()),
+                Err(Error::Argument { .. })
+            ));
         }
         let asker = Asker::new(&never);
-        let hash = Hash::new(p_stable(1e-30, 1), 2, 3, 0, 0).unwrap();
+        let hash = Hash::new(p_stable(1e-30, 1), 2, 3, 0, 0, &Watch::none()).unwrap();
         assert!(matches!(hash.codes(&[1.0, 2.0], 1, &asker), Err(Error::Argument { .. })));
         assert!(matches!(hash.codes(&[1.0], 1, &asker), Err(Error::Shape { .. })));
         assert!(matches!(hash.codes(&[1.0, f32::NAN], 1, &asker), Err(Error::NotFinite { .. })));
-        let hash = Hash::new(Family::Sign, 2, 3, 0, 0).unwrap();
+        let hash = Hash::new(Family::Sign, 2, 3, 0, 0, &Watch::none()).unwrap();
         let huge = [f32::MAX; 2];
         assert!(matches!(hash.codes(&huge, 1, &asker), Err(Error::NotFinite { .. })));
         assert_eq!(hash.codes(&[], 1, &asker).unwrap(), Codes::Bits(vec![]));

@@ -10,7 +10,7 @@ use super::{count_rows, in_range};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::parallel::{collect, share};
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 
 /// The most views of a graph.
 pub const MAX_VIEWS: usize = 256;
@@ -104,9 +104,9 @@ pub fn by_codes<'a>(
         request.seed,
         threads,
         asker,
-        |number| {
+        |number, watch| {
             let (view, level) = (number / tables / levels, number / tables % levels);
-            Ok(keys(&request.views[view], hashes, number % tables, band, level))
+            keys(&request.views[view], hashes, number % tables, band, level, watch)
         },
     )?;
     // Level l counts 2^(levels - 1 - l) of a whole of 2^levels - 1.
@@ -122,19 +122,24 @@ pub fn by_codes<'a>(
         };
         views.iter().map(of).sum()
     };
+    let work = views.len() * levels * hashes;
     let parts = collect(
         pairs.len().div_ceil(PAIRS),
         threads,
         asker,
         || (),
-        |(), job, _| {
+        |(), job, watch| {
             let pairs = &pairs[job * PAIRS..pairs.len().min((job + 1) * PAIRS)];
-            Ok(pairs.iter().map(agreement).collect::<Vec<u64>>())
+            let mut steps = watch.steps();
+            let agreement = |pair| steps.add(work).map(|()| agreement(pair));
+            pairs.iter().map(agreement).collect::<Result<Vec<u64>, Error>>()
         },
     )?;
     let agreements = parts.into_iter().flatten();
     let mut starts = vec![0usize; rows + 1];
+    let mut steps = Watch::of(asker).steps();
     for &(low, high) in &pairs {
+        steps.add(10)?;
         starts[low as usize + 1] += 1;
         starts[high as usize + 1] += 1;
     }
@@ -144,6 +149,7 @@ pub fn by_codes<'a>(
     let mut places = starts.clone();
     let mut lists = vec![(0u64, 0u32); 2 * pairs.len()];
     for (&(low, high), agreement) in pairs.iter().zip(agreements) {
+        steps.add(20)?;
         for (row, other) in [(low, high), (high, low)] {
             lists[places[row as usize]] = (agreement, other);
             places[row as usize] += 1;
@@ -153,6 +159,7 @@ pub fn by_codes<'a>(
     let mut graph = Graph::new();
     for row in 0..rows {
         let list = &mut lists[starts[row]..starts[row + 1]];
+        steps.add(10 + 20 * list.len())?;
         list.sort_unstable_by_key(|&(agreement, other)| (Reverse(agreement), other));
         let nearest = list.iter().take(request.k);
         graph.push(nearest.map(|&(agreement, other)| (other, (agreement as f64 / whole) as f32)));
@@ -188,7 +195,7 @@ pub fn within_batches(
     asker: &Asker<'_>,
 ) -> Result<(Graph<f64>, Vec<f64>), Error> {
     let &Batches { values, dim, batches, k, radius } = request;
-    let rows = count_rows("rows", values, dim)?;
+    let rows = count_rows("rows", values, dim, &Watch::of(asker))?;
     if radius.is_nan() || radius < 0.0 {
         return Err(Error::argument("radius", "at least 0", radius));
     }
@@ -215,9 +222,10 @@ pub fn within_batches(
             let batch = &batches[number];
             let row = |at: usize| &values[batch[at] as usize * dim..][..dim];
             squares.clear();
+            let mut steps = watch.steps();
             for at in 1..batch.len() {
-                watch.check()?;
                 for before in 0..at {
+                    steps.add(dim)?;
                     let square = squared(set, row(at), row(before), difference);
                     if !square.is_finite() {
                         return Err(Error::NotFinite {
@@ -235,8 +243,9 @@ pub fn within_batches(
             };
             let median = median_root(&mut squares.clone());
             let most = (radius * median) * (radius * median);
-            let lists: Lists = (0..batch.len())
+            let lists = (0..batch.len())
                 .map(|at| {
+                    steps.add(20 * batch.len())?;
                     let mut list: Vec<(f64, u32)> = (0..batch.len())
                         .filter(|&other| other != at)
                         .map(|other| (square_of(at, other), batch[other]))
@@ -245,9 +254,9 @@ pub fn within_batches(
                         .collect();
                     list.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
                     list.truncate(k);
-                    list
+                    Ok(list)
                 })
-                .collect();
+                .collect::<Result<Lists, Error>>()?;
             done.push((number, lists, median));
             Ok(())
         },
@@ -261,7 +270,9 @@ pub fn within_batches(
         }
     }
     let mut graph = Graph::new();
+    let mut steps = Watch::of(asker).steps();
     for list in lists {
+        steps.add(10 + list.len())?;
         graph.push(list.into_iter().map(|(square, row)| (row, square)));
     }
     Ok((graph, medians))

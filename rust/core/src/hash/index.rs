@@ -20,6 +20,7 @@ use super::probe::{Change, MAX_CHANGES, Probes};
 use super::{count_rows, in_range};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
+use crate::order;
 use crate::parallel::collect;
 use crate::random::absorb;
 use crate::search::Hit;
@@ -30,6 +31,8 @@ use crate::stop::{Asker, Watch};
 pub const MAX_PROBES: usize = 1 << 16;
 /// Rows that are estimated together, between two looks at the watch: 128 KiB of codes of 512 bits.
 const STEP: usize = 1 << 11;
+/// Values of rows that are scored between two looks at the watch.
+const VALUES: usize = 1 << 20;
 /// Sums of a word of a code: 256 for each byte.
 const WORD_SUMS: usize = 8 * 256;
 
@@ -84,7 +87,7 @@ impl Index {
         threads: usize,
         asker: &Asker<'_>,
     ) -> Result<Self, Error> {
-        let count = count_rows("rows", rows, hash.dim())?;
+        let count = count_rows("rows", rows, hash.dim(), &Watch::of(asker))?;
         let most = match hash.family() {
             Family::Sign => MAX_CHANGES,
             Family::PStable { .. } => MAX_CHANGES / 2,
@@ -98,9 +101,9 @@ impl Index {
             threads,
             asker,
             || (),
-            |(), table, _| {
-                let keys = keys(&codes, hash.code_len(), table, band.unwrap_or(1), 0);
-                Ok(Buckets::new(&keys))
+            |(), table, watch| {
+                let keys = keys(&codes, hash.code_len(), table, band.unwrap_or(1), 0, watch)?;
+                Buckets::new(&keys, watch)
             },
         )?;
         Ok(Self { hash, codes, rows: count, band: band.unwrap_or(0), tables })
@@ -168,12 +171,12 @@ impl Index {
                 return Err(Error::argument("probes", must, probes));
             }
         }
-        let queries = count_rows("queries", request.queries, dim)?;
+        let queries = count_rows("queries", request.queries, dim, &Watch::of(asker))?;
         let projections = self.hash.project(request.queries, threads, asker)?;
         collect(queries, threads, asker, Worker::default, |worker, query, watch| {
             let projections = &projections[query * self.hash.hashes()..][..self.hash.hashes()];
             worker.rank(self, request, projections, watch)?;
-            worker.score(self, request, query)
+            worker.score(self, request, query, watch)
         })
     }
 }
@@ -185,30 +188,48 @@ pub(super) fn keys(
     table: usize,
     band: usize,
     level: usize,
-) -> Vec<u64> {
+    watch: &Watch<'_>,
+) -> Result<Vec<u64>, Error> {
     let first = table * band;
     match codes {
-        Codes::Bits(bits) => {
-            bits.chunks_exact(code_len).map(|code| bits_at(code, first, band)).collect()
-        }
-        Codes::Cells(cells) => cells
-            .chunks_exact(code_len)
-            .map(|code| mixed(code[first..][..band].iter().map(|cell| cell >> level)))
-            .collect(),
+        Codes::Bits(bits) => each(bits, code_len, watch, |code| bits_at(code, first, band)),
+        Codes::Cells(cells) => each(cells, code_len, watch, |code| {
+            mixed(code[first..][..band].iter().map(|cell| cell >> level))
+        }),
     }
 }
 
+/// What a function says of each code.
+fn each<T>(
+    codes: &[T],
+    code_len: usize,
+    watch: &Watch<'_>,
+    of: impl Fn(&[T]) -> u64,
+) -> Result<Vec<u64>, Error> {
+    let mut steps = watch.steps();
+    let codes = codes.chunks_exact(code_len);
+    codes.map(|code| steps.add(10 + code.len()).map(|()| of(code))).collect()
+}
+
 /// The key of a row's whole code.
-pub(super) fn whole_keys(codes: &Codes, code_len: usize) -> Vec<u64> {
+pub(super) fn whole_keys(
+    codes: &Codes,
+    code_len: usize,
+    watch: &Watch<'_>,
+) -> Result<Vec<u64>, Error> {
     match codes {
-        Codes::Bits(bits) => bits
-            .chunks_exact(code_len)
-            .map(|code| code.iter().fold(0, |key, &word| absorb(key, word)))
-            .collect(),
-        Codes::Cells(cells) => {
-            cells.chunks_exact(code_len).map(|code| mixed(code.iter().copied())).collect()
+        Codes::Bits(bits) => {
+            each(bits, code_len, watch, |code| code.iter().fold(0, |key, &word| absorb(key, word)))
         }
+        Codes::Cells(cells) => each(cells, code_len, watch, |code| mixed(code.iter().copied())),
     }
+}
+
+/// The key of each row's values; zeros of both signs are one value.
+pub(super) fn value_keys(rows: &[f32], dim: usize, watch: &Watch<'_>) -> Result<Vec<u64>, Error> {
+    each(rows, dim, watch, |row| {
+        row.iter().fold(0, |key, value| absorb(key, u64::from((value + 0.0).to_bits())))
+    })
 }
 
 /// Cells as one key. Two keys of unlike cells are the same once in 2^64.
@@ -345,26 +366,31 @@ impl Worker {
         index: &Index,
         request: &Request<'_>,
         query: usize,
+        watch: &Watch<'_>,
     ) -> Result<Found, Error> {
         let dim = index.hash.dim();
         let set = InstructionSet::best();
         // In the order they lie in.
-        self.ranked.sort_unstable_by_key(|hit| hit.example);
+        order::sort(&mut self.ranked, watch, |a, b| a.example.cmp(&b.example))?;
         self.pairs.clear();
         self.pairs.extend(self.ranked.iter().map(|hit| (hit.example as u32, query as u32)));
         self.scores.clear();
         self.scores.resize(self.pairs.len(), 0.0);
-        match index.hash.family() {
-            Family::Sign => {
-                let Request { rows, queries, .. } = request;
-                set.dots_of_pairs(rows, queries, dim, &self.pairs, &mut self.scores);
-            }
-            Family::PStable { .. } => {
-                let query = &request.queries[query * dim..][..dim];
-                let mut difference = Vec::with_capacity(dim);
-                for (score, &(row, _)) in self.scores.iter_mut().zip(&self.pairs) {
-                    let row = &request.rows[row as usize * dim..][..dim];
-                    *score = -squared(set, row, query, &mut difference).sqrt() as f32;
+        let mut difference = Vec::with_capacity(dim);
+        let step = VALUES / dim + 1;
+        for (pairs, scores) in self.pairs.chunks(step).zip(self.scores.chunks_mut(step)) {
+            watch.check()?;
+            match index.hash.family() {
+                Family::Sign => {
+                    let Request { rows, queries, .. } = request;
+                    set.dots_of_pairs(rows, queries, dim, pairs, scores);
+                }
+                Family::PStable { .. } => {
+                    let query = &request.queries[query * dim..][..dim];
+                    for (score, &(row, _)) in scores.iter_mut().zip(pairs) {
+                        let row = &request.rows[row as usize * dim..][..dim];
+                        *score = -squared(set, row, query, &mut difference).sqrt() as f32;
+                    }
                 }
             }
         }
@@ -383,7 +409,7 @@ impl Worker {
             .zip(&self.scores)
             .map(|(&(row, _), score)| Hit { example: u64::from(row), score: score + 0.0 });
         let side = if request.smallest { SMALLEST } else { LARGEST };
-        Ok(Found { hits: top::finish(hits.collect(), request.k, side), rescored })
+        Ok(Found { hits: top::finish(hits.collect(), request.k, side, watch)?, rescored })
     }
 }
 
@@ -506,7 +532,7 @@ mod tests {
             let (rows, queries) = (numbers(count * dim, seed), numbers(3 * dim, !seed));
             let asker = Asker::new(&never);
             for family in FAMILIES {
-                let hash = Hash::new(family, dim, 12, seed, 0).unwrap();
+                let hash = Hash::new(family, dim, 12, seed, 0, &Watch::none()).unwrap();
                 let index = Index::new(hash, &rows, Some(4), 2, &asker).unwrap();
                 let request = Request {
                     rows: &rows, queries: &queries, k, candidates: usize::MAX, probes: None, smallest,
@@ -532,7 +558,7 @@ mod tests {
             let (rows, query) = (numbers(count * dim, seed), numbers(dim, !seed));
             let asker = Asker::new(&never);
             for family in FAMILIES {
-                let hash = Hash::new(family, dim, hashes, seed, 0).unwrap();
+                let hash = Hash::new(family, dim, hashes, seed, 0, &Watch::none()).unwrap();
                 let turn = if smallest { -1.0 } else { 1.0 };
                 let at = hash.project(&query, 1, &asker).unwrap();
                 let rows_at = hash.project(&rows, 1, &asker).unwrap();
@@ -565,7 +591,7 @@ mod tests {
             let (dim, count, hashes) = (6, 50, 8);
             let (rows, query) = (numbers(count * dim, seed), numbers(dim, !seed));
             let asker = Asker::new(&never);
-            let hash = Hash::new(Family::Sign, dim, hashes, seed, 0).unwrap();
+            let hash = Hash::new(Family::Sign, dim, hashes, seed, 0, &Watch::none()).unwrap();
             let at = hash.project(&query, 1, &asker).unwrap();
             let rows_at = hash.project(&rows, 1, &asker).unwrap();
             let mut buckets: Vec<(f32, usize, usize)> = (0..hashes / band).flat_map(|table| {
@@ -603,7 +629,8 @@ mod tests {
 
     #[test]
     fn cells_beside_the_query_are_probed_by_distance() {
-        let hash = Hash::new(Family::PStable { width: 1.0, levels: 1 }, 1, 1, 5, 0).unwrap();
+        let hash = Hash::new(Family::PStable { width: 1.0, levels: 1 }, 1, 1, 5, 0, &Watch::none())
+            .unwrap();
         let asker = Asker::new(&never);
         let rows: Vec<f32> = (-40..40).map(|at| at as f32 / 8.0).collect();
         let cells = hash.project(&rows, 1, &asker).unwrap();
@@ -631,9 +658,9 @@ mod tests {
     #[test]
     fn keys_are_the_bits_of_the_band_across_words() {
         let codes = Codes::Bits(vec![0b1011 << 60, 0b101]);
-        assert_eq!(keys(&codes, 2, 10, 6, 0), [0b01_1011]);
-        assert_eq!(keys(&codes, 2, 0, 64, 0), [0b1011 << 60]);
-        assert_eq!(keys(&codes, 1, 0, 3, 0), [0, 0b101]);
+        assert_eq!(keys(&codes, 2, 10, 6, 0, &Watch::none()).unwrap(), [0b01_1011]);
+        assert_eq!(keys(&codes, 2, 0, 64, 0, &Watch::none()).unwrap(), [0b1011 << 60]);
+        assert_eq!(keys(&codes, 1, 0, 3, 0, &Watch::none()).unwrap(), [0, 0b101]);
     }
 
     #[test]
@@ -642,7 +669,7 @@ mod tests {
         let rows = numbers(20, 1);
         for family in FAMILIES {
             let new = |band| {
-                let hash = Hash::new(family, 2, 8, 0, 0).unwrap();
+                let hash = Hash::new(family, 2, 8, 0, 0, &Watch::none()).unwrap();
                 Index::new(hash, &rows, band, 1, &asker)
             };
             assert!(new(Some(0)).is_err());

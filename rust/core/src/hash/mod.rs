@@ -19,10 +19,17 @@ pub mod probe;
 pub mod shuffle;
 
 use crate::error::Error;
+use crate::search::exact::not_finite;
 use crate::sketch::MAX_DIM;
+use crate::stop::Watch;
 
 /// The number of rows of `values`, if they are finite rows of width `dim` that 32 bits can number.
-fn count_rows(argument: &'static str, values: &[f32], dim: usize) -> Result<usize, Error> {
+fn count_rows(
+    argument: &'static str,
+    values: &[f32],
+    dim: usize,
+    watch: &Watch<'_>,
+) -> Result<usize, Error> {
     if dim == 0 || dim > MAX_DIM {
         return Err(Error::argument("dim", format!("from 1 to {MAX_DIM}"), dim));
     }
@@ -31,7 +38,7 @@ fn count_rows(argument: &'static str, values: &[f32], dim: usize) -> Result<usiz
         let must = format!("[rows, {dim}], fewer than 2^32 rows");
         return Err(Error::shape(argument, must, format!("{} values", values.len())));
     }
-    match values.iter().position(|value| !value.is_finite()) {
+    match not_finite(values, watch)? {
         None => Ok(rows),
         Some(at) => Err(Error::NotFinite {
             argument,

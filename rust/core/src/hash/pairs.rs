@@ -6,9 +6,10 @@ use super::buckets::Buckets;
 use super::in_range;
 use super::shuffle::below;
 use crate::error::Error;
+use crate::order;
 use crate::parallel::share;
 use crate::random::{parameter_key, value};
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 
 /// The most pairs that may be taken from one bucket.
 pub const MAX_PAIRS: usize = 1 << 16;
@@ -29,21 +30,21 @@ pub fn sharing(
     seed: u64,
     threads: usize,
     asker: &Asker<'_>,
-    keys: impl Fn(usize) -> Result<Vec<u64>, Error> + Sync,
+    keys: impl Fn(usize, &Watch<'_>) -> Result<Vec<u64>, Error> + Sync,
 ) -> Result<Vec<(u32, u32)>, Error> {
     in_range("cap", cap, 1, MAX_PAIRS)?;
     let states = share(tables, threads, asker, Vec::new, |found, table, watch| {
         let key = parameter_key(seed, "hash.pairs", &[table as u64]);
-        for (number, rows) in Buckets::new(&keys(table)?).iter().enumerate() {
+        for (number, rows) in Buckets::new(&keys(table, watch)?, watch)?.iter().enumerate() {
             watch.check()?;
             add(rows, cap as u64, value(key, number as u64), found);
         }
-        found.sort_unstable();
+        order::sort(found, watch, Ord::cmp)?;
         found.dedup();
         Ok(())
     })?;
     let mut all = states.concat();
-    all.sort_unstable();
+    order::sort(&mut all, &Watch::of(asker), Ord::cmp)?;
     all.dedup();
     Ok(all)
 }
@@ -121,7 +122,7 @@ mod tests {
             keys in prop::collection::vec(prop::collection::vec(0u64..5, 17), 0..4),
             threads in 1usize..4,
         ) {
-            let found = sharing(keys.len(), 200, 0, threads, &Asker::new(&never), |table| {
+            let found = sharing(keys.len(), 200, 0, threads, &Asker::new(&never), |table, _| {
                 Ok(keys[table].clone())
             }).unwrap();
             let mut expected = Vec::new();

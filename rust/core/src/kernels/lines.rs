@@ -3,8 +3,12 @@
 
 use std::ops::{Deref, DerefMut};
 
+use crate::error::Error;
 use crate::memory;
+use crate::stop::Watch;
 
+/// Bytes that are copied between two looks at the watch.
+const STEP: usize = 1 << 20;
 /// Bytes of a cache line.
 pub(super) const LINE: usize = 64;
 
@@ -27,28 +31,35 @@ pub struct Lines {
 
 impl Lines {
     /// So many zeros.
-    #[must_use]
-    pub fn zeros(len: usize) -> Self {
-        Self { lines: memory::filled(len.div_ceil(LINE), Line([0; LINE])), len }
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub fn zeros(len: usize, watch: &Watch<'_>) -> Result<Self, Error> {
+        Ok(Self { lines: memory::filled(len.div_ceil(LINE), Line([0; LINE]), watch)?, len })
     }
 
     /// Bytes that lie in several places.
-    #[must_use]
-    pub fn joined(parts: &[&[u8]]) -> Self {
-        let mut all = Self::zeros(parts.iter().map(|part| part.len()).sum());
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub fn joined(parts: &[&[u8]], watch: &Watch<'_>) -> Result<Self, Error> {
+        let mut all = Self::zeros(parts.iter().map(|part| part.len()).sum(), watch)?;
         let mut rest = &mut all[..];
-        for part in parts {
+        for part in parts.iter().flat_map(|part| part.chunks(STEP)) {
+            watch.check()?;
             let (here, after) = rest.split_at_mut(part.len());
             here.copy_from_slice(part);
             rest = after;
         }
-        all
+        Ok(all)
     }
 }
 
 impl Clone for Lines {
     fn clone(&self) -> Self {
-        Self { lines: memory::copied(&self.lines), len: self.len }
+        let mut lines = memory::with_room(self.lines.len());
+        lines.extend_from_slice(&self.lines);
+        Self { lines, len: self.len }
     }
 }
 
@@ -76,11 +87,11 @@ mod tests {
     fn bytes_come_in_order_and_begin_a_line() {
         let bytes: Vec<u8> = (0..200).collect();
         for split in [0, 1, 63, 64, 65, 128, 200] {
-            let lines = Lines::joined(&[&bytes[..split], &bytes[split..]]);
+            let lines = Lines::joined(&[&bytes[..split], &bytes[split..]], &Watch::none()).unwrap();
             assert_eq!(&lines[..], bytes);
             assert_eq!(lines.clone(), lines);
             assert_eq!(lines.as_ptr() as usize % LINE, 0);
         }
-        assert_eq!(&Lines::zeros(3)[..], [0; 3]);
+        assert_eq!(&Lines::zeros(3, &Watch::none()).unwrap()[..], [0; 3]);
     }
 }

@@ -18,6 +18,7 @@ use super::rows::check_numbers;
 use super::{Ends, Hit, Rows, Sides, top};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
+use crate::order;
 use crate::parallel::collect;
 use crate::stop::{Asker, Watch};
 
@@ -134,12 +135,12 @@ impl Pool {
     }
 
     /// Drops what has fallen behind; the rest in falling order of what it reaches at most.
-    fn sort(&mut self, order: &[u32]) {
+    fn sort(&mut self, order: &[u32], watch: &Watch<'_>) -> Result<(), Error> {
         self.prune();
         let example = |candidate: &Candidate| order[candidate.place as usize];
-        self.all.sort_unstable_by(|a, b| {
+        order::sort(&mut self.all, watch, |a, b| {
             b.most.total_cmp(&a.most).then_with(|| example(a).cmp(&example(b)))
-        });
+        })
     }
 }
 
@@ -175,7 +176,7 @@ pub fn search(
     threads: usize,
     asker: &Asker<'_>,
 ) -> Result<Vec<Answer>, Error> {
-    check(codes, request)?;
+    check(codes, request, &Watch::of(asker))?;
     let count = request.count;
     let k = request.k.min(codes.len());
     if count == 0 || k == 0 {
@@ -556,16 +557,18 @@ fn score_candidates(
             let mut score = |examples: &[u32], hits: &mut Vec<Hit>| {
                 watch.check()?;
                 let examples = (request.numbers, codes.len(), examples);
-                scorer.score(request.rows, examples, (request.queries, request.count, query), hits)
+                let queries = (request.queries, request.count, query);
+                scorer.score(request.rows, examples, queries, hits, watch)
             };
-            pool.sort(codes.order());
+            pool.sort(codes.order(), watch)?;
             // Proof goes on from the first `k` as far as it has to.
             let mut least = k;
             if request.candidates.is_some() {
                 pool.all.truncate(pool.k);
                 least = pool.k;
             }
-            let (hits, scored) = best(&pool.all, (codes.order(), side), k, least, &mut score)?;
+            let order = (codes.order(), side);
+            let (hits, scored) = best(&pool.all, order, k, least, &mut score, watch)?;
             answer.scored += scored;
             if request.candidates.is_some()
                 && let (Some(hit), Some(candidate)) = (hits.last(), pool.all.get(pool.k - 1))
@@ -591,6 +594,7 @@ fn best(
     k: usize,
     least: usize,
     score: &mut impl FnMut(&[u32], &mut Vec<Hit>) -> Result<(), Error>,
+    watch: &Watch<'_>,
 ) -> Result<(Vec<Hit>, usize), Error> {
     let (mut hits, mut scored) = (Vec::new(), 0);
     let mut examples = Vec::new();
@@ -607,14 +611,14 @@ fn best(
         candidates = after;
         examples.clear();
         examples.extend(here.iter().map(|candidate| order[candidate.place as usize]));
-        examples.sort_unstable(); // rows that lie together are read together
+        order::sort(&mut examples, watch, Ord::cmp)?; // rows that lie together are read together
         score(&examples, &mut hits)?;
         scored += here.len();
     }
-    Ok((top::finish(hits, k, side), scored))
+    Ok((top::finish(hits, k, side, watch)?, scored))
 }
 
-pub(super) fn check(codes: &Codes, request: &Request<'_>) -> Result<(), Error> {
+pub(super) fn check(codes: &Codes, request: &Request<'_>, watch: &Watch<'_>) -> Result<(), Error> {
     let (checkpoints, dim) = (codes.weights().len(), request.rows.dim());
     if checkpoints.checked_mul(dim) != Some(codes.rotation().length()) {
         let must = format!("{} wide", codes.rotation().length() / checkpoints.max(1));
@@ -631,7 +635,7 @@ pub(super) fn check(codes: &Codes, request: &Request<'_>) -> Result<(), Error> {
         return Err(Error::shape("eligible", must, request.eligible.len()));
     }
     super::exact::check_excluded(request.excluded, request.count)?;
-    super::exact::check_finite(request.queries, request.count, dim)
+    super::exact::check_finite(request.queries, request.count, dim, watch)
 }
 
 #[cfg(test)]
@@ -707,7 +711,7 @@ mod tests {
                 Codes::new(&rows, &numbers, weights, norms, rotation, bits, threads, &asker).unwrap()
             };
             let first = examples - added.min(examples);
-            let codes = made(0, first).appended(&made(first, examples)).unwrap();
+            let codes = made(0, first).appended(&made(first, examples), &Watch::none()).unwrap();
             prop_assert_eq!(codes.bits(), bits);
             let size = (checkpoints, examples);
             let digest = rows.digest(&numbers, size, examples, threads, &asker).unwrap();
@@ -716,7 +720,7 @@ mod tests {
             prop_assert_eq!(made(0, first).digest(), some);
             let back = Codes::from_parts(
                 codes.rotation().clone(), codes.weights().to_vec(), codes.order().to_vec(),
-                codes.segments().to_vec(), codes.reaches().to_vec(), codes.digest(),
+                codes.segments().to_vec(), codes.reaches().to_vec(), codes.digest(), &Watch::none(),
             );
             prop_assert_eq!(&back.unwrap(), &codes);
             let queries: Vec<f32> = (0..count * length)
@@ -809,7 +813,7 @@ mod tests {
                     prop_assert!(mine.score >= best.score);
                 }
                 for hit in found.ends.largest.iter().chain(&found.ends.smallest) {
-                    let row = rows.scaled(&[hit.example]).unwrap();
+                    let row = rows.scaled(&[hit.example], &Watch::none()).unwrap();
                     let exact: f64 =
                         row.iter().zip(queries).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
                     let size: f64 =
@@ -844,7 +848,15 @@ mod tests {
             change(&mut parts);
             let Parts { weights, order, segments, reaches } = parts;
             let rotation = codes.rotation().clone();
-            Codes::from_parts(rotation, weights, order, segments, reaches, codes.digest())
+            Codes::from_parts(
+                rotation,
+                weights,
+                order,
+                segments,
+                reaches,
+                codes.digest(),
+                &Watch::none(),
+            )
         };
         assert!(with(&|_| ()).is_ok());
         assert!(with(&|parts| parts.weights[0] = 0.0).is_err());
@@ -867,7 +879,7 @@ mod tests {
     #[test]
     fn few_rows_are_scored_where_norms_differ() {
         let Data { rows, numbers, .. } = data(3, 4000, 1, 64, 7);
-        let values = rows.scaled(&numbers).unwrap();
+        let values = rows.scaled(&numbers, &Watch::none()).unwrap();
         let norms: Vec<f32> = values
             .chunks(64)
             .map(|row| row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32)

@@ -23,9 +23,10 @@ use super::rotation::{Rotation, UNIT};
 use super::rows::{Digest, check_numbers, hashed, number};
 use crate::error::Error;
 use crate::kernels::Lines;
-use crate::memory;
+use crate::memory::{self, joined};
+use crate::order;
 use crate::parallel::share;
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 use crate::store::Cursor;
 
 /// Rows that are looked at together.
@@ -250,30 +251,34 @@ impl Codes {
             let must = format!("{} x {dim} long", weights.len());
             return Err(Error::shape("rotation", must, rotation.length()));
         }
+        let watch = &Watch::of(asker);
         let mut order: Vec<u32> = (0..examples as u32).collect();
-        order.sort_unstable_by(|&a, &b| {
+        order::sort(&mut order, watch, |&a, &b| {
             norms[b as usize].total_cmp(&norms[a as usize]).then(a.cmp(&b))
-        });
+        })?;
         let mut places = vec![0u32; examples];
+        let mut steps = watch.steps();
         for (place, &example) in order.iter().enumerate() {
+            steps.add(5)?;
             places[example as usize] = place as u32;
         }
         let last = rotation.segments().len() - 1;
         let segments = rotation.segments().iter().enumerate().map(|(index, &segment)| {
             let width = segment / 2;
             let two = if bits == Bits::Eight { examples } else { 0 };
-            Segment {
+            Ok(Segment {
                 width,
-                upper: Lines::zeros(examples * width),
-                lower: memory::filled(two * width, 0),
+                upper: Lines::zeros(examples * width, watch)?,
+                lower: memory::filled(two * width, 0, watch)?,
                 scales: vec![0.0; examples],
                 upper_errors: vec![bf16::ZERO; examples],
                 errors: vec![bf16::ZERO; two],
                 tails: vec![bf16::ZERO; if index < last { examples } else { 0 }],
-            }
+            })
         });
         let reaches = vec![0f32; examples.div_ceil(BLOCK)];
-        let target = Mutex::new((segments.collect::<Vec<_>>(), reaches, Digest::default()));
+        let target =
+            Mutex::new((segments.collect::<Result<Vec<_>, _>>()?, reaches, Digest::default()));
         let size: usize = rotation.segments().iter().sum();
         share(
             examples.div_ceil(BLOCK),
@@ -294,7 +299,7 @@ impl Codes {
                     let row = |example| number(numbers, examples, checkpoint, example);
                     let numbers: Vec<u64> = (first..first + here).map(row).collect();
                     let values = &mut values[..here * dim];
-                    rows.read(&numbers, values, scales, cursor)?;
+                    rows.read(&numbers, values, scales, cursor, watch)?;
                     for (((vector, hash), row), &scale) in vectors
                         .chunks_exact_mut(size)
                         .zip(&mut hashes)
@@ -311,6 +316,7 @@ impl Codes {
                 for (index, (vector, coder)) in
                     vectors.chunks_exact_mut(size).zip(coders.iter_mut()).enumerate().take(here)
                 {
+                    watch.check()?;
                     rotation.apply(vector);
                     coder.encode(vector);
                     if coder.reach.is_nan() || coder.reach >= f32::MAX / 4.0 {
@@ -341,8 +347,8 @@ impl Codes {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Argument`] if they are not such as a search can rely on: sizes
-    /// that fit, every example at one place, numbers that bound something. Whether
-    /// they are of the right rows only a checksum can tell.
+    /// that fit, every example at one place, numbers that bound something; [`Error::Stopped`].
+    /// Whether they are of the right rows only a checksum can tell.
     pub fn from_parts(
         rotation: Rotation,
         weights: Vec<f32>,
@@ -350,6 +356,7 @@ impl Codes {
         segments: Vec<Segment>,
         reaches: Vec<f32>,
         digest: Digest,
+        watch: &Watch<'_>,
     ) -> Result<Self, Error> {
         let rows = order.len();
         check_weights(&weights)?;
@@ -358,7 +365,9 @@ impl Codes {
             return Err(Error::shape("weights", must, weights.len()));
         }
         let mut seen = vec![false; rows];
+        let mut steps = watch.steps();
         for &example in &order {
+            steps.add(5)?;
             match seen.get_mut(example as usize) {
                 Some(seen) if !*seen => *seen = true,
                 _ => return Err(Error::argument("order", "every example once", example)),
@@ -384,6 +393,7 @@ impl Codes {
                 let must = format!("{rows} rows of {} bytes a plane", length / 2);
                 return Err(Error::shape("segments", must, format!("others in segment {index}")));
             }
+            watch.check()?;
             let bound = |number: &bf16| number.is_finite() && !number.is_sign_negative();
             let scales = segment.scales.iter().all(|scale| scale.is_finite() && *scale >= 0.0);
             if !scales || !numbers.iter().all(|(numbers, _)| numbers.iter().all(bound)) {
@@ -410,8 +420,8 @@ impl Codes {
     ///
     /// # Errors
     /// [`Error::Argument`] if they were made by another rotation, or with other weights or bits;
-    /// [`Error::Shape`] if all are more than [`MAX_ROWS`].
-    pub fn appended(&self, more: &Self) -> Result<Self, Error> {
+    /// [`Error::Shape`] if all are more than [`MAX_ROWS`]; [`Error::Stopped`].
+    pub fn appended(&self, more: &Self, watch: &Watch<'_>) -> Result<Self, Error> {
         let (before, rows) = (self.len(), self.len().saturating_add(more.len()));
         if rows > MAX_ROWS {
             return Err(Error::shape("codes", format!("at most {MAX_ROWS}"), rows));
@@ -422,16 +432,22 @@ impl Codes {
             let must = "made as those that they follow";
             return Err(Error::argument("codes", must, "another rotation, weights or bits"));
         }
-        let order = more.order.iter().map(|&example| example + before as u32);
-        let segments = self.segments.iter().zip(&more.segments).map(|(mine, more)| Segment {
-            width: mine.width,
-            upper: Lines::joined(&[&mine.upper, &more.upper]),
-            lower: [&mine.lower[..], &more.lower].concat(),
-            scales: [&mine.scales[..], &more.scales].concat(),
-            upper_errors: [&mine.upper_errors[..], &more.upper_errors].concat(),
-            errors: [&mine.errors[..], &more.errors].concat(),
-            tails: [&mine.tails[..], &more.tails].concat(),
+        let mut order = joined(&[&self.order, &more.order], watch)?;
+        for example in &mut order[before..] {
+            *example += before as u32;
+        }
+        let segments = self.segments.iter().zip(&more.segments).map(|(mine, more)| {
+            Ok(Segment {
+                width: mine.width,
+                upper: Lines::joined(&[&mine.upper, &more.upper], watch)?,
+                lower: joined(&[&mine.lower, &more.lower], watch)?,
+                scales: joined(&[&mine.scales, &more.scales], watch)?,
+                upper_errors: joined(&[&mine.upper_errors, &more.upper_errors], watch)?,
+                errors: joined(&[&mine.errors, &more.errors], watch)?,
+                tails: joined(&[&mine.tails, &more.tails], watch)?,
+            })
         });
+        let segments = segments.collect::<Result<_, Error>>()?;
         // A block of all begins in one of the codes that come, whose norms fall.
         let mut reaches = self.reaches.clone();
         reaches.resize(rows.div_ceil(BLOCK), 0.0);
@@ -442,8 +458,8 @@ impl Codes {
         Ok(Self {
             rotation: self.rotation.clone(),
             weights: self.weights.clone(),
-            order: self.order.iter().copied().chain(order).collect(),
-            segments: segments.collect(),
+            order,
+            segments,
             reaches,
             digest: self.digest.followed(before as u32, more.digest),
         })

@@ -3,6 +3,7 @@
 //! Examples are scored a block at a time; a block's scores are sifted at once, so no array of all
 //! examples by all queries exists.
 
+use std::cmp::Ordering;
 use std::ops::Range;
 
 use super::rows::{check_numbers, number};
@@ -10,6 +11,7 @@ use super::top::Sieve;
 use super::{Ends, Hit, Rows, Sides};
 use crate::error::Error;
 use crate::kernels::{InstructionSet, LANES};
+use crate::order;
 use crate::parallel::share;
 use crate::stop::{Asker, Watch};
 use crate::store::Cursor;
@@ -111,7 +113,7 @@ pub fn ends(
     threads: usize,
     asker: &Asker<'_>,
 ) -> Result<Vec<Ends>, Error> {
-    let checkpoints = check(rows, request)?;
+    let checkpoints = check(rows, request, &Watch::of(asker))?;
     let (count, norms) = (request.count, request.norms);
     if count == 0 {
         return Ok(Vec::new());
@@ -122,15 +124,11 @@ pub fn ends(
     let first = LEAD.max(4 * k);
     if norms.len() / 2 < first {
         let sieves = scan.over(&Picked::All(request.examples), sieves, threads, asker)?;
-        return Ok(sieves.into_iter().map(|sieve| sieve.finish(k)).collect());
+        return sieves.into_iter().map(|sieve| sieve.finish(k, &Watch::of(asker))).collect();
     }
-    let mut order: Vec<u32> = (0..norms.len() as u32).collect();
-    order.select_nth_unstable_by(first, |&a, &b| {
-        norms[b as usize].total_cmp(&norms[a as usize]).then(a.cmp(&b))
-    });
-    let mut lead = order;
-    lead.truncate(first);
-    lead.sort_unstable(); // rows that lie together are read together
+    let watch = &Watch::of(asker);
+    let mut lead = longest(norms, first, watch)?;
+    order::sort(&mut lead, watch, Ord::cmp)?; // rows that lie together are read together
     let mut sieves = scan.over(&Picked::Some(&lead), sieves, threads, asker)?;
     // The lowest norm with which a row can still matter to any query.
     let mut floor = f32::INFINITY;
@@ -139,17 +137,48 @@ pub fn ends(
     }
     let mut rest = Vec::new();
     let mut lead = lead.into_iter().peekable();
+    let mut steps = watch.steps();
     for (example, &norm) in (0..).zip(norms) {
+        steps.add(1)?;
         if lead.next_if_eq(&example).is_none() && (norm >= floor || floor.is_nan()) {
             rest.push(example);
         }
     }
     // A block of rows of like norms matters to few queries; but rows in files are read in order.
     if rows.in_memory() && rest.len() < norms.len() / 2 {
-        rest.sort_unstable_by(|&a, &b| norms[b as usize].total_cmp(&norms[a as usize]));
+        order::sort(&mut rest, watch, by_norm(norms))?;
     }
     let sieves = scan.over(&Picked::Some(&rest), sieves, threads, asker)?;
-    Ok(sieves.into_iter().map(|sieve| sieve.finish(k)).collect())
+    sieves.into_iter().map(|sieve| sieve.finish(k, watch)).collect()
+}
+
+/// The longer first; of equal norms the lower example.
+fn by_norm(norms: &[f32]) -> impl Fn(&u32, &u32) -> Ordering {
+    |&a, &b| norms[b as usize].total_cmp(&norms[a as usize]).then(a.cmp(&b))
+}
+
+/// The `count` examples of the largest norms, of equal ones the lower; `count` is not 0.
+fn longest(norms: &[f32], count: usize, watch: &Watch<'_>) -> Result<Vec<u32>, Error> {
+    let mut kept: Vec<u32> = Vec::with_capacity(2 * count);
+    let mut least = f32::NEG_INFINITY;
+    let mut steps = watch.steps();
+    for (example, &norm) in (0..).zip(norms) {
+        steps.add(1)?;
+        if norm < least {
+            continue;
+        }
+        kept.push(example);
+        if kept.len() == 2 * count {
+            kept.select_nth_unstable_by(count - 1, by_norm(norms));
+            kept.truncate(count);
+            least = norms[kept[count - 1] as usize];
+        }
+    }
+    if kept.len() > count {
+        kept.select_nth_unstable_by(count - 1, by_norm(norms));
+        kept.truncate(count);
+    }
+    Ok(kept)
 }
 
 /// The norm of each query, over all checkpoints, with room for rounding: times the norm of an
@@ -263,7 +292,7 @@ impl Scan<'_> {
                 here.clone()
                     .map(|at| number(request.rows, request.examples, checkpoint, picked.get(at))),
             );
-            let values = self.rows.lend(&state.numbers, values, scales, cursor)?;
+            let values = self.rows.lend(&state.numbers, values, scales, cursor, watch)?;
             let all = &request.queries[checkpoint * request.count * dim..][..request.count * dim];
             let wanted = if count == request.count {
                 all
@@ -290,7 +319,7 @@ impl Scan<'_> {
                 }
             }
         }
-        self.sift(state, picked, here)
+        self.sift(state, picked, here, watch)
     }
 
     /// Adds what a block has to the sieves.
@@ -299,6 +328,7 @@ impl Scan<'_> {
         state: &mut State<'_>,
         picked: &Picked<'_>,
         here: Range<usize>,
+        watch: &Watch<'_>,
     ) -> Result<(), Error> {
         let State { scores, sieves, active, above, below, bounds, survivors, .. } = state;
         let count = active.len();
@@ -309,6 +339,7 @@ impl Scan<'_> {
         bounds[1].extend(active.iter().map(|&query| below[query]));
         let set = InstructionSet::best();
         for (scores, at) in scores.chunks(count).zip(here) {
+            watch.check()?;
             survivors.clear();
             set.sift_each(scores, &bounds[0], &bounds[1], survivors);
             for &index in &*survivors {
@@ -329,7 +360,7 @@ impl Scan<'_> {
 }
 
 /// The number of checkpoints, if all sizes fit.
-fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
+fn check(rows: &Rows, request: &Request<'_>, watch: &Watch<'_>) -> Result<usize, Error> {
     let width = request.count.checked_mul(rows.dim()).filter(|&width| width > 0);
     let checkpoints = width.map_or(1, |width| request.queries.len() / width);
     if width.is_some_and(|width| width * checkpoints != request.queries.len())
@@ -361,7 +392,7 @@ fn check(rows: &Rows, request: &Request<'_>) -> Result<usize, Error> {
         let must = format!("parts of {} columns together", rows.dim());
         return Err(Error::shape("segments", must, format!("{:?}", request.segments)));
     }
-    check_finite(request.queries, request.count, rows.dim())?;
+    check_finite(request.queries, request.count, rows.dim(), watch)?;
     Ok(checkpoints)
 }
 
@@ -380,15 +411,31 @@ pub(super) fn excludes(excluded: &[Vec<u64>], query: usize, example: u64) -> boo
 }
 
 /// Whether every value of `[checkpoints, queries, dim]` is finite.
-pub(super) fn check_finite(values: &[f32], queries: usize, dim: usize) -> Result<(), Error> {
-    let Some(at) = values.iter().position(|value| !value.is_finite()) else {
-        return Ok(());
-    };
+pub(super) fn check_finite(
+    values: &[f32],
+    queries: usize,
+    dim: usize,
+    watch: &Watch<'_>,
+) -> Result<(), Error> {
+    let Some(at) = not_finite(values, watch)? else { return Ok(()) };
     Err(Error::NotFinite {
         argument: "queries",
         place: format!("query {}, column {}", at / dim % queries, at % dim),
         value: f64::from(values[at]),
     })
+}
+
+/// Where the first value is that is not finite.
+pub(crate) fn not_finite(values: &[f32], watch: &Watch<'_>) -> Result<Option<usize>, Error> {
+    /// Values between two looks at the watch.
+    const STEP: usize = 1 << 18;
+    for (values, at) in values.chunks(STEP).zip((0..).step_by(STEP)) {
+        watch.check()?;
+        if let Some(place) = values.iter().position(|value| !value.is_finite()) {
+            return Ok(Some(at + place));
+        }
+    }
+    Ok(None)
 }
 
 /// Scores some examples for one query, as [`ends`] does.
@@ -414,6 +461,7 @@ impl Scorer {
         (numbers, all, examples): (&[u64], usize, &[u32]),
         (queries, count, query): (&[f32], usize, usize),
         hits: &mut Vec<Hit>,
+        watch: &Watch<'_>,
     ) -> Result<(), Error> {
         let (dim, set) = (rows.dim(), InstructionSet::best());
         self.values.resize(examples.len() * dim, 0.0);
@@ -424,7 +472,8 @@ impl Scorer {
             self.numbers.clear();
             let row = |&example: &u32| number(numbers, all, checkpoint, example as usize);
             self.numbers.extend(examples.iter().map(row));
-            rows.read(&self.numbers, &mut self.values, &mut self.scales, &mut self.cursor)?;
+            let Self { numbers, values, scales, cursor, .. } = self;
+            rows.read(numbers, values, scales, cursor, watch)?;
             set.dots(&self.values, &queries[query * dim..][..dim], dim, &mut self.products);
             for (score, (product, scale)) in
                 self.scores.iter_mut().zip(self.products.iter().zip(&self.scales))
@@ -621,7 +670,7 @@ mod tests {
             // In falling order of norms, and in memory, the same examples under other numbers.
             let mut by_norm = order.clone();
             by_norm.sort_by(|&a, &b| norms[b as usize].total_cmp(&norms[a as usize]));
-            let sorted = rows.gathered(&by_norm).unwrap();
+            let sorted = rows.gathered(&by_norm, &Watch::none()).unwrap();
             let norms: Vec<f32> = by_norm.iter().map(|&at| norms[at as usize]).collect();
             request.norms = &norms;
             for (found, sorted) in found.iter().zip(ends(&sorted, &request, 2, &asker).unwrap()) {

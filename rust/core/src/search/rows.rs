@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use crate::error::Error;
 use crate::kernels::InstructionSet;
+use crate::memory;
 use crate::parallel::{collect, share};
 use crate::random::absorb;
 use crate::sketch::MAX_DIM;
-use crate::stop::Asker;
-use crate::store::{Cursor, Shard};
+use crate::stop::{Asker, Watch};
+use crate::store::{Cursor, READ, Shard};
 
 /// The number of the row of an example, by `[checkpoints, examples]` numbers; none at all stand for
 /// one checkpoint, whose rows have the numbers of their examples.
@@ -77,7 +78,7 @@ impl Rows {
     /// The rows of `shards`, each `dim` wide, with one scale a row.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not as many scales as rows; [`Error::Argument`] unless
+    /// [`Error::Shape`] if rows have another width, or there are not as many scales as rows; [`Error::Argument`] unless
     /// `1 <= dim <=` [`MAX_DIM`].
     pub fn new(shards: Vec<Shard>, scales: Vec<f32>, dim: usize) -> Result<Self, Error> {
         if dim == 0 || dim > MAX_DIM {
@@ -86,6 +87,9 @@ impl Rows {
         let mut total = 0u64;
         let mut starts = Vec::with_capacity(shards.len());
         for shard in &shards {
+            if shard.dim() != dim {
+                return Err(Error::shape("shards", format!("rows of {dim}"), shard.dim()));
+            }
             starts.push(total);
             total = total.saturating_add(shard.rows());
         }
@@ -127,15 +131,17 @@ impl Rows {
     /// Reads the rows with these numbers, stored values and scales apart.
     ///
     /// # Errors
-    /// [`Error::Argument`] if a number is not that of a row; [`Error::Io`].
+    /// [`Error::Argument`] if a number is not that of a row; as [`Shard::read`].
     pub fn read(
         &self,
         numbers: &[u64],
         values: &mut [f32],
         scales: &mut Vec<f32>,
         cursor: &mut Cursor,
+        watch: &Watch<'_>,
     ) -> Result<(), Error> {
         scales.clear();
+        let mut steps = watch.steps();
         let mut done = 0;
         while done < numbers.len() {
             let first = numbers[done];
@@ -152,7 +158,8 @@ impl Rows {
                 .take_while(|&(&number, expected)| number == expected)
                 .count();
             let out = &mut values[done * self.dim..(done + run) * self.dim];
-            self.shards[shard].read(at, out, cursor)?;
+            steps.add(READ + out.len())?;
+            self.shards[shard].read(at, out, cursor, watch)?;
             self.add_scales(first as usize..first as usize + run, scales);
             done += run;
         }
@@ -170,6 +177,7 @@ impl Rows {
         values: &'a mut Vec<f32>,
         scales: &mut Vec<f32>,
         cursor: &mut Cursor,
+        watch: &Watch<'_>,
     ) -> Result<&'a [f32], Error> {
         if let (Some(&first), Some(&last)) = (numbers.first(), numbers.last())
             && last < self.len()
@@ -177,25 +185,27 @@ impl Rows {
         {
             let shard = self.starts.partition_point(|&start| start <= first) - 1;
             let at = first - self.starts[shard];
-            if let Some(lent) = self.shards[shard].lent(at, numbers.len())? {
+            if let Some(lent) = self.shards[shard].lent(at, numbers.len(), watch)? {
                 scales.clear();
                 self.add_scales(first as usize..last as usize + 1, scales);
                 return Ok(lent);
             }
         }
         values.resize(numbers.len() * self.dim, 0.0);
-        self.read(numbers, values, scales, cursor)?;
+        self.read(numbers, values, scales, cursor, watch)?;
         Ok(values)
     }
 
     /// The same rows in the order of these numbers, in memory as they are stored.
     ///
     /// # Errors
-    /// [`Error::Argument`] if a number is not that of a row; [`Error::Io`].
-    pub fn gathered(&self, numbers: &[u64]) -> Result<Self, Error> {
+    /// [`Error::Argument`] if a number is not that of a row; as [`Shard::read`].
+    pub fn gathered(&self, numbers: &[u64], watch: &Watch<'_>) -> Result<Self, Error> {
         let mut places = Vec::with_capacity(numbers.len());
         let mut scales = Vec::with_capacity(numbers.len());
+        let mut steps = watch.steps();
         for &number in numbers {
+            steps.add(10)?;
             if number >= self.len() {
                 return Err(Error::argument("rows", format!("below {}", self.len()), number));
             }
@@ -203,7 +213,7 @@ impl Rows {
             places.push((shard, number - self.starts[shard]));
             self.add_scales(number as usize..number as usize + 1, &mut scales);
         }
-        let shard = Shard::gathered(&self.shards, &places, &mut Cursor::default())?;
+        let shard = Shard::gathered(&self.shards, &places, &mut Cursor::default(), watch)?;
         Self::new(vec![shard], scales, self.dim)
     }
 
@@ -220,16 +230,17 @@ impl Rows {
             threads,
             asker,
             || (Vec::new(), Cursor::default(), Vec::new()),
-            |(values, cursor, scales), job, _| {
+            |(values, cursor, scales), job, watch| {
                 let first = job * STEP;
                 let numbers: Vec<u64> = (first as u64..rows.min(first + STEP) as u64).collect();
                 values.resize(numbers.len() * self.dim, 0.0);
-                self.read(&numbers, values, scales, cursor)?;
+                self.read(&numbers, values, scales, cursor, watch)?;
                 let norms = values.chunks_exact(self.dim).zip(&*scales).map(|(row, &scale)| {
+                    watch.check()?;
                     let norm = InstructionSet::best().squares(row).sqrt() * f64::from(scale);
-                    (norm * (1.0 + 1e-9)) as f32
+                    Ok(((norm * (1.0 + 1e-9)) as f32).next_up())
                 });
-                let norms: Vec<f32> = norms.map(f32::next_up).collect();
+                let norms = norms.collect::<Result<Vec<f32>, Error>>()?;
                 if let Some(at) = norms.iter().position(|norm| !norm.is_finite()) {
                     return Err(Error::NotFinite {
                         argument: "rows",
@@ -266,16 +277,17 @@ impl Rows {
             threads,
             asker,
             || (Digest::default(), Vec::new(), Vec::new(), Cursor::default()),
-            |(digest, values, scales, cursor), job, _| {
+            |(digest, values, scales, cursor), job, watch| {
                 let here = job * STEP..count.min((job + 1) * STEP);
                 let mut hashes = vec![0; here.len()];
                 for checkpoint in 0..checkpoints {
                     let row = |example| number(numbers, examples, checkpoint, example);
                     let numbers: Vec<u64> = here.clone().map(row).collect();
-                    let values = self.lend(&numbers, values, scales, cursor)?;
+                    let values = self.lend(&numbers, values, scales, cursor, watch)?;
                     for ((hash, row), &scale) in
                         hashes.iter_mut().zip(values.chunks_exact(self.dim)).zip(&*scales)
                     {
+                        watch.check()?;
                         *hash = hashed(*hash, row, scale);
                     }
                 }
@@ -303,18 +315,19 @@ impl Rows {
     ///
     /// # Errors
     /// As [`Rows::read`]; [`Error::Shape`] if they are more than memory could hold.
-    pub fn scaled(&self, numbers: &[u64]) -> Result<Vec<f32>, Error> {
+    pub fn scaled(&self, numbers: &[u64], watch: &Watch<'_>) -> Result<Vec<f32>, Error> {
         if let Some(number) = numbers.iter().find(|&&number| number >= self.len()) {
             return Err(Error::argument("rows", format!("below {}", self.len()), number));
         }
-        let size = numbers
-            .len()
-            .checked_mul(self.dim)
+        let size = numbers.len().checked_mul(self.dim);
+        let room = size.map(|size| memory::try_filled(size, 0.0, watch)).transpose()?.flatten();
+        let mut values = room
             .ok_or_else(|| Error::shape("rows", "fewer than memory could hold", numbers.len()))?;
-        let mut values = vec![0.0; size];
         let mut scales = Vec::new();
-        self.read(numbers, &mut values, &mut scales, &mut Cursor::default())?;
+        self.read(numbers, &mut values, &mut scales, &mut Cursor::default(), watch)?;
+        let mut steps = watch.steps();
         for (row, scale) in values.chunks_exact_mut(self.dim).zip(scales) {
+            steps.add(row.len())?;
             for value in row {
                 *value *= scale;
             }

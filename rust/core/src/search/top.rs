@@ -3,6 +3,9 @@
 use std::cmp::Ordering;
 
 use super::{Ends, Hit, Sides};
+use crate::error::Error;
+use crate::order;
+use crate::stop::Watch;
 
 /// The side of the largest scores.
 pub(crate) const LARGEST: usize = 0;
@@ -83,16 +86,16 @@ impl Sieve {
         self.smallest.extend(other.smallest);
     }
 
-    pub(crate) fn finish(self, k: usize) -> Ends {
-        Ends {
-            largest: finish(self.largest, k, LARGEST),
-            smallest: finish(self.smallest, k, SMALLEST),
-        }
+    pub(crate) fn finish(self, k: usize, watch: &Watch<'_>) -> Result<Ends, Error> {
+        Ok(Ends {
+            largest: finish(self.largest, k, LARGEST, watch)?,
+            smallest: finish(self.smallest, k, SMALLEST, watch)?,
+        })
     }
 }
 
 /// The order of a side.
-fn order(side: usize) -> fn(&Hit, &Hit) -> Ordering {
+fn order_of(side: usize) -> fn(&Hit, &Hit) -> Ordering {
     [by_largest, by_smallest][side]
 }
 
@@ -101,7 +104,7 @@ fn order(side: usize) -> fn(&Hit, &Hit) -> Ordering {
 pub(crate) fn keep(hits: &mut Vec<Hit>, k: usize, side: usize) -> Option<f32> {
     let last = k.checked_sub(1)?;
     if last < hits.len() {
-        hits.select_nth_unstable_by(last, order(side));
+        hits.select_nth_unstable_by(last, order_of(side));
         hits.truncate(k);
         return Some(hits[last].score);
     }
@@ -109,10 +112,16 @@ pub(crate) fn keep(hits: &mut Vec<Hit>, k: usize, side: usize) -> Option<f32> {
 }
 
 /// The first `k` of a side, in order.
-pub(crate) fn finish(mut hits: Vec<Hit>, k: usize, side: usize) -> Vec<Hit> {
-    hits.sort_unstable_by(order(side));
+pub(crate) fn finish(
+    mut hits: Vec<Hit>,
+    k: usize,
+    side: usize,
+    watch: &Watch<'_>,
+) -> Result<Vec<Hit>, Error> {
+    keep(&mut hits, k, side);
+    order::sort(&mut hits, watch, order_of(side))?;
     hits.truncate(k);
-    hits
+    Ok(hits)
 }
 
 /// A whole number for a score: in the order of scores, from that of the least NaN to the greatest.

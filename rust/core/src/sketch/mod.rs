@@ -33,7 +33,9 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::error::Error;
 use crate::kernels::{InstructionSet, LANES, Slot};
+use crate::memory;
 use crate::random;
+use crate::stop::Watch;
 
 /// The widest row a sketch makes.
 pub const MAX_DIM: usize = 1 << 20;
@@ -173,11 +175,21 @@ impl Sketch {
     }
 
     /// The slots of all chunks of `parameter` in a chunked sketch.
-    #[must_use]
-    pub fn slots(&self, parameter: Parameter) -> Vec<Slot> {
-        let mut slots = vec![Slot::default(); parameter.len.div_ceil(LANES as u64) as usize];
-        self.set.slots(parameter.key, self.dim, 0, &mut slots);
-        slots
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if memory has no room for them; [`Error::Stopped`].
+    pub fn slots(&self, parameter: Parameter, watch: &Watch<'_>) -> Result<Vec<Slot>, Error> {
+        /// Chunks between two looks at the watch.
+        const STEP: usize = 1 << 16;
+        let chunks = parameter.len.div_ceil(LANES as u64) as usize;
+        let Some(mut slots) = memory::try_filled(chunks, Slot::default(), watch)? else {
+            return Err(Error::shape("shape", "one whose slots fit in memory", parameter.len));
+        };
+        for (slots, first) in slots.chunks_mut(STEP).zip((0..).step_by(STEP)) {
+            watch.check()?;
+            self.set.slots(parameter.key, self.dim, first, slots);
+        }
+        Ok(slots)
     }
 }
 

@@ -7,25 +7,22 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::crc32;
 use super::file::{damaged, open, read_at};
 use crate::error::Error;
-use crate::stop::{Asker, Stop, Watch};
+use crate::stop::Watch;
 
 /// Bytes of a block.
 pub const BLOCK: usize = 1 << 16;
 
 /// Blocks that are read at once, before they are checked.
-const PIECE: usize = 8;
+const PIECE: usize = 4;
 
 /// The checksum of each block of `bytes`.
 ///
 /// # Errors
 /// [`Error::Stopped`].
-pub fn checksums(bytes: &[u8], asker: &Asker<'_>) -> Result<Vec<u32>, Error> {
-    let stop = Stop::new();
-    let watch = Watch::new(&stop, Some(asker));
-    let checksum = |block| watch.check().map(|()| crc32(0, block));
+pub fn checksums(bytes: &[u8], watch: &Watch<'_>) -> Result<Vec<u32>, Error> {
+    let checksum = |block| watch.check().map(|()| crc32fast::hash(block));
     bytes.chunks(BLOCK).map(checksum).collect()
 }
 
@@ -40,10 +37,8 @@ pub fn check_file(
     path: &Path,
     length: u64,
     checksums: &[u32],
-    asker: &Asker<'_>,
+    watch: &Watch<'_>,
 ) -> Result<Vec<u64>, Error> {
-    let stop = Stop::new();
-    let watch = Watch::new(&stop, Some(asker));
     let (file, found) = open(path, false)?;
     if found != length {
         return Err(damaged(path, format!("it must have {length} bytes, got {found}")));
@@ -52,13 +47,14 @@ pub fn check_file(
     let mut bytes = vec![0; (PIECE * BLOCK).min(usize::try_from(length).unwrap_or(usize::MAX))];
     let mut bad = Vec::new();
     for (piece, checksums) in (0..).zip(checksums.chunks(PIECE)) {
-        watch.check()?;
         let at = piece * (PIECE * BLOCK) as u64;
         let bytes = &mut bytes[..(length - at).min((PIECE * BLOCK) as u64) as usize];
-        read_at(&file, path, bytes, at)?;
+        read_at(&file, path, bytes, at, watch)?;
         let blocks = (piece * PIECE as u64..).zip(bytes.chunks(BLOCK)).zip(checksums);
         bad.extend(
-            blocks.filter(|((_, block), must)| crc32(0, block) != **must).map(|((n, _), _)| n),
+            blocks
+                .filter(|((_, block), must)| crc32fast::hash(block) != **must)
+                .map(|((n, _), _)| n),
         );
     }
     Ok(bad)
@@ -113,7 +109,7 @@ impl Checks {
 
     /// Nothing, if these bytes of a block have its checksum.
     fn verify(&self, path: &Path, block: usize, bytes: &[u8]) -> Result<(), Error> {
-        let (must, got) = (self.checksums[block], crc32(0, bytes));
+        let (must, got) = (self.checksums[block], crc32fast::hash(bytes));
         if must != got {
             let Range { start, end } = self.span(block);
             let what = format!(
@@ -131,15 +127,17 @@ impl Checks {
     /// file. The range lies within them.
     ///
     /// # Errors
-    /// [`Error::Damaged`] if one has another.
+    /// [`Error::Damaged`] if one has another; [`Error::Stopped`].
     pub(super) fn verify_within(
         &self,
         path: &Path,
         range: Range<usize>,
         all: &[u8],
+        watch: &Watch<'_>,
     ) -> Result<(), Error> {
         for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
             if !self.is_verified(block) {
+                watch.check()?;
                 let Range { start, end } = self.span(block);
                 self.verify(path, block, &all[start as usize..end as usize])?;
             }
@@ -209,7 +207,7 @@ mod tests {
 
     use super::super::{Cursor, Kind, Shard};
     use super::*;
-    use crate::stop::never;
+    use crate::stop::Asker;
 
     /// A file in the temporary folder that goes with its test.
     struct Written(PathBuf);
@@ -230,7 +228,7 @@ mod tests {
     }
 
     fn sums(bytes: &[u8]) -> Vec<u32> {
-        checksums(bytes, &Asker::new(&never)).unwrap()
+        checksums(bytes, &Watch::none()).unwrap()
     }
 
     /// `length` bytes that repeat nowhere near a block's length.
@@ -264,7 +262,7 @@ mod tests {
             let shard = if mapped { shard.mapped().unwrap() } else { shard };
             let check = |cursor: &mut Cursor, first: usize, count: usize| {
                 let mut out = vec![0.0; count * dim];
-                shard.read(first as u64, &mut out, cursor).unwrap();
+                shard.read(first as u64, &mut out, cursor, &Watch::none()).unwrap();
                 let expected = &bytes[offset + first * dim..][..count * dim];
                 assert!(out.iter().zip(expected).all(|(found, &byte)| *found == level(byte)));
             };
@@ -306,7 +304,7 @@ mod tests {
                 let span = offset + first * dim..offset + (first + count) * dim;
                 let touched = (span.start / BLOCK..=(span.end - 1) / BLOCK).contains(&(at / BLOCK));
                 let mut out = vec![0.0; count * dim];
-                match shard.read(first as u64, &mut out, &mut cursor) {
+                match shard.read(first as u64, &mut out, &mut cursor, &Watch::none()) {
                     Ok(()) => {
                         prop_assert!(!touched);
                         let same = out.iter().zip(&bytes[span]).all(|(a, &b)| *a == level(b));
@@ -322,13 +320,13 @@ mod tests {
                     Err(other) => prop_assert!(false, "{}", other),
                 }
                 let gathered = Shard::gathered(
-                    std::slice::from_ref(&shard), &[(0, first as u64)], &mut cursor,
+                    std::slice::from_ref(&shard), &[(0, first as u64)], &mut cursor, &Watch::none(),
                 );
                 let row = offset + first * dim..offset + (first + 1) * dim;
                 let touched = (row.start / BLOCK..=(row.end - 1) / BLOCK).contains(&(at / BLOCK));
                 prop_assert_eq!(gathered.is_err(), touched);
             }
-            let bad = check_file(&file.0, bytes.len() as u64, &sums, &Asker::new(&never)).unwrap();
+            let bad = check_file(&file.0, bytes.len() as u64, &sums, &Watch::none()).unwrap();
             prop_assert_eq!(bad, vec![(at / BLOCK) as u64]);
         }
     }
@@ -361,7 +359,7 @@ mod tests {
         let sums = sums(&bytes);
         let check = |bytes: &[u8]| {
             let file = Written::new("check", bytes);
-            check_file(&file.0, bytes.len() as u64, &sums, &Asker::new(&never))
+            check_file(&file.0, bytes.len() as u64, &sums, &Watch::none())
         };
         assert!(check(&bytes).unwrap().is_empty());
         for at in [0, BLOCK - 1, 8 * BLOCK, 9 * BLOCK + 17, 20 * BLOCK + 2] {
@@ -377,7 +375,7 @@ mod tests {
         let file = Written::new("length", &bytes);
         let sums = sums(&bytes);
         let damaged = |length, sums: &[u32]| {
-            let found = check_file(&file.0, length, sums, &Asker::new(&never));
+            let found = check_file(&file.0, length, sums, &Watch::none());
             assert!(matches!(found, Err(Error::Damaged { .. })));
         };
         damaged(bytes.len() as u64 - 1, &sums);
@@ -401,10 +399,10 @@ mod tests {
             std::fs::write(&file.0, &bytes).unwrap();
             let shard = Shard::in_file(&file.0, 0, 4, BLOCK, Kind::I8, checks).unwrap();
             let (mut open, mut out) = (Cursor::default(), vec![0.0; 2 * BLOCK]);
-            shard.read(0, &mut out, &mut open).unwrap();
+            shard.read(0, &mut out, &mut open, &Watch::none()).unwrap();
             std::fs::write(&file.0, &bytes[..BLOCK + 7]).unwrap();
             for (first, cursor) in [(2, &mut open), (2, &mut Cursor::default())] {
-                let found = shard.read(first, &mut out, cursor);
+                let found = shard.read(first, &mut out, cursor, &Watch::none());
                 assert!(matches!(found, Err(Error::Damaged { .. })));
             }
         }
@@ -417,7 +415,7 @@ mod tests {
         let yes = || true;
         let asker = Asker::new(&yes);
         std::thread::sleep(std::time::Duration::from_millis(60));
-        let found = check_file(&file.0, bytes.len() as u64, &sums(&bytes), &asker);
+        let found = check_file(&file.0, bytes.len() as u64, &sums(&bytes), &Watch::of(&asker));
         assert!(matches!(found, Err(Error::Stopped)));
     }
 }

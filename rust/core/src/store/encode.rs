@@ -5,6 +5,7 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::error::Error;
 use crate::kernels::InstructionSet;
+use crate::stop::Watch;
 
 /// A type that stored rows have.
 pub trait Stored: Copy + Default + Send + Sync {
@@ -43,17 +44,23 @@ impl Stored for f16 {
 ///
 /// # Errors
 /// [`Error::Shape`] if `rows` does not divide into rows of `dim`; [`Error::NotFinite`] if a row
-/// holds a NaN or an infinity, or its norm exceeds f32.
-pub fn encode<T: Stored>(rows: &[f32], dim: usize) -> Result<(Vec<T>, Vec<f32>), Error> {
+/// holds a NaN or an infinity, or its norm exceeds f32; [`Error::Stopped`].
+pub fn encode<T: Stored>(
+    rows: &[f32],
+    dim: usize,
+    watch: &Watch<'_>,
+) -> Result<(Vec<T>, Vec<f32>), Error> {
     if dim == 0 || !rows.len().is_multiple_of(dim) {
         return Err(Error::shape("rows", format!("[n, {dim}]"), rows.len()));
     }
     let mut stored = vec![T::default(); rows.len()];
     let mut scales = Vec::with_capacity(rows.len() / dim);
     let set = InstructionSet::best();
+    let mut steps = watch.steps();
     for (index, (row, stored)) in
         rows.chunks_exact(dim).zip(stored.chunks_exact_mut(dim)).enumerate()
     {
+        steps.add(dim)?;
         let norm = set.squares(row).sqrt();
         let scale = norm as f32;
         if !scale.is_finite() {
@@ -103,10 +110,11 @@ impl Part<'_> {
 /// is not; its row is zeros.
 ///
 /// # Errors
-/// [`Error::Shape`] if a part has another batch, or rows of several lengths.
+/// [`Error::Shape`] if a part has another batch, or rows of several lengths; [`Error::Stopped`].
 pub fn encode_factors<T: Stored>(
     parts: &[Part<'_>],
     batch: usize,
+    watch: &Watch<'_>,
 ) -> Result<(Vec<T>, Vec<f32>), Error> {
     for part in parts {
         for side in part.left.iter().chain([&part.right]) {
@@ -124,7 +132,9 @@ pub fn encode_factors<T: Stored>(
     let mut norms = Vec::with_capacity(batch);
     let set = InstructionSet::best();
     let mut sizes = Vec::with_capacity(parts.len());
+    let mut steps = watch.steps();
     for row in 0..batch {
+        steps.add(width)?;
         sizes.clear();
         sizes.extend(parts.iter().map(|part| {
             let [left, right] = part.ones.map(|one| f64::from(u8::from(one)));
@@ -172,7 +182,7 @@ mod tests {
             row in prop::collection::vec(-1f32..1.0, 1..50), exponent in -30i32..30,
         ) {
             let row: Vec<f32> = row.iter().map(|value| value * 10f32.powi(exponent)).collect();
-            let (stored, scales) = encode::<f16>(&row, row.len()).unwrap();
+            let (stored, scales) = encode::<f16>(&row, row.len(), &Watch::none()).unwrap();
             for (value, stored) in row.iter().zip(stored) {
                 let back = stored.to_f64() * f64::from(scales[0]);
                 // Half a step of f16 is 2^-11 of the value, or 2^-25 of the scale when subnormal;
@@ -191,7 +201,7 @@ mod tests {
             Part { left: Some(vec![&left]), right: vec![&right], ones: [false, true] },
             Part { left: None, right: vec![&vector], ones: [false, false] },
         ];
-        let (row, norms) = encode_factors::<f32>(&parts, 1).unwrap();
+        let (row, norms) = encode_factors::<f32>(&parts, 1, &Watch::none()).unwrap();
         let norm = (25.0f64 * 10.0 + 25.25).sqrt();
         assert!((f64::from(norms[0]) - norm).abs() < 1e-5);
         assert_eq!(row.len(), 2 + 4 + 2);
@@ -213,23 +223,26 @@ mod tests {
         for (value, norm) in [(0.0, 0.0), (f32::NAN, f32::NAN), (f32::INFINITY, f32::INFINITY)] {
             let (left, right) = ([value, value], [1.0, 1.0]);
             let part = Part { left: Some(vec![&left]), right: vec![&right], ones: [false, false] };
-            let (row, norms) = encode_factors::<f16>(&[part], 1).unwrap();
+            let (row, norms) = encode_factors::<f16>(&[part], 1, &Watch::none()).unwrap();
             assert!(norms[0] == norm || (norms[0].is_nan() && norm.is_nan()));
             assert!(row.iter().all(|value| *value == f16::ZERO));
         }
         let part = Part { left: None, right: vec![&[1.0]], ones: [false, false] };
-        assert!(encode_factors::<f16>(&[part], 2).is_err());
+        assert!(encode_factors::<f16>(&[part], 2, &Watch::none()).is_err());
     }
 
     #[test]
     fn a_zero_row_has_scale_zero() {
-        assert_eq!(encode::<f32>(&[0.0, 0.0], 2).unwrap(), (vec![0.0, 0.0], vec![0.0]));
+        assert_eq!(
+            encode::<f32>(&[0.0, 0.0], 2, &Watch::none()).unwrap(),
+            (vec![0.0, 0.0], vec![0.0])
+        );
     }
 
     #[test]
     fn not_finite_rows_and_norms_are_refused() {
         for row in [[1.0, f32::NAN], [f32::INFINITY, 0.0], [f32::MAX, f32::MAX]] {
-            assert!(matches!(encode::<f16>(&row, 2), Err(Error::NotFinite { .. })));
+            assert!(matches!(encode::<f16>(&row, 2, &Watch::none()), Err(Error::NotFinite { .. })));
         }
     }
 }

@@ -5,17 +5,25 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 
 use crate::error::Error;
+use crate::stop::Watch;
+
+/// Bytes that are read between two looks at the watch.
+const STEP: usize = 1 << 20;
 
 /// Opens a regular file to read, and gives its length. Pipes and devices are refused before they are
 /// read, as they may never end; and links, unless they are to be followed, as they may lead to any
 /// file.
 ///
 /// # Errors
-/// [`Error::Damaged`] if something else is there, [`Error::Io`].
+/// [`Error::Damaged`] if something else is there, [`Error::Gone`] if nothing is where no link is
+/// followed, [`Error::Io`].
 pub(super) fn open(path: &Path, follow: bool) -> Result<(File, u64), Error> {
     // Looked at before it is opened, as opening a device may do something, and again after, as it
     // may have been exchanged in between: the flags keep that from following and from waiting.
-    let io = |source| io_error(path, source);
+    let io = |source: io::Error| match source.kind() {
+        ErrorKind::NotFound if !follow => Error::Gone { path: path.to_owned() },
+        _ => io_error(path, source),
+    };
     let look = if follow { Path::metadata } else { Path::symlink_metadata };
     check_regular(path, &look(path).map_err(io)?)?;
     let mut options = File::options();
@@ -45,19 +53,29 @@ fn check_regular(path: &Path, found: &Metadata) -> Result<(), Error> {
     Err(damaged(path, format!("it must be a regular file, got {kind}")))
 }
 
-/// Fills `bytes` from byte `at` of a file on.
+/// Fills `bytes` from byte `at` of a file on, some at a time: a disk may be slow.
 ///
 /// # Errors
-/// [`Error::Damaged`] if the file ends before, [`Error::Io`].
-pub(super) fn read_at(file: &File, path: &Path, bytes: &mut [u8], at: u64) -> Result<(), Error> {
-    read_exact_at(file, bytes, at).map_err(|source| {
-        if source.kind() == ErrorKind::UnexpectedEof {
-            let end = at.saturating_add(bytes.len() as u64);
-            damaged(path, format!("it must have {end} bytes, and ends before"))
-        } else {
-            io_error(path, source)
-        }
-    })
+/// [`Error::Damaged`] if the file ends before, [`Error::Io`], [`Error::Stopped`].
+pub(super) fn read_at(
+    file: &File,
+    path: &Path,
+    bytes: &mut [u8],
+    at: u64,
+    watch: &Watch<'_>,
+) -> Result<(), Error> {
+    for (bytes, at) in bytes.chunks_mut(STEP).zip((at..).step_by(STEP)) {
+        watch.check()?;
+        read_exact_at(file, bytes, at).map_err(|source| {
+            if source.kind() == ErrorKind::UnexpectedEof {
+                let end = at.saturating_add(bytes.len() as u64);
+                damaged(path, format!("it must have {end} bytes, and ends before"))
+            } else {
+                io_error(path, source)
+            }
+        })?;
+    }
+    Ok(())
 }
 
 #[cfg(unix)]

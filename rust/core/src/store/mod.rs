@@ -13,12 +13,21 @@ mod shard;
 
 pub use encode::{Part, Stored, encode, encode_factors};
 pub use quantise::{Quantised, quantise};
+pub(crate) use shard::READ;
 pub use shard::{Cursor, Kind, Shard};
 
+use crate::error::Error;
+use crate::stop::Watch;
+
 /// The CRC-32 of bytes that follow others whose CRC-32 is `before`; 0 for the first.
-#[must_use]
-pub fn crc32(before: u32, bytes: &[u8]) -> u32 {
+///
+/// # Errors
+/// [`Error::Stopped`].
+pub fn crc32(before: u32, bytes: &[u8], watch: &Watch<'_>) -> Result<u32, Error> {
     let mut hasher = crc32fast::Hasher::new_with_initial(before);
-    hasher.update(bytes);
-    hasher.finalize()
+    for bytes in bytes.chunks(blocks::BLOCK) {
+        watch.check()?;
+        hasher.update(bytes);
+    }
+    Ok(hasher.finalize())
 }

@@ -12,7 +12,7 @@
 use super::encode::not_finite;
 use crate::error::Error;
 use crate::kernels::InstructionSet;
-use crate::stop::{Asker, Stop, Watch};
+use crate::stop::Watch;
 
 /// How many scales are tried at least.
 const TRIED: f64 = 30.0;
@@ -57,13 +57,13 @@ pub fn quantise(
     rows: &[f32],
     dim: usize,
     bits: usize,
-    asker: &Asker<'_>,
+    watch: &Watch<'_>,
 ) -> Result<Quantised, Error> {
     match bits {
-        1 => quantised::<1>(rows, dim, asker),
-        2 => quantised::<2>(rows, dim, asker),
-        4 => quantised::<4>(rows, dim, asker),
-        8 => quantised::<8>(rows, dim, asker),
+        1 => quantised::<1>(rows, dim, watch),
+        2 => quantised::<2>(rows, dim, watch),
+        4 => quantised::<4>(rows, dim, watch),
+        8 => quantised::<8>(rows, dim, watch),
         _ => Err(Error::argument("bits", "1, 2, 4 or 8", bits)),
     }
 }
@@ -71,13 +71,11 @@ pub fn quantise(
 fn quantised<const B: usize>(
     rows: &[f32],
     dim: usize,
-    asker: &Asker<'_>,
+    watch: &Watch<'_>,
 ) -> Result<Quantised, Error> {
     if dim == 0 || !rows.len().is_multiple_of(dim) {
         return Err(Error::shape("rows", format!("[n, {dim}]"), rows.len()));
     }
-    let stop = Stop::new();
-    let watch = Watch::new(&stop, Some(asker));
     let set = InstructionSet::best();
     let count = rows.len() / dim;
     let width = (dim * B).div_ceil(8);
@@ -273,10 +271,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::stop::never;
 
     fn quantise(rows: &[f32], dim: usize, bits: usize) -> (Vec<u8>, Vec<f32>, Vec<f32>) {
-        let made = super::quantise(rows, dim, bits, &Asker::new(&never)).unwrap();
+        let made = super::quantise(rows, dim, bits, &Watch::none()).unwrap();
         (made.packed, made.scales, made.errors)
     }
 
@@ -376,15 +373,14 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_or_of_another_shape_is_refused() {
-        let asker = Asker::new(&never);
         for row in [[1.0, f32::NAN], [f32::INFINITY, 0.0], [f32::MAX, f32::MAX], [f32::MAX, 0.0]] {
             for bits in [1, 8] {
-                let found = super::quantise(&row, 2, bits, &asker);
+                let found = super::quantise(&row, 2, bits, &Watch::none());
                 assert!(matches!(found, Err(Error::NotFinite { .. })));
             }
         }
-        assert!(super::quantise(&[1.0; 3], 2, 4, &asker).is_err());
-        assert!(super::quantise(&[1.0; 3], 0, 4, &asker).is_err());
-        assert!(super::quantise(&[1.0; 3], 3, 3, &asker).is_err());
+        assert!(super::quantise(&[1.0; 3], 2, 4, &Watch::none()).is_err());
+        assert!(super::quantise(&[1.0; 3], 0, 4, &Watch::none()).is_err());
+        assert!(super::quantise(&[1.0; 3], 3, 3, &Watch::none()).is_err());
     }
 }

@@ -11,6 +11,10 @@ use super::map::Map;
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::memory;
+use crate::stop::Watch;
+
+/// What it takes to begin to read rows, in nanoseconds.
+pub(crate) const READ: usize = 500;
 
 /// The type of stored values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,14 +105,20 @@ struct InFile {
 
 impl InFile {
     /// Reads bytes of rows; `at` is counted from the first row on.
-    fn read(&self, at: u64, out: &mut [u8], cursor: &mut Cursor) -> Result<(), Error> {
+    fn read(
+        &self,
+        at: u64,
+        out: &mut [u8],
+        cursor: &mut Cursor,
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
         let path = &self.path;
         let file = match &mut cursor.open {
             Some((open, file)) if open == path => file,
             open => &mut open.insert((path.clone(), self.open()?)).1,
         };
         let (file, at) = (&*file, self.offset + at);
-        let read = |bytes: &mut [u8], at| read_at(file, path, bytes, at);
+        let read = |bytes: &mut [u8], at| read_at(file, path, bytes, at, watch);
         match &self.checks {
             Some(checks) => checks.read(path, at, out, &mut cursor.block, read),
             None => read(out, at),
@@ -116,12 +126,12 @@ impl InFile {
     }
 
     /// The mapped bytes, if there is a map; `at` is counted from the first row on.
-    fn mapped(&self, at: u64, count: usize) -> Result<Option<&[u8]>, Error> {
+    fn mapped(&self, at: u64, count: usize, watch: &Watch<'_>) -> Result<Option<&[u8]>, Error> {
         let Some(map) = &self.map else { return Ok(None) };
         let start = (self.offset + at) as usize;
         let range = start..start + count;
         if let Some(checks) = &self.checks {
-            checks.verify_within(&self.path, range.clone(), map.bytes())?;
+            checks.verify_within(&self.path, range.clone(), map.bytes(), watch)?;
         }
         Ok(Some(&map.bytes()[range]))
     }
@@ -218,6 +228,7 @@ impl Shard {
         shards: &[Self],
         rows: &[(usize, u64)],
         cursor: &mut Cursor,
+        watch: &Watch<'_>,
     ) -> Result<Self, Error> {
         let (kind, dim, width) =
             shards.first().map_or((Kind::F32, 1, 4), |shard| (shard.kind, shard.dim, shard.width));
@@ -226,21 +237,26 @@ impl Shard {
         }
         let size = rows.len() * dim;
         let mut found = match kind {
-            Kind::F32 => Place::F32(memory::filled(size, 0.0)),
-            Kind::F16 => Place::F16(memory::filled(size, f16::ZERO)),
-            Kind::I8 => Place::I8(memory::filled(size, 0)),
-            Kind::I4 | Kind::I2 | Kind::I1 => Place::Packed(memory::filled(rows.len() * width, 0)),
+            Kind::F32 => Place::F32(memory::filled(size, 0.0, watch)?),
+            Kind::F16 => Place::F16(memory::filled(size, f16::ZERO, watch)?),
+            Kind::I8 => Place::I8(memory::filled(size, 0, watch)?),
+            Kind::I4 | Kind::I2 | Kind::I1 => {
+                Place::Packed(memory::filled(rows.len() * width, 0, watch)?)
+            }
         };
+        let mut steps = watch.steps();
         for (index, &(shard, row)) in rows.iter().enumerate() {
             let here = index * dim..(index + 1) * dim;
             let shard = &shards[shard];
+            steps.add(READ + width)?;
             shard.check(row, 1)?;
             match &mut found {
-                Place::F32(values) => shard.stored(row, &mut values[here], cursor)?,
-                Place::F16(values) => shard.stored(row, &mut values[here], cursor)?,
-                Place::I8(values) => shard.stored(row, &mut values[here], cursor)?,
+                Place::F32(values) => shard.stored(row, &mut values[here], cursor, watch)?,
+                Place::F16(values) => shard.stored(row, &mut values[here], cursor, watch)?,
+                Place::I8(values) => shard.stored(row, &mut values[here], cursor, watch)?,
                 Place::Packed(bytes) => {
-                    shard.stored(row, &mut bytes[index * width..(index + 1) * width], cursor)?;
+                    let bytes = &mut bytes[index * width..(index + 1) * width];
+                    shard.stored(row, bytes, cursor, watch)?;
                 }
                 Place::File(..) => {}
             }
@@ -252,6 +268,12 @@ impl Shard {
     #[must_use]
     pub fn rows(&self) -> u64 {
         self.rows
+    }
+
+    /// The width of a row.
+    #[must_use]
+    pub fn dim(&self) -> usize {
+        self.dim
     }
 
     /// Whether its rows are in memory.
@@ -279,19 +301,29 @@ impl Shard {
     ///
     /// # Errors
     /// [`Error::Damaged`] if a block of a map has another checksum.
-    pub fn lent(&self, first: u64, count: usize) -> Result<Option<&[f32]>, Error> {
+    pub fn lent(
+        &self,
+        first: u64,
+        count: usize,
+        watch: &Watch<'_>,
+    ) -> Result<Option<&[f32]>, Error> {
         if self.kind != Kind::F32 || self.check(first, count as u64).is_err() {
             return Ok(None);
         }
-        self.lying(first, count * self.dim)
+        self.lying(first, count * self.dim, watch)
     }
 
     /// `count` stored values of the rows from `first` on, where they lie in memory or in a map;
     /// `first` and their number have been checked.
-    fn lying<T: bytemuck::Pod>(&self, first: u64, count: usize) -> Result<Option<&[T]>, Error> {
+    fn lying<T: bytemuck::Pod>(
+        &self,
+        first: u64,
+        count: usize,
+        watch: &Watch<'_>,
+    ) -> Result<Option<&[T]>, Error> {
         let (at, count) = (first * self.width as u64, count * size_of::<T>());
         let bytes: &[u8] = match &self.place {
-            Place::File(file) => match file.mapped(at, count)? {
+            Place::File(file) => match file.mapped(at, count, watch)? {
                 Some(bytes) => return Ok(bytemuck::try_cast_slice(bytes).ok()),
                 None => return Ok(None),
             },
@@ -308,29 +340,35 @@ impl Shard {
     /// # Errors
     /// [`Error::Shape`] if there are not so many rows, [`Error::Io`] if reading fails,
     /// [`Error::Damaged`] if the file has been cut, or a block has another checksum.
-    pub fn read(&self, first: u64, out: &mut [f32], cursor: &mut Cursor) -> Result<(), Error> {
+    pub fn read(
+        &self,
+        first: u64,
+        out: &mut [f32],
+        cursor: &mut Cursor,
+        watch: &Watch<'_>,
+    ) -> Result<(), Error> {
         let count = out.len().checked_div(self.dim).unwrap_or(usize::MAX);
         self.check(first, count as u64)?;
         let out = &mut out[..count * self.dim];
         match self.kind {
-            Kind::F32 => self.stored(first, out, cursor)?,
+            Kind::F32 => self.stored(first, out, cursor, watch)?,
             Kind::F16 => {
                 let mut halves = std::mem::take(&mut cursor.halves);
-                let found = self.found(first, out.len(), &mut halves, cursor);
+                let found = self.found(first, out.len(), &mut halves, cursor, watch);
                 let done = found.map(|halves| InstructionSet::best().widen(halves, out));
                 cursor.halves = halves;
                 done?;
             }
             Kind::I8 => {
                 let mut bytes = std::mem::take(&mut cursor.bytes);
-                let found = self.found(first, out.len(), &mut bytes, cursor);
+                let found = self.found(first, out.len(), &mut bytes, cursor, watch);
                 let done = found.map(|bytes| InstructionSet::best().widen_bytes(bytes, out));
                 cursor.bytes = bytes;
                 done?;
             }
-            Kind::I4 => self.unpack::<4>(first, out, cursor)?,
-            Kind::I2 => self.unpack::<2>(first, out, cursor)?,
-            Kind::I1 => self.unpack::<1>(first, out, cursor)?,
+            Kind::I4 => self.unpack::<4>(first, out, cursor, watch)?,
+            Kind::I2 => self.unpack::<2>(first, out, cursor, watch)?,
+            Kind::I1 => self.unpack::<1>(first, out, cursor, watch)?,
         }
         Ok(())
     }
@@ -341,10 +379,11 @@ impl Shard {
         first: u64,
         out: &mut [f32],
         cursor: &mut Cursor,
+        watch: &Watch<'_>,
     ) -> Result<(), Error> {
         let mut packed = std::mem::take(&mut cursor.packed);
         let count = out.len() / self.dim * self.width;
-        let done = self.found(first, count, &mut packed, cursor).map(|packed| {
+        let done = self.found(first, count, &mut packed, cursor, watch).map(|packed| {
             let set = InstructionSet::best();
             if self.dim * B == self.width * 8 {
                 set.unpack::<B>(packed, out);
@@ -367,12 +406,13 @@ impl Shard {
         count: usize,
         values: &'a mut Vec<T>,
         cursor: &mut Cursor,
+        watch: &Watch<'_>,
     ) -> Result<&'a [T], Error> {
-        if let Some(lying) = self.lying(first, count)? {
+        if let Some(lying) = self.lying(first, count, watch)? {
             return Ok(lying);
         }
         values.resize(count, T::zeroed());
-        self.stored(first, values, cursor)?;
+        self.stored(first, values, cursor, watch)?;
         Ok(values)
     }
 
@@ -394,13 +434,14 @@ impl Shard {
         first: u64,
         out: &mut [T],
         cursor: &mut Cursor,
+        watch: &Watch<'_>,
     ) -> Result<(), Error> {
         // The values lie as they do in memory: the crate compiles for little-endian targets only.
         let out: &mut [u8] = bytemuck::cast_slice_mut(out);
-        if let Some(bytes) = self.lying(first, out.len())? {
+        if let Some(bytes) = self.lying(first, out.len(), watch)? {
             out.copy_from_slice(bytes);
         } else if let Place::File(file) = &self.place {
-            file.read(first * self.width as u64, out, cursor)?;
+            file.read(first * self.width as u64, out, cursor, watch)?;
         }
         Ok(())
     }
@@ -412,7 +453,6 @@ mod tests {
 
     use super::super::blocks::{BLOCK, checksums};
     use super::*;
-    use crate::stop::{Asker, never};
 
     #[test]
     fn packed_rows_come_back_as_levels_from_files_and_from_memory() {
@@ -435,12 +475,13 @@ mod tests {
             let cursor = &mut Cursor::default();
             let mut out = [0.0; 10];
             let rows = Shard::in_file(&path, 0, 3, 5, kind, None).unwrap();
-            rows.read(1, &mut out, cursor).unwrap();
+            rows.read(1, &mut out, cursor, &Watch::none()).unwrap();
             assert_eq!(out[..5], levels(1));
             assert_eq!(out[5..], levels(2));
-            let gathered = Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor).unwrap();
+            let gathered =
+                Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor, &Watch::none()).unwrap();
             assert_eq!(gathered.bytes(), 2 * width);
-            gathered.read(0, &mut out, cursor).unwrap();
+            gathered.read(0, &mut out, cursor, &Watch::none()).unwrap();
             assert_eq!(out[..5], levels(2));
             assert_eq!(out[5..], levels(0));
             for (count, dim) in [(3, 5 + 8 / bits), (2, 5), (4, 5), (3, usize::MAX)] {
@@ -455,14 +496,13 @@ mod tests {
     fn rows_of_every_kind_are_the_same_through_a_map_and_f32_are_lent_from_it() {
         let path = std::env::temp_dir().join(format!("whence-mapped-{}", std::process::id()));
         let (rows, dim) = (700, 129);
-        let asker = Asker::new(&never);
         for kind in [Kind::F32, Kind::F16, Kind::I8, Kind::I4, Kind::I2, Kind::I1] {
             for offset in [0, 128, 3] {
                 let size = offset + rows * kind.row_bytes(dim).unwrap();
                 // No f32 and no f16 of these is a NaN, which would not equal itself.
                 let bytes: Vec<u8> = (0..size).map(|at| ((at * 7919) >> 3) as u8 & 0x77).collect();
                 std::fs::write(&path, &bytes).unwrap();
-                let sums = checksums(&bytes, &asker).unwrap();
+                let sums = checksums(&bytes, &Watch::none()).unwrap();
                 for sums in [None, Some(sums)] {
                     let place = |sums| {
                         Shard::in_file(&path, offset as u64, rows as u64, dim, kind, sums).unwrap()
@@ -472,17 +512,21 @@ mod tests {
                     let mut cursor = Cursor::default();
                     for (first, count) in [(0, 1), (3, 600), (699, 1), (0, 700), (5, 0)] {
                         let mut expected = vec![1.0; count * dim];
-                        read.read(first, &mut expected, &mut cursor).unwrap();
+                        read.read(first, &mut expected, &mut cursor, &Watch::none()).unwrap();
                         let mut out = vec![2.0; count * dim];
-                        mapped.read(first, &mut out, &mut cursor).unwrap();
+                        mapped.read(first, &mut out, &mut cursor, &Watch::none()).unwrap();
                         assert_eq!(out, expected);
-                        let lent = mapped.lent(first, count).unwrap();
+                        let lent = mapped.lent(first, count, &Watch::none()).unwrap();
                         assert_eq!(lent.is_some(), kind == Kind::F32 && offset % 4 == 0);
                         assert!(lent.is_none_or(|lent| lent == expected));
-                        assert_eq!(read.lent(first, count).unwrap(), None);
+                        assert_eq!(read.lent(first, count, &Watch::none()).unwrap(), None);
                     }
-                    assert!(mapped.read(600, &mut vec![0.0; 101 * dim], &mut cursor).is_err());
-                    assert_eq!(mapped.lent(600, 101).unwrap(), None);
+                    assert!(
+                        mapped
+                            .read(600, &mut vec![0.0; 101 * dim], &mut cursor, &Watch::none())
+                            .is_err()
+                    );
+                    assert_eq!(mapped.lent(600, 101, &Watch::none()).unwrap(), None);
                     assert!(!mapped.is_in_memory());
                 }
             }
@@ -494,13 +538,13 @@ mod tests {
     fn rows_are_not_lent_from_a_block_that_changed() {
         let path = std::env::temp_dir().join(format!("whence-lent-{}", std::process::id()));
         let mut bytes = vec![0; 3 * BLOCK];
-        let sums = checksums(&bytes, &Asker::new(&never)).unwrap();
+        let sums = checksums(&bytes, &Watch::none()).unwrap();
         bytes[BLOCK] = 1;
         std::fs::write(&path, &bytes).unwrap();
         let shard = Shard::in_file(&path, 0, 6, BLOCK / 8, Kind::F32, Some(sums)).unwrap();
         let shard = shard.mapped().unwrap();
         for (first, count, whole) in [(0, 2, true), (1, 2, false), (4, 2, true), (0, 6, false)] {
-            let found = shard.lent(first, count);
+            let found = shard.lent(first, count, &Watch::none());
             assert_eq!(matches!(found, Ok(Some(_))), whole);
             assert_eq!(matches!(found, Err(Error::Damaged { .. })), !whole);
         }
@@ -516,7 +560,7 @@ mod tests {
         assert!(matches!(shard.mapped(), Err(Error::Damaged { .. })));
         std::fs::write(&path, []).unwrap();
         let none = Shard::in_file(&path, 0, 0, 2, Kind::F32, None).unwrap().mapped().unwrap();
-        none.read(0, &mut [], &mut Cursor::default()).unwrap();
+        none.read(0, &mut [], &mut Cursor::default(), &Watch::none()).unwrap();
         std::fs::remove_file(&path).unwrap();
     }
 
@@ -532,28 +576,28 @@ mod tests {
         let cursor = &mut Cursor::default();
         let rows = Shard::in_file(&path, 4, 3, 2, Kind::F16, None).unwrap();
         let mut out = [0.0; 4];
-        rows.read(1, &mut out, cursor).unwrap();
+        rows.read(1, &mut out, cursor, &Watch::none()).unwrap();
         assert_eq!(out, [2.0, 3.0, 4.0, 5.0]);
-        assert!(rows.read(2, &mut out, cursor).is_err());
+        assert!(rows.read(2, &mut out, cursor, &Watch::none()).is_err());
         for (offset, count) in [(4, 2), (4, 4), (0, 3), (4, u64::MAX)] {
             let found = Shard::in_file(&path, offset, count, 2, Kind::F16, None);
             assert!(matches!(found, Err(Error::Damaged { .. })));
         }
-        let gathered = Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor).unwrap();
-        gathered.read(0, &mut out, cursor).unwrap();
+        let gathered = Shard::gathered(&[rows], &[(0, 2), (0, 0)], cursor, &Watch::none()).unwrap();
+        gathered.read(0, &mut out, cursor, &Watch::none()).unwrap();
         assert_eq!(out, [4.0, 5.0, 0.0, 1.0]);
         assert_eq!(gathered.bytes(), 8);
-        assert!(Shard::gathered(&[gathered], &[(0, 2)], cursor).is_err());
+        assert!(Shard::gathered(&[gathered], &[(0, 2)], cursor, &Watch::none()).is_err());
         // As bytes, the same file has twice as many values.
         let bytes = Shard::in_file(&path, 4, 6, 2, Kind::I8, None).unwrap();
-        bytes.read(1, &mut out[..2], cursor).unwrap();
+        bytes.read(1, &mut out[..2], cursor, &Watch::none()).unwrap();
         assert_eq!(out[..2], [0.0, 60.0]);
         std::fs::remove_file(&path).unwrap();
         let memory = Shard::in_memory(vec![1.0, 2.0, 3.0], 1);
-        assert_eq!(memory.lent(1, 2).unwrap(), Some(&[2.0, 3.0][..]));
-        assert_eq!(memory.lent(2, 2).unwrap(), None);
-        memory.read(2, &mut out[..1], cursor).unwrap();
+        assert_eq!(memory.lent(1, 2, &Watch::none()).unwrap(), Some(&[2.0, 3.0][..]));
+        assert_eq!(memory.lent(2, 2, &Watch::none()).unwrap(), None);
+        memory.read(2, &mut out[..1], cursor, &Watch::none()).unwrap();
         assert_eq!(out[0], 3.0);
-        assert!(memory.read(3, &mut out[..1], cursor).is_err());
+        assert!(memory.read(3, &mut out[..1], cursor, &Watch::none()).is_err());
     }
 }

@@ -10,6 +10,7 @@ use super::Texts;
 use super::postings::Postings;
 use crate::error::Error;
 use crate::memory::try_filled;
+use crate::order;
 use crate::parallel::{collect, share};
 use crate::search::top::Sieve;
 use crate::search::{Hit, Sides};
@@ -157,7 +158,8 @@ impl Index {
     ) -> Result<Vec<f64>, Error> {
         let documents = self.postings.len();
         let total = queries.len().checked_mul(documents);
-        let Some(mut all) = total.and_then(|total| try_filled(total, 0.0)) else {
+        let room = total.map(|total| try_filled(total, 0.0, &Watch::of(asker)));
+        let Some(mut all) = room.transpose()?.flatten() else {
             let must = format!("so few that scores of {documents} documents fit in memory");
             return Err(Error::argument("queries", must, queries.len()));
         };
@@ -180,7 +182,7 @@ impl Index {
     ) -> Result<(), Error> {
         tokens.clear();
         tokens.extend_from_slice(query);
-        tokens.sort_unstable();
+        order::sort(tokens, watch, Ord::cmp)?;
         for same in tokens.chunk_by(|a, b| a == b) {
             let (documents, counts) = self.postings.of(same[0]);
             let weight = same.len() as f64 * self.idf(documents.len());
@@ -253,11 +255,11 @@ impl Index {
                 scores.fill(0.0);
             }
         }
-        let mut hits = sieve.finish(k).largest;
+        let mut hits = sieve.finish(k, watch)?.largest;
         if hits.len() < k {
             // All that have a score are there. Those without follow in their order.
             let mut found: Vec<u64> = hits.iter().map(|hit| hit.example).collect();
-            found.sort_unstable();
+            order::sort(&mut found, watch, Ord::cmp)?;
             let mut found = found.into_iter().peekable();
             let others = (0..scores.len())
                 .filter(|&document| found.next_if_eq(&(document as u64)).is_none())

@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use super::Texts;
 use crate::error::Error;
-use crate::memory::filled;
+use crate::memory::{copied, filled, joined};
+use crate::order;
 use crate::parallel::collect;
-use crate::stop::{Asker, Stop, Watch};
+use crate::stop::{Asker, Watch};
 
 /// Tokens of a job: 2 MiB of keys, some milliseconds of sorting.
 const PART: u64 = 1 << 18;
@@ -53,12 +54,12 @@ impl Postings {
             return Err(Error::argument("documents", must, documents));
         };
         let jobs = texts.cut(PART);
-        let parts = collect(jobs.len(), threads, asker, Vec::new, |keys, job, _| {
-            Ok(Lists::of(texts, jobs[job].clone(), self.len(), keys))
+        let parts = collect(jobs.len(), threads, asker, Vec::new, |keys, job, watch| {
+            Lists::of(texts, jobs[job].clone(), self.len(), keys, watch)
         })?;
         let all: Vec<&Lists> = std::iter::once(&self.lists).chain(&parts).collect();
         let lists = Lists::joined(&all, asker)?;
-        let mut lengths = self.lengths.clone();
+        let mut lengths = copied(&self.lengths, &Watch::of(asker))?;
         lengths.extend(texts.lengths());
         Ok(Self { lists, lengths })
     }
@@ -105,15 +106,23 @@ impl Postings {
 
 impl Lists {
     /// Those of some texts, the first of all texts being document `first`; `keys` is scratch.
-    fn of(texts: Texts<'_>, here: Range<usize>, first: usize, keys: &mut Vec<u64>) -> Self {
+    fn of(
+        texts: Texts<'_>,
+        here: Range<usize>,
+        first: usize,
+        keys: &mut Vec<u64>,
+        watch: &Watch<'_>,
+    ) -> Result<Self, Error> {
         keys.clear();
         for text in here {
             let document = (first + text) as u64;
             keys.extend(texts.at(text).iter().map(|&token| u64::from(token) << 32 | document));
         }
-        keys.sort_unstable();
+        order::sort(keys, watch, Ord::cmp)?;
         let mut lists = Self::default();
+        let mut steps = watch.steps();
         for same in keys.chunk_by(|a, b| a == b) {
+            steps.add(5 + same.len())?;
             let (term, document) = ((same[0] >> 32) as u32, same[0] as u32);
             if lists.terms.last() != Some(&term) {
                 lists.terms.push(term);
@@ -125,21 +134,20 @@ impl Lists {
                 *end = lists.documents.len();
             }
         }
-        lists
+        Ok(lists)
     }
 
     /// The lists of all parts; the documents of a part come after those of the parts before it.
     fn joined(parts: &[&Self], asker: &Asker<'_>) -> Result<Self, Error> {
-        let stop = Stop::new();
-        let watch = Watch::new(&stop, Some(asker));
-        let mut terms: Vec<u32> = parts.iter().flat_map(|part| &part.terms).copied().collect();
-        terms.sort_unstable();
+        let watch = &Watch::of(asker);
+        let terms: Vec<&[u32]> = parts.iter().map(|part| &part.terms[..]).collect();
+        let mut terms = joined(&terms, watch)?;
+        order::sort(&mut terms, watch, Ord::cmp)?;
         terms.dedup();
         terms.shrink_to_fit();
         let mut sizes = vec![0usize; terms.len()];
         for part in parts {
-            watch.check()?;
-            part.visit(&terms, |place, documents, _| sizes[place] += documents.len());
+            part.visit(&terms, watch, |place, documents, _| sizes[place] += documents.len())?;
         }
         // Where the next posting of each term goes: in the end, where its list ends.
         let mut ends = sizes;
@@ -147,27 +155,34 @@ impl Lists {
         for end in &mut ends {
             total += std::mem::replace(end, total);
         }
-        let (mut documents, mut counts) = (filled(total, 0), filled(total, 0));
+        let (mut documents, mut counts) = (filled(total, 0, watch)?, filled(total, 0, watch)?);
         for part in parts {
-            watch.check()?;
-            part.visit(&terms, |place, more, their| {
+            part.visit(&terms, watch, |place, more, their| {
                 let next = ends[place]..ends[place] + more.len();
                 documents[next.clone()].copy_from_slice(more);
                 counts[next.clone()].copy_from_slice(their);
                 ends[place] = next.end;
-            });
+            })?;
         }
         Ok(Self { terms, ends, documents, counts })
     }
 
     /// Calls with each list, and the place of its term among all terms.
-    fn visit(&self, all: &[u32], mut call: impl FnMut(usize, &[u32], &[u32])) {
+    fn visit(
+        &self,
+        all: &[u32],
+        watch: &Watch<'_>,
+        mut call: impl FnMut(usize, &[u32], &[u32]),
+    ) -> Result<(), Error> {
         let mut place = 0;
+        let mut steps = watch.steps();
         for (at, term) in self.terms.iter().enumerate() {
             place += all[place..].partition_point(|other| other < term);
             let (documents, counts) = self.at(at);
+            steps.add(100 + documents.len())?;
             call(place, documents, counts);
         }
+        Ok(())
     }
 
     /// A list, by the place of its term.

@@ -13,6 +13,7 @@ use super::walk::{
 use super::{DEGREE, NONE};
 use crate::error::Error;
 use crate::memory;
+use crate::order;
 use crate::parallel::{collect, share};
 use crate::random;
 use crate::stop::{Asker, Watch};
@@ -44,8 +45,12 @@ pub(super) fn build(
     asker: &Asker<'_>,
 ) -> Result<Vec<u32>, Error> {
     let nodes = directions.codes.len();
+    let watch = &Watch::of(asker);
     let leaves = leaves(directions, nodes, seed, threads, asker)?;
-    let near: Vec<Mutex<Vec<u64>>> = (0..nodes).map(|_| Mutex::new(Vec::new())).collect();
+    let mut steps = watch.steps();
+    let empty = || steps.add(10).map(|()| Mutex::new(Vec::new()));
+    let near = std::iter::repeat_with(empty).take(nodes);
+    let near = near.collect::<Result<Vec<Mutex<Vec<u64>>>, Error>>()?;
     share(
         leaves.len(),
         threads,
@@ -54,7 +59,7 @@ pub(super) fn build(
         |leaf, job, watch| leaf.search(&leaves[job], &near, 0, watch),
     )?;
     drop(leaves);
-    let mut links = memory::filled(nodes * DEGREE, NONE);
+    let mut links = memory::filled(nodes * DEGREE, NONE, watch)?;
     choose(directions, &near, &mut links, threads, asker)?;
     drop(near);
     reverse(directions, &mut links, 0..nodes, threads, asker)?;
@@ -97,13 +102,7 @@ pub(super) fn extend(
             },
         )?;
         let batch: Vec<u32> = (first as u32..last as u32).collect();
-        share(
-            1,
-            1,
-            asker,
-            || Leaf::new(directions),
-            |leaf, _, watch| leaf.search(&batch, &near, first, watch),
-        )?;
+        Leaf::new(directions).search(&batch, &near, first, &Watch::of(asker))?;
         links.resize(last * DEGREE, NONE);
         choose(directions, &near, &mut links[first * DEGREE..], threads, asker)?;
         reverse(directions, links, first..last, threads, asker)?;
@@ -157,7 +156,8 @@ fn split(
     asker: &Asker<'_>,
 ) -> Result<Vec<Vec<u32>>, Error> {
     let count = pivots.len();
-    let gathered = Gathered::new(directions, pivots);
+    let watch = &Watch::of(asker);
+    let gathered = Gathered::new(directions, pivots, watch)?;
     let all = collect(
         members.len().div_ceil(BLOCK),
         threads,
@@ -183,7 +183,9 @@ fn split(
         },
     )?;
     let mut parts = vec![Vec::new(); count];
+    let mut steps = watch.steps();
     for (pivot, member) in all.into_iter().flatten() {
+        steps.add(5)?;
         parts[pivot as usize].push(member);
     }
     Ok(parts)
@@ -225,7 +227,7 @@ impl<'a> Leaf<'a> {
         watch: &Watch<'_>,
     ) -> Result<(), Error> {
         let set = self.directions.set;
-        let gathered = Gathered::new(self.directions, members.to_vec());
+        let gathered = Gathered::new(self.directions, members.to_vec(), watch)?;
         self.bars.clear();
         for &member in members {
             let known = all[member as usize - first].lock().map_err(Error::panicked)?;
@@ -366,12 +368,20 @@ fn reverse(
     threads: usize,
     asker: &Asker<'_>,
 ) -> Result<(), Error> {
-    let mut pairs: Vec<(u32, u32)> = Vec::new();
+    let watch = &Watch::of(asker);
+    let mut pairs: Vec<u64> = Vec::new();
+    let mut steps = watch.steps();
     for node in from.start as u32..from.end as u32 {
-        pairs.extend(links_of(links, node).iter().map(|&link| (link, node)));
+        steps.add(DEGREE)?;
+        let pair = |&link: &u32| u64::from(link) << 32 | u64::from(node);
+        pairs.extend(links_of(links, node).iter().map(pair));
     }
-    pairs.sort_unstable();
-    let groups: Vec<&[(u32, u32)]> = pairs.chunk_by(|a, b| a.0 == b.0).collect();
+    order::sort(&mut pairs, watch, Ord::cmp)?;
+    let mut groups = Vec::new();
+    for group in pairs.chunk_by(|a, b| a >> 32 == b >> 32) {
+        steps.add(DEGREE)?;
+        groups.push(group);
+    }
     let states = {
         let links = &*links;
         share(
@@ -386,10 +396,10 @@ fn reverse(
                 let (mut others, mut keys) = (Vec::new(), Vec::new());
                 for group in groups[job * BLOCK..].iter().take(BLOCK) {
                     watch.check()?;
-                    let node = group[0].0;
+                    let node = (group[0] >> 32) as u32;
                     others.clear();
                     others.extend_from_slice(links_of(links, node));
-                    others.extend(group.iter().map(|&(_, from)| from));
+                    others.extend(group.iter().map(|&pair| pair as u32));
                     others.sort_unstable();
                     others.dedup();
                     probe.set(directions, node);
@@ -412,6 +422,7 @@ fn reverse(
         )?
     };
     for (node, chosen) in states.into_iter().flat_map(|(.., chosen)| chosen) {
+        steps.add(DEGREE)?;
         links[node as usize * DEGREE..][..DEGREE].copy_from_slice(&chosen);
     }
     Ok(())
@@ -428,14 +439,14 @@ pub(super) struct Reached {
 }
 
 impl Reached {
-    pub(super) fn new(links: &[u32], entries: &[u32]) -> Self {
+    pub(super) fn new(links: &[u32], entries: &[u32], watch: &Watch<'_>) -> Result<Self, Error> {
         let parents = vec![NONE; links.len() / DEGREE];
         let mut reached = Self { parents, order: Vec::new(), followed: 0 };
         for &entry in entries {
             reached.reach(entry, entry);
         }
-        reached.follow(links);
-        reached
+        reached.follow(links, watch)?;
+        Ok(reached)
     }
 
     /// Whether every node was reached.
@@ -451,31 +462,56 @@ impl Reached {
         }
     }
 
-    fn follow(&mut self, links: &[u32]) {
+    fn follow(&mut self, links: &[u32], watch: &Watch<'_>) -> Result<(), Error> {
+        let mut steps = watch.steps();
         while let Some(&node) = self.order.get(self.followed) {
+            steps.add(5 * DEGREE)?;
             self.followed += 1;
             for &link in links_of(links, node) {
                 self.reach(link, node);
             }
         }
+        Ok(())
     }
 
     /// Links a node that was reached to one that was not, in the place of no link that another was
     /// reached by; `false` if it has no such place.
-    fn attach(&mut self, links: &mut [u32], from: u32, to: u32) -> bool {
+    fn attach(
+        &mut self,
+        links: &mut [u32],
+        from: u32,
+        to: u32,
+        watch: &Watch<'_>,
+    ) -> Result<bool, Error> {
         if self.parents[from as usize] == NONE {
-            return false;
+            return Ok(false);
         }
         let own = &mut links[from as usize * DEGREE..][..DEGREE];
         let free = |&link: &u32| link == NONE || self.parents[link as usize] != from;
         // The first that there is not, or the farthest.
         let place =
             own.iter().position(|&link| link == NONE).or_else(|| own.iter().rposition(free));
-        let Some(place) = place else { return false };
+        let Some(place) = place else { return Ok(false) };
         own[place] = to;
         self.reach(to, from);
-        self.follow(links);
-        true
+        self.follow(links, watch)?;
+        Ok(true)
+    }
+
+    /// The same, of the first of some nodes that has a place.
+    fn attach_to_any(
+        &mut self,
+        links: &mut [u32],
+        from: impl IntoIterator<Item = u32>,
+        to: u32,
+        watch: &Watch<'_>,
+    ) -> Result<bool, Error> {
+        for from in from {
+            if self.attach(links, from, to, watch)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 
@@ -486,35 +522,34 @@ pub(super) fn repair(
     entries: &Gathered,
     asker: &Asker<'_>,
 ) -> Result<(), Error> {
-    let mut reached = Reached::new(links, &entries.nodes);
-    let state = || (Walker::default(), vec![Probe::empty(directions.codes)]);
-    let shared = Mutex::new((&mut reached, links));
-    share(1, 1, asker, state, |(walker, probes), _, watch| {
-        let mut shared = shared.lock().map_err(Error::panicked)?;
-        let (reached, links) = &mut *shared;
-        // Nodes before this, in the order they were reached, have no place left, for good.
-        let mut full = 0;
-        for node in 0..reached.parents.len() as u32 {
-            if reached.parents[node as usize] != NONE {
-                continue;
-            }
-            watch.check()?;
-            let own = links_of(links, node).to_vec();
-            if own.into_iter().any(|near| reached.attach(links, near, node)) {
-                continue;
-            }
-            probes[0].set(directions, node);
-            let graph = (&links[..], entries);
-            walker.walk(directions, graph, probes, CANDIDATES, |_, _| true, watch)?;
-            let mut found = walker.found[0].iter().map(|&key| node_of(key));
-            if found.any(|near| reached.attach(links, near, node)) {
-                continue;
-            }
-            while full < reached.order.len() && !reached.attach(links, reached.order[full], node) {
-                full += 1;
-            }
+    let watch = &Watch::of(asker);
+    let mut reached = Reached::new(links, &entries.nodes, watch)?;
+    let mut walker = Walker::default();
+    let probes = &mut [Probe::empty(directions.codes)];
+    // Nodes before this, in the order they were reached, have no place left, for good.
+    let mut full = 0;
+    let mut steps = watch.steps();
+    for node in 0..reached.parents.len() as u32 {
+        steps.add(1)?;
+        if reached.parents[node as usize] != NONE {
+            continue;
         }
-        Ok(())
-    })?;
+        let own = links_of(links, node).to_vec();
+        if reached.attach_to_any(links, own, node, watch)? {
+            continue;
+        }
+        probes[0].set(directions, node);
+        let graph = (&links[..], entries);
+        walker.walk(directions, graph, probes, CANDIDATES, |_, _| true, watch)?;
+        let found = walker.found[0].iter().map(|&key| node_of(key));
+        if reached.attach_to_any(links, found, node, watch)? {
+            continue;
+        }
+        while full < reached.order.len()
+            && !reached.attach(links, reached.order[full], node, watch)?
+        {
+            full += 1;
+        }
+    }
     Ok(())
 }

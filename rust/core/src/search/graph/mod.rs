@@ -31,9 +31,10 @@ use super::top::{self, LARGEST};
 use crate::error::Error;
 use crate::kernels::InstructionSet;
 use crate::memory;
+use crate::order;
 use crate::parallel::collect;
 use crate::random;
-use crate::stop::Asker;
+use crate::stop::{Asker, Watch};
 
 /// The most links of a node: two lines of a cache.
 pub const DEGREE: usize = 32;
@@ -119,11 +120,12 @@ impl Graph {
         asker: &Asker<'_>,
     ) -> Result<Self, Error> {
         check_norms(&norms, codes.len())?;
-        let factors = walk::factors(&codes);
+        let watch = &Watch::of(asker);
+        let factors = walk::factors(&codes, watch)?;
         let directions = directions(&codes, &factors);
         let mut entries = Vec::new();
         more_entries(&mut entries, 0, codes.len(), seed);
-        let entries = Gathered::new(&directions, entries);
+        let entries = Gathered::new(&directions, entries, watch)?;
         let links = build::build(&directions, &entries, seed, threads, asker)?;
         Ok(Self { codes, factors, spread: spread_of(&norms), norms, links, entries })
     }
@@ -147,20 +149,21 @@ impl Graph {
     ) -> Result<Self, Error> {
         check_norms(norms, more.len())?;
         let before = self.codes.len();
-        let codes = Arc::new(self.codes.appended(more)?);
+        let watch = &Watch::of(asker);
+        let codes = Arc::new(self.codes.appended(more, watch)?);
         let all: Vec<f32> = self.norms.iter().chain(norms).copied().collect();
         if more.len() >= before {
             return Self::new(codes, all, seed, threads, asker);
         }
-        let factors = walk::factors(&codes);
+        let factors = walk::factors(&codes, watch)?;
         let directions = directions(&codes, &factors);
-        let mut links = memory::copied(&self.links);
+        let mut links = memory::copied(&self.links, watch)?;
         build::extend(&directions, &mut links, &self.entries, threads, asker)?;
         let mut entries = self.entries.nodes.clone();
         if !more.is_empty() {
             more_entries(&mut entries, before, codes.len(), seed);
         }
-        let entries = Gathered::new(&directions, entries);
+        let entries = Gathered::new(&directions, entries, watch)?;
         build::repair(&directions, &mut links, &entries, asker)?;
         Ok(Self { codes, factors, spread: spread_of(&all), norms: all, links, entries })
     }
@@ -180,7 +183,7 @@ impl Graph {
         threads: usize,
         asker: &Asker<'_>,
     ) -> Result<Vec<Answer>, Error> {
-        check(&self.codes, request)?;
+        check(&self.codes, request, &Watch::of(asker))?;
         if request.sides.smallest {
             let must = "the largest alone: no links lead to the smallest scores";
             return Err(Error::argument("sides", must, "the smallest"));
@@ -223,19 +226,20 @@ impl Graph {
                         let example = self.codes.order()[node_of(*key) as usize];
                         *key = walk::key(near_of(*key) * self.norms[example as usize], example);
                     }
-                    found.sort_unstable_by(|a, b| b.cmp(a));
+                    order::sort(found, watch, |a, b| b.cmp(a))?;
                     let next = found.get(candidates).map(|&key| near_of(key) * norm);
                     examples.clear();
                     examples.extend(found.iter().take(candidates).map(|&key| node_of(key)));
-                    examples.sort_unstable(); // rows that lie together are read together
+                    order::sort(examples, watch, Ord::cmp)?; // rows together are read together
                     let mut hits = Vec::with_capacity(examples.len());
                     scorer.score(
                         request.rows,
                         (request.numbers, nodes, examples),
                         (request.queries, count, first + slot),
                         &mut hits,
+                        watch,
                     )?;
-                    let largest = top::finish(hits, k, LARGEST);
+                    let largest = top::finish(hits, k, LARGEST, watch)?;
                     let mut answer = Answer { scored: examples.len(), ..Answer::default() };
                     answer.margins = [f32::INFINITY; 2];
                     if let (Some(hit), Some(next)) = (largest.last(), next) {
@@ -284,29 +288,38 @@ impl Graph {
 
     /// A number that two graphs have in common only if their nodes and links are the same, but for
     /// chance.
-    #[must_use]
-    pub fn digest(&self) -> u64 {
-        let absorb = |digest: u64, &word: &u32| random::value(digest, u64::from(word));
-        let all = [self.codes.order(), &self.links, &self.entries.nodes];
-        all.into_iter().flatten().fold(self.len() as u64, absorb)
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub fn digest(&self, watch: &Watch<'_>) -> Result<u64, Error> {
+        let mut steps = watch.steps();
+        let mut digest = self.len() as u64;
+        for &word in self.codes.order().iter().chain(&self.links).chain(&self.entries.nodes) {
+            steps.add(5)?;
+            digest = random::value(digest, u64::from(word));
+        }
+        Ok(digest)
     }
 
     /// What it is made of beside its codes.
-    #[must_use]
-    pub fn parts(&self) -> Parts {
-        Parts {
-            norms: self.norms.clone(),
-            links: self.links.clone(),
-            entries: self.entries.nodes.clone(),
-        }
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub fn parts(&self, watch: &Watch<'_>) -> Result<Parts, Error> {
+        Ok(Parts {
+            norms: memory::copied(&self.norms, watch)?,
+            links: memory::copied(&self.links, watch)?,
+            entries: memory::copied(&self.entries.nodes, watch)?,
+        })
     }
 
     /// A graph that was taken apart.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Argument`] if the parts are not such as a walk can rely on: sizes
-    /// that fit, links of a node to others, each once, and from the entries a way to every node.
-    pub fn from_parts(codes: Arc<Codes>, parts: Parts) -> Result<Self, Error> {
+    /// that fit, links of a node to others, each once, and from the entries a way to every node;
+    /// [`Error::Stopped`].
+    pub fn from_parts(codes: Arc<Codes>, parts: Parts, watch: &Watch<'_>) -> Result<Self, Error> {
         let Parts { norms, links, entries } = parts;
         let nodes = codes.len();
         check_norms(&norms, nodes)?;
@@ -319,7 +332,9 @@ impl Graph {
             return Err(Error::argument("entries", must, "others"));
         }
         let mut sorted = [NONE; DEGREE];
+        let mut steps = watch.steps();
         for (node, links) in links.chunks_exact(DEGREE).enumerate() {
+            steps.add(10 * DEGREE)?;
             sorted.copy_from_slice(links);
             sorted.sort_unstable();
             let count = links.iter().filter(|&&link| link != NONE).count();
@@ -331,12 +346,12 @@ impl Graph {
                 return Err(Error::argument("links", must, format!("others at node {node}")));
             }
         }
-        if !Reached::new(&links, &entries).is_all() {
+        if !Reached::new(&links, &entries, watch)?.is_all() {
             let must = "ways from the entries to every node";
             return Err(Error::argument("links", must, "none to some"));
         }
-        let factors = walk::factors(&codes);
-        let entries = Gathered::new(&directions(&codes, &factors), entries);
+        let factors = walk::factors(&codes, watch)?;
+        let entries = Gathered::new(&directions(&codes, &factors), entries, watch)?;
         Ok(Self { codes, factors, spread: spread_of(&norms), norms, links, entries })
     }
 }

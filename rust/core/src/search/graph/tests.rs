@@ -91,7 +91,7 @@ fn recall(found: &[Vec<Hit>], truth: &[Vec<Hit>]) -> f64 {
 
 /// By a search of its own: from the entries along the links.
 fn all_reachable(graph: &Graph) -> bool {
-    let Parts { links, entries, .. } = graph.parts();
+    let Parts { links, entries, .. } = graph.parts(&Watch::none()).unwrap();
     let mut seen = vec![false; graph.len()];
     let mut stack = entries;
     while let Some(node) = stack.pop() {
@@ -146,13 +146,13 @@ fn the_graph_is_the_same_for_any_number_of_threads_and_any_instructions() {
     let dim = 70;
     let values = clustered(3000, dim, 3);
     let codes = codes_of(&values, dim, &[]);
-    let factors = walk::factors(&codes);
+    let factors = walk::factors(&codes, &Watch::none()).unwrap();
     let asker = Asker::new(&never);
     let graph = graph_of(&values, dim);
     for threads in [1, 3, 8] {
         let norms = norms_of(&values, dim);
         let other = Graph::new(Arc::clone(&codes), norms, 5, threads, &asker).unwrap();
-        assert_eq!(other.digest(), graph.digest());
+        assert_eq!(other.digest(&Watch::none()).unwrap(), graph.digest(&Watch::none()).unwrap());
         assert_eq!(other, graph);
     }
     for set in InstructionSet::available() {
@@ -305,7 +305,12 @@ fn no_examples_and_no_queries_give_no_answers() {
     let graph = graph_of(&[], 4);
     assert!(graph.is_empty() && graph.norm_spread() == 1.0);
     assert_eq!(answers(&graph, &request(&rows, &[1.0; 4], 3), 10), [[]]);
-    let back = Graph::from_parts(Arc::clone(graph.codes()), graph.parts()).unwrap();
+    let back = Graph::from_parts(
+        Arc::clone(graph.codes()),
+        graph.parts(&Watch::none()).unwrap(),
+        &Watch::none(),
+    )
+    .unwrap();
     assert_eq!(back, graph);
     let values = clustered(50, 4, 10);
     let norms = norms_of(&values, 4);
@@ -361,9 +366,9 @@ fn parts_that_a_walk_could_not_rely_on_are_refused() {
     let values = clustered(300, dim, 13);
     let graph = graph_of(&values, dim);
     let with = |change: &dyn Fn(&mut Parts)| {
-        let mut parts = graph.parts();
+        let mut parts = graph.parts(&Watch::none()).unwrap();
         change(&mut parts);
-        Graph::from_parts(Arc::clone(graph.codes()), parts)
+        Graph::from_parts(Arc::clone(graph.codes()), parts, &Watch::none())
     };
     assert_eq!(with(&|_| ()).unwrap(), graph);
     assert!(with(&|parts| parts.norms.truncate(299)).is_err());

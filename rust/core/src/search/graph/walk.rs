@@ -122,10 +122,12 @@ fn centred(row: &[u8], factors: &mut [i8]) -> i32 {
 }
 
 /// `[nodes, segments]`: what makes unit vectors of codes; 0 for those of rows of zeros.
-pub(super) fn factors(codes: &Codes) -> Vec<f32> {
+pub(super) fn factors(codes: &Codes, watch: &Watch<'_>) -> Result<Vec<f32>, Error> {
     let mut factors = Vec::with_capacity(codes.len() * codes.segments().len());
     let mut probe = Probe::empty(codes);
+    let mut steps = watch.steps();
     for node in 0..codes.len() {
+        steps.add(codes.rotation().length())?;
         let mut square = 0.0;
         for (part, segment) in probe.0.iter_mut().zip(codes.segments()) {
             centred(row(segment, node as u32), &mut part.factors);
@@ -136,7 +138,7 @@ pub(super) fn factors(codes: &Codes) -> Vec<f32> {
         factors
             .extend(codes.segments().iter().map(|s| (f64::from(s.scales[node]) * inverse) as f32));
     }
-    factors
+    Ok(factors)
 }
 
 /// Cosines of nodes with probes, and what they are made of.
@@ -208,18 +210,24 @@ pub(super) struct Gathered {
 }
 
 impl Gathered {
-    pub(super) fn new(directions: &Directions<'_>, nodes: Vec<u32>) -> Self {
+    pub(super) fn new(
+        directions: &Directions<'_>,
+        nodes: Vec<u32>,
+        watch: &Watch<'_>,
+    ) -> Result<Self, Error> {
+        let mut steps = watch.steps();
         let count = directions.codes.segments().len();
         let planes = directions.codes.segments().iter().enumerate().map(|(index, segment)| {
-            let mut codes = Lines::zeros(nodes.len() * segment.width);
+            let mut codes = Lines::zeros(nodes.len() * segment.width, watch)?;
             for (codes, &node) in codes.chunks_exact_mut(segment.width).zip(&nodes) {
+                steps.add(segment.width)?;
                 codes.copy_from_slice(row(segment, node));
             }
             let factor = |&node: &u32| directions.factors[node as usize * count + index];
-            (codes, nodes.iter().map(factor).collect())
+            Ok((codes, nodes.iter().map(factor).collect()))
         });
-        let planes = planes.collect();
-        Self { nodes, planes }
+        let planes = planes.collect::<Result<_, Error>>()?;
+        Ok(Self { nodes, planes })
     }
 
     /// Bytes it takes in memory.
