@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import unicodedata
+import warnings
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
@@ -246,6 +247,38 @@ def file_of(folder, text):
     return path
 
 
+def on_a_store(*commands, damaged=False):
+    """What commands print of a store whose name and content are the text."""
+
+    def make(text, folder):
+        folder = folder / f"within-{next(_numbers)}"
+        path = folder / f"{file_name(text)}.store"
+        ids = [text[:MAX_ID], "b"]
+        fill(path, random_rows(2), ids, checkpoint=text, **{text: [text, "other"]})
+        if damaged:
+            (rows,) = path.glob("shard-*/rows.npy")
+            content = bytearray(rows.read_bytes())
+            content[-1] ^= 1
+            rows.write_bytes(content)
+        return "".join(
+            said(command, str(path), *(f"x{text}" for _ in range(command == "delete")))
+            for command in commands
+        )
+
+    return make
+
+
+def missing_writer(text, folder):
+    """The warning of a store that a writer has not come to."""
+    path = folder / f"within-{next(_numbers)}" / file_name(text)
+    with whence.record(torch.nn.Linear(2, 2), path, dim=8, writer="1/2") as recorder:
+        recorder.checkpoint(text)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        whence.open(path)
+    return "".join(str(each.message) for each in caught)
+
+
 def coverage(text, folder):
     """What recording says of a layer that it has no rule for."""
     model, path = torch.nn.Sequential(torch.nn.Linear(2, 2)), folder / f"store-{next(_numbers)}"
@@ -296,6 +329,10 @@ TERMINAL = {
     "command: path": lambda text, at: said("demo", "--out", str(file_of(at, text))),
     "command: argument": lambda text, at: said("demo", "x" + text),
     "command: option": lambda text, at: said("demo", "--seed", text),
+    "command: info": on_a_store("info"),
+    "command: verify and repair": on_a_store("verify", "repair", "info", damaged=True),
+    "command: delete and compact": on_a_store("delete", "compact"),
+    "warning: missing writers": missing_writer,
     "layer name": coverage,
     "progress bar": bars,
 }  # fmt: skip
@@ -464,7 +501,10 @@ class Outcome:
     def harmless(self, place, make):
         """What a place makes of harmless texts."""
         if place not in self._harmless:
-            self._harmless[place] = [make(text, self.folder) for text in HARMLESS]
+            made = self._harmless[place] = []
+            for text in HARMLESS:
+                with contextlib.suppress(WhenceError):  # an id that is too long
+                    made.append(make(text, self.folder))
         return self._harmless[place]
 
     def check(self, payload, text, place, make, judge):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._plain import line
 from whence.errors import MissingWritersWarning, StoreError, WhenceError
 from whence.store.files import (
     BLOCK,
@@ -48,7 +49,7 @@ class Damage:
     block: int | None = None
 
     def __str__(self) -> str:
-        return self.what
+        return line(self.what)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Verification:
         if self.missing_writers:
             lines.append(f"nothing yet of writers {', '.join(self.missing_writers)}")
         lines.append("sound" if self.is_sound else "not sound: whence repair keeps what is whole")
-        return "\n".join(lines)
+        return "\n".join(map(line, lines))
 
 
 def verify(path: str | os.PathLike[str], *, progress: bool | None = None) -> Verification:
@@ -246,7 +247,7 @@ class Repair:
         )
         lines += [f"lost: {id_!r} at checkpoint {name!r}" for name, id_ in self.lost]
         lines += [f"cannot be mended: {each}" for each in self.unmended]
-        return "\n".join(lines)
+        return "\n".join(map(line, lines))
 
 
 def repair(

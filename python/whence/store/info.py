@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from whence import _arrays
+from whence._plain import line
 from whence.store.files import store_errors
 from whence.store.lifecycle import leftovers
 from whence.store.manifest import VERSION
@@ -83,7 +84,7 @@ class Info:
             lacking = f"; nothing yet of {', '.join(self.missing_writers)}"
             lines["writers"] = f"{self.writers:,}{lacking if self.missing_writers else ''}"
         width = max(map(len, lines))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+        return "\n".join(line(f"{name:<{width}}  {text}") for name, text in lines.items())
 
 
 def info(path: str | os.PathLike[str]) -> Info:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whence._plain import line
 from whence.errors import (
     ArgumentError,
     DtypeError,
@@ -106,8 +107,10 @@ def warn_of_missing(path: Path, stacklevel: int) -> list[str]:
     found = missing(path)
     if found:
         warnings.warn(
-            f"{path} is without the rows of writers {', '.join(found)}, which have confirmed "
-            "nothing yet",
+            line(
+                f"{path} is without the rows of writers {', '.join(found)}, which have confirmed "
+                "nothing yet"
+            ),
             MissingWritersWarning,
             stacklevel=stacklevel + 1,
         )
