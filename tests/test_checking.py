@@ -102,6 +102,16 @@ def test_a_truncated_file_loses_only_its_end(tmp_path):
     assert [id_ for _, id_ in found.lost] == list(range(kept, 1000))
 
 
+def test_bytes_that_were_added_to_a_file_lose_nothing(tmp_path):
+    before = large(tmp_path / "s").rows()
+    path = tmp_path / "s" / "shard-00000001" / "scales.npy"
+    path.write_bytes(path.read_bytes() + b"more")
+    assert not whence.verify(tmp_path / "s").is_sound
+    assert whence.repair(tmp_path / "s").lost == []
+    assert whence.verify(tmp_path / "s").is_sound
+    assert np.array_equal(whence.open(tmp_path / "s").rows(), before)
+
+
 @pytest.mark.parametrize("how", ["removed", "damaged"])
 def test_a_lost_manifest_is_an_error_and_repair_goes_back(tmp_path, how):
     path = tmp_path / "s"

@@ -789,7 +789,7 @@ def test_a_map_has_no_file_outside_of_its_folder(tmp_path, name):
             archive.writestr(each, sound)
 
     rewrite(tmp_path / "x.npz", change)
-    with pytest.raises(errors.StoreError, match="a map's files must lie in its folder"):
+    with pytest.raises(errors.StoreError, match="a file must lie in its folder"):
         whence.import_store(tmp_path / "x.npz", tmp_path / "t")
     assert not list(tmp_path.rglob("*evil*"))
 

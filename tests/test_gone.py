@@ -363,7 +363,9 @@ def test_the_manifest_before_still_has_its_own_file(tmp_path):
     whence.delete(tmp_path / "s", [1])
     newest = max((tmp_path / "s").glob("manifest-*"))
     newest.write_bytes(b"")
-    assert whence.repair(tmp_path / "s").went_back
+    with pytest.raises(errors.StoreError, match=r"gone-00000003\.npy names rows that were deleted"):
+        whence.repair(tmp_path / "s")
+    assert whence.repair(tmp_path / "s", undelete=True).went_back
     assert whence.open(tmp_path / "s").ids.tolist() == [1, 2, 3, 4, 5]
 
 

@@ -132,6 +132,22 @@ def test_who_was_left_out_and_is_recorded_later_is_noted_no_more(tmp_path):
     assert (store.ids.tolist(), store.skipped) == ([0, 1, 3, 2], [])
 
 
+def test_deleted_ids_are_pending_and_recorded_again(tmp_path):
+    model, (x, y) = model_of(), data(6)
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y, range(6))
+    whence.delete(tmp_path / "s", [1, 4])
+    with record(model, tmp_path / "s") as rec:
+        assert rec.pending(range(6)) == [1, 4]
+        fill(rec, model, -x, y, [4])
+        assert rec.pending(range(6)) == [1]
+    store = whence.open(tmp_path / "s")
+    assert store.ids.tolist() == [0, 2, 3, 5, 4]
+    expected = exact_rows(model, x, y)
+    expected[4] = exact_rows(model, -x, y)[4]
+    assert np.allclose(store.rows(), expected[store.ids], rtol=1e-3, atol=1e-6)
+
+
 def test_a_batch_that_fails_leaves_the_old_rows(tmp_path):
     model, (x, y) = model_of(), data(4)
     with record(model, tmp_path / "s") as rec:

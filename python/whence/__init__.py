@@ -1,5 +1,6 @@
 """whence: which training examples made the model do this?
 
+    estimate      time, RAM and disk of recording, before any work        (needs torch)
     record        a store that fills while your own loop trains           (needs torch)
     fit_factors   the loss's curvature, which makes rows worth comparing   (needs torch)
     record_checkpoints  one row an example for all checkpoints of a run   (needs torch)
@@ -50,11 +51,18 @@ if TYPE_CHECKING:
         moments_of,
         suggest_checkpoints,
     )
-    from whence.gradients import Recorder, record, record_checkpoints, register_layer
+    from whence.gradients import (
+        Recorder,
+        estimate,
+        record,
+        record_checkpoints,
+        register_layer,
+    )
 
 _NEED_TORCH = {
     "Factors": "whence.curvature",
     "compress": "whence.curvature",
+    "estimate": "whence.gradients",
     "fit_factors": "whence.curvature",
     "methods": "whence.methods",
     "moments_of": "whence.curvature",
@@ -81,6 +89,7 @@ __all__ = [
     "compress",
     "delete",
     "errors",
+    "estimate",
     "evaluate",
     "export_store",
     "fit_factors",

@@ -12,10 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence._core import MAX_COORDINATES, MAX_THREADS
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, DtypeError, IdError, NotFiniteError, ShapeError
 
 Ids: TypeAlias = NDArray[Any]
 """int64 or str ids, one kind in an array."""
+
+BLOCK = 1 << 20
+"""Values that are looked at together."""
 
 
 MAX_ID = 1024
@@ -149,10 +153,18 @@ def finite(name: str, value: NDArray[Any]) -> None:
     Raises:
         NotFiniteError: If it is not; names the first place.
     """
-    bad = ~np.isfinite(value)
-    if bad.any():
-        place = [int(i) for i in np.argwhere(bad)[0]]
-        raise NotFiniteError(f"{name} must be finite, got {value[tuple(place)]} at {place}")
+    parts = np.nditer(
+        value, ["external_loop", "buffered", "zerosize_ok"], order="C", buffersize=BLOCK
+    )
+    before = 0
+    for part in parts:
+        good = np.isfinite(part)
+        if not good.all():
+            place = np.unravel_index(before + int(good.argmin()), value.shape)
+            raise NotFiniteError(
+                f"{name} must be finite, got {value[place]} at {[int(i) for i in place]}"
+            )
+        before += good.size
 
 
 def ids(name: str, value: Any) -> Ids:
@@ -178,7 +190,7 @@ def ids(name: str, value: Any) -> Ids:
         if longest > MAX_ID:
             raise IdError(f"{name} must be at most {MAX_ID} characters long, got one of {longest}")
         array = array.astype(np.str_)
-    ordered = np.sort(array)
+    ordered = interruptible(np.sort, array)
     same = ordered[1:] == ordered[:-1]
     if same.any():
         raise IdError(f"{name} must be distinct, got {ordered[:-1][same][0].item()!r} twice")

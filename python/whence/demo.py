@@ -561,7 +561,7 @@ def _answer(evidence: Evidence, number: int) -> dict[str, Any]:
 
 def _named(example: dict[str, Any]) -> str:
     shows = "" if example["label"] == example["shows"] else f", shows {example['shows']}"
-    return f"{example['score']:<+8.3g}label {example['label']}{shows}"
+    return f"{example['score']:<+10.3g}label {example['label']}{shows}"
 
 
 def _ranked(results: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._interrupts import interruptible
 from whence.errors import (
     ArgumentError,
     DtypeError,
@@ -466,7 +467,7 @@ class Accumulator:
         """
         bfloat16 = values.dtype == np.uint16
         if values.shape[1] > 1 and values.strides[1] != values.itemsize:
-            values = np.ascontiguousarray(values)
+            values = interruptible(np.ascontiguousarray, values)
         core, column = self._place(name)
         return core.add_flat(
             name, list(shape), start, values, self.totals, self._threads, column, bfloat16=bfloat16

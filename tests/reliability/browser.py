@@ -4,15 +4,25 @@ The browser is driven through its debugging pipe: JSON, each message ended by a 
 """
 
 import base64
-import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+# Becomes the browser, which reads commands from 3 and writes answers to 4.
+LAUNCH = """
+import fcntl, os, sys
+reads, writes = (fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.closerange(5, 64)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -69,29 +79,17 @@ class Browser:
         if program is None:
             raise RuntimeError("hostile_payloads needs Chromium: apt-get install chromium")
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        # Far from 3 and 4, which the browser reads from and writes to.
-        pipes = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (*os.pipe(), *os.pipe())]
-        reads, self._to, self._from, writes = pipes
-
-        def prepare():
-            os.dup2(reads, 3)
-            os.dup2(writes, 4)
-
+        reads, self._to = os.pipe()
+        self._from, writes = os.pipe()
         self._process = subprocess.Popen(
             [
-                program,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--no-first-run",
-                "--remote-debugging-pipe",
-                f"--user-data-dir={self._profile.name}",
-                "--window-size=1200,1400",
+                *(sys.executable, "-c", LAUNCH, str(reads), str(writes)),
+                *(program, "--headless=new", "--no-sandbox", "--disable-gpu"),
+                *("--disable-dev-shm-usage", "--no-first-run", "--window-size=1200,1400"),
+                *(f"--user-data-dir={self._profile.name}", "--remote-debugging-pipe"),
                 "about:blank",
             ],
-            preexec_fn=prepare,
-            pass_fds=(3, 4),
+            pass_fds=(reads, writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

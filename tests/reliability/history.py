@@ -239,12 +239,16 @@ class Life:
         self._as_text = folder.name.endswith("text")
         self._begin, self._confirm = begin, confirm
         self._writer: Writer | None = None
+        self._merged: set[str] = set()
         self._version = 1 + max(state.values(), default=0)
         self._next = 1 + max((number for number in state if number not in OTHERS), default=0)
 
     def prepare(self) -> None:
-        """Removes what was left of merges, and makes the store to merge with."""
+        """Removes what was merged, but for what was not finished; makes the store to merge with."""
         for path in self.folder.glob("merged-*"):
+            if (path / "manifest-00000001.json").exists():
+                path.rename(self.folder / f"forgotten-{path.name}")
+        for path in self.folder.glob("forgotten-*"):
             shutil.rmtree(path)
         if not (self.folder / "other").exists():
             fill(self.folder / "other.part", OTHERS, as_text=self._as_text)
@@ -294,11 +298,15 @@ class Life:
 
     def _merge(self) -> None:
         self.close()
-        for old in self.folder.glob("merged-*"):
-            self._say(["forget", old.name])
-            shutil.rmtree(old)
         name = f"merged-{self._version}"
         self._version += 1
+        for old in self.folder.glob("merged-*"):
+            if old.name in self._merged:
+                self._say(["forget", old.name])
+                shutil.rmtree(old.rename(self.folder / f"forgotten-{old.name}"))
+            else:
+                name = old.name  # a killed one, which is taken up again
+        self._merged.add(name)
         self._say(["merge", name])
         whence.merge([self.path, self.folder / "other"], self.folder / name)
 

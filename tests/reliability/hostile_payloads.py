@@ -33,6 +33,7 @@ from filled import fill, random_rows
 
 import whence
 from whence import cli
+from whence._arrays import MAX_ID
 from whence.curvature import fit_factors
 from whence.errors import WhenceError
 from whence.report import chart, html
@@ -123,7 +124,8 @@ def payloads(port):
 def stored(folder, text):
     """A store in which all that can be is the text: ids, a label, a column, the checkpoint."""
     path = folder / f"store-{next(_numbers)}"
-    return fill(path, random_rows(2), [text, "b"], checkpoint=text, **{text: [text, "other"]})
+    ids = [text[:MAX_ID], "b"]
+    return fill(path, random_rows(2), ids, checkpoint=text, **{text: [text, "other"]})
 
 
 @cache

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError
 
 NEGLIGIBLE = 1e-5
@@ -96,37 +97,12 @@ class Leading:
         enough = self._enough
         left = [each[enough:] for each in joined]
         self._waiting = [left] if len(left[0]) else []
-        self._fold([each[:enough] for each in joined])
-
-    def _fold(self, samples: list[Tensor]) -> None:
-        count = len(samples[0])
-        rows = [sample * root for sample, root in zip(samples, self._roots, strict=True)]
-        lengths = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in rows]
-        norms = torch.stack(lengths).norm(dim=0)
-        inverse = torch.where(norms > 0, norms.rsqrt(), 0).float()
-        for each in rows:
-            each *= inverse[:, None]
-        gram = sum((each @ each.T for each in rows), torch.zeros(count, count))
-        self._total += float(gram.diagonal().double().sum())
-        self._examples += count
-        if self._kept:  # whose rows are their directions times the roots of their values
-            beside = sum(
-                (kept @ each.T for kept, each in zip(self._kept, rows, strict=True)),
-                torch.zeros(len(self._values), count),
-            )
-            above = torch.cat([torch.diag(self._values), beside], 1)
-            gram = torch.cat([above, torch.cat([beside.T, gram], 1)])
-        # In float32, which tells leading directions from each other and takes half the time.
-        values, vectors = torch.linalg.eigh(gram)
-        values, vectors = values.flip(0)[: self._widest], vectors.flip(1)[:, : self._widest]
-        above_rounding = int((values > NEGLIGIBLE * values[0]).sum()) if float(values[0]) > 0 else 0
-        old = len(self._values)
-        mixed = vectors[:, :above_rounding].T
-        self._kept = [
-            mixed[:, old:] @ each + (mixed[:, :old] @ self._kept[place] if old else 0)
-            for place, each in enumerate(rows)
-        ]
-        self._values = values[:above_rounding]
+        samples = [each[:enough] for each in joined]
+        self._values, self._kept, total = interruptible(
+            _folded, self._values, self._kept, samples, self._roots, self._widest
+        )
+        self._total += total
+        self._examples += len(samples[0])
 
     def directions(self) -> Directions:
         """What was found.
@@ -146,6 +122,46 @@ class Leading:
         return Directions(self._values, matrices, self._total, self._examples, self._widest)
 
 
+def _folded(
+    old: Tensor, held: list[Tensor], samples: list[Tensor], roots: list[float], widest: int
+) -> tuple[Tensor, list[Tensor], float]:
+    """Leading directions, as `Leading` keeps them, with more samples; what those hold in all.
+
+    Args:
+        old: [directions] what is held of each.
+        held: [directions, coordinates] of each checkpoint; none at first.
+        samples: [examples, coordinates] of each checkpoint.
+        roots: Of the checkpoints' weights.
+        widest: How many directions are kept.
+    """
+    count = len(samples[0])
+    rows = [sample * root for sample, root in zip(samples, roots, strict=True)]
+    lengths = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in rows]
+    norms = torch.stack(lengths).norm(dim=0)
+    inverse = torch.where(norms > 0, norms.rsqrt(), 0).float()
+    for each in rows:
+        each *= inverse[:, None]
+    gram = sum((each @ each.T for each in rows), torch.zeros(count, count))
+    total = float(gram.diagonal().double().sum())
+    if held:  # whose rows are their directions times the roots of their values
+        beside = sum(
+            (kept @ each.T for kept, each in zip(held, rows, strict=True)),
+            torch.zeros(len(old), count),
+        )
+        above = torch.cat([torch.diag(old), beside], 1)
+        gram = torch.cat([above, torch.cat([beside.T, gram], 1)])
+    # In float32, which tells leading directions from each other and takes half the time.
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0)[:widest], vectors.flip(1)[:, :widest]
+    above_rounding = int((values > NEGLIGIBLE * values[0]).sum()) if float(values[0]) > 0 else 0
+    mixed = vectors[:, :above_rounding].T
+    kept = [
+        mixed[:, len(old) :] @ each + (mixed[:, : len(old)] @ held[place] if held else 0)
+        for place, each in enumerate(rows)
+    ]
+    return values[:above_rounding], kept, total
+
+
 def bases(directions: Directions, dim: int, turn: int | None) -> list[NDArray[np.float32]]:
     """What coordinates are multiplied with to be rows, at each checkpoint.
 
@@ -161,7 +177,6 @@ def bases(directions: Directions, dim: int, turn: int | None) -> list[NDArray[np
     Raises:
         ArgumentError: If there are not so many.
     """
-    rank = len(directions.values)
     if dim > directions.widest:
         raise ArgumentError(
             f"dim must be at most {directions.widest}, the directions that were kept, got {dim}; "
@@ -172,11 +187,18 @@ def bases(directions: Directions, dim: int, turn: int | None) -> list[NDArray[np
             f"dim must be at most {directions.examples}, the directions that a sample of as many "
             f"examples spans, got {dim}; fit with a larger sample"
         )
+    return interruptible(_turned, directions.matrices, directions.moment, dim, turn)
+
+
+def _turned(
+    matrices: list[Tensor], moment: Tensor | None, dim: int, turn: int | None
+) -> list[NDArray[np.float32]]:
+    """`bases`, of matrices and a moment of `Directions`."""
     # Fewer directions than columns hold all that the examples differ in: the rest is zero.
-    empty = max(0, dim - rank)
+    empty = max(0, dim - matrices[0].shape[1])
     after = torch.eye(dim, dtype=torch.float64)
-    if directions.moment is not None:
-        moment = directions.moment[:dim, :dim].double()
+    if moment is not None:
+        moment = moment[:dim, :dim].double()
         values, vectors = torch.linalg.eigh(torch.nn.functional.pad(moment, (0, empty, 0, empty)))
         values = values.clamp(min=0)
         squares = float(values.square().sum())
@@ -190,6 +212,4 @@ def bases(directions: Directions, dim: int, turn: int | None) -> list[NDArray[np
         # Uniform among orthogonal matrices (Mezzadri, arXiv math-ph/0609050).
         after = after @ torch.from_numpy(orthogonal * np.sign(np.diag(upper)))
     after = after[: dim - empty].float()
-    return [
-        np.ascontiguousarray((matrix[:, :dim] @ after).numpy()) for matrix in directions.matrices
-    ]
+    return [np.ascontiguousarray((matrix[:, :dim] @ after).numpy()) for matrix in matrices]

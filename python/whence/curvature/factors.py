@@ -32,8 +32,9 @@ from whence.gradients.preconditioned import LAYOUT, Prepared
 from whence.sketch import Sketch
 from whence.store.files import (
     Written,
-    parse_json,
+    array_name,
     read_array,
+    read_json,
     store_errors,
     sync_directory,
     write_array,
@@ -41,7 +42,7 @@ from whence.store.files import (
 )
 
 FORMAT = "whence factors"
-VERSION = 0
+VERSION = 1
 ENOUGH = 0.75
 """The share of unit rows' energy that a default basis holds."""
 
@@ -388,10 +389,10 @@ class Progress:
         description = path / "fit.json"
         with store_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            there = description.read_bytes() if description.exists() else None
-        if there is None:
+            there = description.exists()
+        if not there:
             write_json(description, asked)
-        elif (found := parse_json(description, there)) != asked:
+        elif (found := read_json(description)) != asked:
             odd = [name for name in asked if found.get(name, ...) != asked[name]]
             raise MismatchError(f"path must be new or of the same {', '.join(odd)}, got {path}")
         self._path = path
@@ -666,15 +667,23 @@ def load(path: Path) -> Factors:
     with store_errors(path):
         if not description.is_file():
             raise StoreError(f"path must be a folder of saved factors, got {path} without any")
-        body = parse_json(description, description.read_bytes())
+    body = read_json(description)
     try:
-        if body["format"] != FORMAT or body["version"] != VERSION:
-            raise ValueError(f"format must be {FORMAT} {VERSION}")
+        if body["format"] != FORMAT:
+            raise ValueError(f"format must be {FORMAT}")
+        if body["version"] != VERSION:
+            raise StoreError(
+                f"{description}: version must be {VERSION}, got {body['version']!r:.80}; fit the "
+                "factors again"
+            )
         arrays = {
             name: torch.from_numpy(
                 np.array(
                     read_array(
-                        path / f"{name}.npy", Written.of(body["files"][name]), kind, tuple(shape)
+                        path / array_name(f"{name}.npy"),
+                        Written.of(body["files"][name]),
+                        kind,
+                        tuple(shape),
                     )
                 )
             )

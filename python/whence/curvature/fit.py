@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._core import MAX_DIM
+from whence._interrupts import interruptible
 from whence._plain import line
 from whence.curvature.basis import Leading
 from whence.curvature.factors import STAGES, At, Factors, Progress, Settings
@@ -350,7 +351,7 @@ class _Fitting:
             moment = torch.zeros(len(directions.values), len(directions.values))
             for group in self._groups(factors):
                 for rows in self._drawn(factors, states, group, directions.matrices):
-                    moment += rows.T @ rows / directions.examples
+                    moment += interruptible(torch.matmul, rows.T, rows) / directions.examples
             directions = replace(directions, moment=moment)
         return Factors(
             factors.model,
@@ -382,7 +383,7 @@ class _Fitting:
             found = self._everywhere("curvature", factors, states, part, mode)
             rows = torch.zeros(())
             for each, matrix in zip(found, matrices, strict=True):
-                rows = rows + each @ matrix
+                rows = rows + interruptible(torch.matmul, each, matrix)
             yield rows
 
     def _everywhere(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whence._interrupts import interruptible
 from whence.gradients.blocks import (
     LOOKUP,
     OUTER,
@@ -81,7 +82,7 @@ class Covariance:
         """Eigenvectors, largest first in each stretch, and [columns] float64 eigenvalues."""
         parts, values, ones = [], [], []
         for (first, end), total in zip(self.ranges, self.sums, strict=True):
-            eigenvalues, vectors = torch.linalg.eigh(total)
+            eigenvalues, vectors = interruptible(torch.linalg.eigh, total)
             values.append(eigenvalues.flip(0).clamp(min=0))
             vectors = vectors.flip(1)
             size = end - first

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whence._interrupts import interruptible
+
 BLOCK = 1 << 22
 """How many scores are turned into float64 at a time."""
 
@@ -20,7 +22,7 @@ def average_ranks(values: NDArray[Any]) -> NDArray[np.float64]:
     Returns:
         The same shape. O(values · log rows).
     """
-    order = np.argsort(values, axis=0, kind="stable")
+    order = interruptible(np.argsort, values, axis=0, kind="stable")
     ordered = np.take_along_axis(values, order, axis=0)
     rows = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
     differs = ordered[1:] != ordered[:-1]
@@ -117,7 +119,7 @@ def subset_sums(subsets: list[NDArray[np.int64]], scores: NDArray[Any]) -> NDArr
         scaled = np.ldexp(part.astype(np.float64), bits - exponents)
         whole = np.rint(scaled)
         chosen = member[:, number * step : number * step + len(part)].astype(np.float64)
-        high += chosen @ whole
-        low += chosen @ np.rint(np.ldexp(scaled - whole, bits))
+        high += interruptible(np.matmul, chosen, whole)
+        low += interruptible(np.matmul, chosen, np.rint(np.ldexp(scaled - whole, bits)))
     found: NDArray[np.float64] = high + np.ldexp(low, -bits)
     return found

@@ -16,7 +16,7 @@ from whence.errors import ArgumentError, DtypeError, MismatchError, ShapeError, 
 from whence.evaluate.checks import function, numbers, subsets_of
 from whence.evaluate.measures import fraction
 from whence.hashing.families import MAX_SEED
-from whence.store.files import parse_json, store_errors, write_json
+from whence.store.files import read_json, store_errors, write_json
 
 VERSION = 0
 """Of the files of results."""
@@ -200,7 +200,7 @@ class Results:
         return found
 
     def _load(self, file: Path) -> None:
-        body = parse_json(file, file.read_bytes())
+        body = read_json(file)
         try:
             if body["version"] != VERSION:
                 raise MismatchError(f"{file} must be of version {VERSION}, got {body['version']}")

@@ -15,11 +15,22 @@ recorder    `record`: batches, checkpoints, resume
 combined    `record_checkpoints`: one row for all checkpoints
 reduction   how a loss combines its examples, and what undoes it
 verify      recorded rows against exact gradients
+estimates   `estimate`: time, RAM and disk before any work
+memory      how many bytes tensors and arrays hold
 weights     digests of weights, and loading states for a while
 """
 
 from whence.gradients.combined import record_checkpoints
+from whence.gradients.estimates import Estimate, Stage, estimate
 from whence.gradients.layers import register_layer
 from whence.gradients.recorder import Recorder, record
 
-__all__ = ["Recorder", "record", "record_checkpoints", "register_layer"]
+__all__ = [
+    "Estimate",
+    "Recorder",
+    "Stage",
+    "estimate",
+    "record",
+    "record_checkpoints",
+    "register_layer",
+]

@@ -229,7 +229,7 @@ class Hooks:
             )
         with ExitStack() as stack:
             stack.enter_context(_without_fast_path())
-            stack.enter_context(_without_compiled_code(self._model))
+            stack.enter_context(without_compiled_code(self._model))
             if not weight_gradients:
                 stack.enter_context(kept_gradients(self._model))
             self._without = not weight_gradients and capture.check == "no"
@@ -700,7 +700,7 @@ def _without_fast_path() -> Iterator[None]:
 
 
 @contextmanager
-def _without_compiled_code(model: nn.Module) -> Iterator[None]:
+def without_compiled_code(model: nn.Module) -> Iterator[None]:
     """Runs what torch.compile made as plain Python: compiled code does not see later hooks.
 
     Raises:

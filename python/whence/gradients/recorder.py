@@ -479,9 +479,8 @@ class Recorder:
         A comparison per parameter costs about as much as recording; one of all together next to
         nothing, but for the gradient itself, which weight_gradients=False saves.
         """
-        number = self._batches + 1
         functional = any(layer.rule is FUNCTIONAL for layer in self._structure.layers)
-        if functional or number & (number - 1) == 0:  # batches 1, 2, 4, 8 and so on
+        if functional or is_compared(self._batches + 1):
             return "each"
         if not self._weight_gradients or (isinstance(self._map, Coordinates) and self._map.is_tied):
             return "no"
@@ -612,6 +611,11 @@ class Recorder:
             "others; load those, start a new checkpoint with rec.checkpoint(name), or pass "
             "weights='moving' to record along a moving model"
         )
+
+
+def is_compared(number: int) -> bool:
+    """Whether the batch of this number is compared parameter by parameter: 1, 2, 4, 8 and so on."""
+    return number & (number - 1) == 0
 
 
 def patterns(name: str, value: Any) -> list[str]:

@@ -139,7 +139,7 @@ def _exact(
     """The sketch of the gradient of the loss of one example, by autograd, and if it is 16 bit."""
     parameters = list(structure.parameters.values())
     with torch.enable_grad():
-        loss = _loss(closure, batch)
+        loss = loss_of(closure, batch)
         gradients = torch.autograd.grad(
             loss, [parameter.tensor for parameter in parameters], allow_unused=True
         )
@@ -167,14 +167,14 @@ def _recorded(
     target, sketch = maps
     capture = Capture(structure, target, count, unbatched, check="each")
     with hooks.capturing(capture, weight_gradients=False), torch.enable_grad():
-        _loss(closure, batch).backward()  # type: ignore[no-untyped-call]
+        loss_of(closure, batch).backward()  # type: ignore[no-untyped-call]
     capture.verify()
     if capture.bad:
         raise not_finite([f"example {index}" for index in range(count)], capture.bad)
     return capture.sketched(sketch).astype(np.float64), capture.rounded
 
 
-def _loss(closure: Callable[..., Tensor], batch: Sequence[Any]) -> Tensor:
+def loss_of(closure: Callable[..., Tensor], batch: Sequence[Any]) -> Tensor:
     """The closure's loss.
 
     Raises:

@@ -18,6 +18,9 @@ from whence.sketch import canonical_name
 State: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
 """A state dict, or the path of one saved by torch.save."""
 
+BLOCK = 1 << 24
+"""Bytes of a digest between two looks at signals."""
+
 
 def digest(model: nn.Module) -> str:
     """A digest of all parameters and saved buffers under their canonical names. O(weights).
@@ -30,7 +33,9 @@ def digest(model: nn.Module) -> str:
             continue
         value = tensor.detach().to("cpu").contiguous()
         total.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        content = value.reshape(-1).view(torch.uint8).numpy().data
+        for first in range(0, len(content), BLOCK):
+            total.update(content[first : first + BLOCK])
     return total.hexdigest()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, DtypeError, ShapeError
 from whence.hashing.families import MAX_SEED, rows_of
 from whence.hashing.graph import Graph, check_graph
@@ -62,7 +63,7 @@ def stratified_batches(labels: Any, batch: int, *, seed: int = 0) -> list[NDArra
     seed = _arrays.integer("seed", seed, 0, MAX_SEED)
     order = _core.shuffled(np.arange(len(classes)), seed, "hash.batches")
     # Class after class, each in the order of the shuffle, dealt without a break.
-    dealt = order[np.argsort(classes[order], kind="stable")]
+    dealt = order[interruptible(np.argsort, classes[order], kind="stable")]
     count = -(-len(classes) // batch)
     return [np.sort(dealt[first::count]) for first in range(count)]
 
@@ -167,4 +168,4 @@ def classes_of(labels: Any) -> NDArray[np.int64]:
     array = _arrays.column("labels", array, len(array))
     if array.dtype.kind == "f":
         raise DtypeError(f"labels must be bools, integers or strings, got {array.dtype}")
-    return np.unique(array, return_inverse=True)[1].astype(np.int64)
+    return interruptible(np.unique, array, return_inverse=True)[1].astype(np.int64)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays
+from whence._interrupts import interruptible
 from whence._optional import imported
 from whence.errors import MismatchError, NotFiniteError, StoreError
 
@@ -54,7 +55,7 @@ class Hessian:
         for first, block in blocks:
             place = slice(first, first + len(block))
             _arrays.finite(f"hessian of coordinates {first} to {place.stop}", block)
-            values, vectors = np.linalg.eigh(block)
+            values, vectors = interruptible(np.linalg.eigh, block)
             with np.errstate(all="ignore"):  # what is not finite is reported
                 inverse = INVERSIONS[inversion](values.clip(min=0), damping_factor)
             if not np.isfinite(inverse).all():
@@ -62,8 +63,8 @@ class Hessian:
                     f"the inverse of the hessian of coordinates {first} to {place.stop} must be "
                     f"finite, got infinity with damping_factor={damping_factor}"
                 )
-            self._inverses.append((place, (vectors * inverse) @ vectors.T))
-            self._roots.append((place, (vectors * np.sqrt(inverse)) @ vectors.T))
+            for kept, scales in ((self._inverses, inverse), (self._roots, np.sqrt(inverse))):
+                kept.append((place, interruptible(np.matmul, vectors * scales, vectors.T)))
 
     def inverse(self, rows: NDArray[Any]) -> Float:
         """[rows, dim] times the inverse."""
@@ -77,7 +78,7 @@ class Hessian:
 def _times(rows: NDArray[Any], blocks: list[tuple[slice, Float]]) -> Float:
     found: Float = rows.astype(np.float64)
     for place, block in blocks:
-        found[:, place] = found[:, place] @ block
+        found[:, place] = interruptible(np.matmul, found[:, place], block)
     return found
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence import _arrays
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, LayerError
 from whence.gradients.passes import pairs_of
 from whence.gradients.residuals import Calls
@@ -81,14 +82,14 @@ class GaussNewton(Method):
                             f"{len(shares)} labels for {len(flat)} examples"
                         )
                     rows = flat * np.sqrt(shares.numpy())[:, None]
-                    total += rows.T @ rows
+                    total += interruptible(np.matmul, rows.T, rows)
                     examples += len(rows)
                 label += 1
         total /= examples
         ridge = self._penalty + self._damping * float(np.trace(total)) / size
         total[np.diag_indices(size)] += ridge
         try:
-            inverse: NDArray[Any] = np.linalg.inv(total)
+            inverse: NDArray[Any] = interruptible(np.linalg.inv, total)
         except np.linalg.LinAlgError:
             raise ArgumentError(
                 "penalty or damping must be above 0 where the Gauss-Newton matrix has no inverse, "
@@ -101,8 +102,12 @@ class GaussNewton(Method):
             raise ArgumentError("the matrix must be fitted, got None")
         run = self.run
         with run.at(run.last):
-            queries = self._flat(run.queries(self._map(run), closure)) @ self._inverse
-            found = [queries @ self._flat(seen).T for seen in run.training(self._map(run))]
+            queries = self._flat(run.queries(self._map(run), closure))
+            queries = interruptible(np.matmul, queries, self._inverse)
+            found = [
+                interruptible(np.matmul, queries, self._flat(seen).T)
+                for seen in run.training(self._map(run))
+            ]
         return np.concatenate(found, axis=1).astype(np.float32)
 
     @staticmethod

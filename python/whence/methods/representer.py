@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from whence import _arrays
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, LayerError
 from whence.gradients.blocks import LOOKUP, OUTER, Block, BlockAccumulator, BlockMap
 from whence.methods.method import Closure, Method
@@ -67,8 +68,8 @@ class RepresenterPoints(Method):
         with self.run.at(self.run.last):
             seen = self.run.queries(_Factors(self._weight), closure)
             left, right = _factors_of(seen.capture.accumulator)
-        alignment = (left * seen.factor) @ self._left.T
-        shared = right @ self._right.T
+        alignment = interruptible(torch.matmul, left * seen.factor, self._left.T)
+        shared = interruptible(torch.matmul, right, self._right.T)
         found: NDArray[np.float32] = (alignment * shared).numpy()
         return found / np.float32(2 * self._decay * len(self._left))
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays
+from whence._interrupts import interruptible
 from whence.methods.margins import Margins, joined
 from whence.methods.method import Closure, Method
 from whence.methods.run import Run
@@ -55,7 +56,7 @@ class DampedGram(Method):
             with run.at(name):
                 rows = self._training(run)
             self._rows.append(rows)
-            self._inverses.append(_inverse(rows, self._damping))
+            self._inverses.append(interruptible(_inverse, rows, self._damping))
 
     def _training(self, run: Run) -> NDArray[np.float32]:
         """[examples, dim] at the present weights."""
@@ -77,7 +78,8 @@ class DampedGram(Method):
         for name, rows, inverse in zip(self.run.states, self._rows, self._inverses, strict=True):
             with self.run.at(name):
                 queries = self._query(closure)
-            found.append((queries.astype(np.float64) @ inverse) @ rows.T)
+            queries = interruptible(np.matmul, queries.astype(np.float64), inverse)
+            found.append(interruptible(np.matmul, queries, rows.T))
         mean: NDArray[np.float32] = np.mean(found, axis=0).astype(np.float32)
         return mean
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from whence import _arrays
+from whence._interrupts import interruptible
 from whence.attribution import query_rows
 from whence.curvature import Factors
 from whence.gradients import record_checkpoints
@@ -105,7 +106,7 @@ class EkfacStored(Method):
 
     def _scores(self, closure: Closure) -> NDArray[np.float32]:
         rows = self.store.rows(self.run.ids)
-        return self.query_rows(closure) @ rows.T
+        return interruptible(np.matmul, self.query_rows(closure), rows.T)
 
     def top_k(self, closure: Closure, k: int = 10) -> Hits:
         """The k most helpful and the k most harmful examples, by an index of the store."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from whence._interrupts import interruptible
 from whence.search.source import Source
 
 PREFIX = 64
@@ -62,13 +63,14 @@ def choose(source: Source, wanted: str, seed: int) -> Basis:
         prefix = [PREFIX, PREFIX] if length >= 4 * PREFIX else [PREFIX]
         why = f"the first {PREFIX} coordinates hold {leading:.0%} of the energy as the rows come"
         return Basis(prefix, nothing, leading, why)
-    values, vectors = np.linalg.eigh(rows.T @ rows) if length <= SAMPLE else _wide(rows)
+    values, vectors = interruptible(_spectrum if length <= SAMPLE else _wide, rows)
     share = float(values[-PREFIX:].sum()) / total
     if wanted == "auto" and share < STEEP:
         why = f"no prefix: the leading {PREFIX} directions hold {share:.0%} of the energy"
         return Basis([], nothing, share, why)
     why = f"the leading {PREFIX} directions hold {share:.0%} of the energy"
-    return Basis([PREFIX], reflections(vectors[:, : -PREFIX - 1 : -1]), share, why)
+    directions = interruptible(reflections, vectors[:, : -PREFIX - 1 : -1])
+    return Basis([PREFIX], directions, share, why)
 
 
 def sample(source: Source, seed: int) -> NDArray[np.float64]:
@@ -84,8 +86,14 @@ def sample(source: Source, seed: int) -> NDArray[np.float64]:
     return source.side_by_side(complete, np.float64)
 
 
+def _spectrum(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rising eigenvalues and eigenvectors of the rows' Gram matrix."""
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    return values, vectors
+
+
 def _wide(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rising eigenvalues and eigenvectors of the Gram matrix of few rows that are long."""
+    """The same of rows that are long: of few of them."""
     some = rows[:: max(1, len(rows) // (4 * PREFIX))]
     _, singular, vectors = np.linalg.svd(some, full_matrices=False)
     scale = len(rows) / len(some)

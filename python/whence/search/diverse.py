@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from whence._interrupts import interruptible
 from whence.search.basis import sample
 from whence.search.hits import Hits, Side
 from whence.search.source import Question, Source
@@ -38,16 +40,22 @@ def clusters(source: Source, count: int, seed: int) -> NDArray[np.int64]:
     rows = _units(sample(source, seed))
     centres = rows[np.random.default_rng(seed).permutation(len(rows))[:count]]
     for _ in range(ROUNDS):
-        nearest = (rows @ centres.T).argmax(axis=1)
+        nearest = interruptible(_nearest, rows, centres)
         sums = np.zeros_like(centres)
         np.add.at(sums, nearest, rows)
         empty = ~np.isin(np.arange(len(centres)), nearest)
         centres = np.where(empty[:, None], centres, _units(sums))
     found = np.zeros(len(source.ids), np.int64)
     for examples in np.array_split(np.arange(len(found)), -(-len(found) // STEP)):
-        found[examples] = (source.side_by_side(examples) @ centres.T).argmax(axis=1)
+        found[examples] = interruptible(_nearest, source.side_by_side(examples), centres)
     if source.incomplete is not None:
         found[source.incomplete] = 0
+    return found
+
+
+def _nearest(rows: NDArray[Any], centres: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[rows] the centre of the largest inner product."""
+    found: NDArray[np.int64] = (rows @ centres.T).argmax(axis=1)
     return found
 
 

@@ -28,9 +28,10 @@ from whence.search.basis import Basis
 from whence.search.source import Source
 from whence.store.files import (
     Written,
+    array_name,
     checksum_of,
-    parse_json,
     read_array,
+    read_json,
     store_errors,
     sync_directory,
     write_array,
@@ -38,7 +39,7 @@ from whence.store.files import (
 )
 
 FORMAT = "whence index"
-VERSION = 0
+VERSION = 1
 MANIFEST = "manifest.json"
 
 GONE = "gone"
@@ -135,24 +136,27 @@ def load(path: Path, source: Source, threads: int) -> tuple[Built, NDArray[np.bo
         MismatchError: If it is of other rows.
     """
     manifest = path / MANIFEST
-    with store_errors(manifest):
-        content = manifest.read_bytes()
-    body = parse_json(manifest, content)
+    if not manifest.is_file():
+        raise StoreError(f"path must be a folder of a saved index, got {path} without any")
+    body = read_json(manifest)
     try:
-        if body["format"] != FORMAT or body["version"] != VERSION:
-            raise ValueError(f"format must be {FORMAT} {VERSION}")
+        if body["format"] != FORMAT:
+            raise ValueError(f"format must be {FORMAT}")
+        if body["version"] != VERSION:
+            raise StoreError(
+                f"{manifest}: version must be {VERSION}, got {body['version']!r:.80}; build the "
+                "index again"
+            )
         count = int(body["rows"]["examples"])
         if not (
             0 < count <= len(source.ids)
             and body["rows"] == fingerprint(source, count, source.digest(count, threads))
         ):
             raise MismatchError(f"rows must be those that {path} was built of, got {source!r}")
-        files = {
-            name: read_array(
-                path / f"{name}.npy", Written.of((length, checksums)), kind, tuple(shape)
-            )
-            for name, (length, checksums, kind, shape) in body["files"].items()
-        }
+        files = {}
+        for name, (length, checksums, kind, shape) in body["files"].items():
+            file, written = array_name(f"{name}.npy"), Written.of((length, checksums))
+            files[name] = read_array(path / file, written, kind, tuple(shape))
         segments: list[Any] = [
             (
                 width,

@@ -29,7 +29,7 @@ from whence.store.lock import Lock
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
 from whence.store.members import members, missing
 from whence.store.progress import bar
-from whence.store.reader import Reader, read_ids
+from whence.store.reader import Reader, file_of, read_ids
 from whence.store.shards import DESCRIPTION, SHARD, Description, Shard, ShardWriter, last_number
 
 
@@ -152,7 +152,7 @@ class _Check:
             self.bytes += older.stat().st_size
             if older != Manifest.path(folder, number):
                 try:
-                    read_json(older)
+                    Manifest.at(folder, int(older.stem.removeprefix("manifest-")))
                 except StoreError as error:
                     self._note(older, error)
         for pack in manifest.packs:  # read with the manifest
@@ -363,7 +363,7 @@ def _remove_damaged_manifests(path: Path, number: int) -> None:
     for older in manifests(path):
         if older != Manifest.path(path, number):
             try:
-                read_json(older)
+                Manifest.at(path, int(older.stem.removeprefix("manifest-")))
             except StoreError:
                 older.unlink(missing_ok=True)
 
@@ -389,20 +389,23 @@ class _Mender:
     def shard(self, shard: Shard) -> None:
         """Takes a shard over, or writes what is whole of it into a new one."""
         folder = shard.folder(self._path)
-        there = np.ones(shard.rows, np.bool_)
-        rows = self._gone[self._gone[:, 0] == shard.number, 1]
-        there[rows[rows < shard.rows]] = False
+        gone = self._gone[self._gone[:, 0] == shard.number, 1]
+        gone = gone[gone < shard.rows]
         try:
             described = Description.parse(
                 folder / DESCRIPTION, read_json(folder / DESCRIPTION, shard.described)
             )
             if (described.checkpoint, described.rows) != (shard.checkpoint, shard.rows):
                 raise StoreError(f"{folder / DESCRIPTION} is damaged")
+            if shard.rows > sum(_length(folder / name) for name in described.files):
+                raise StoreError(f"{folder} must hold {shard.rows} rows, and is too small")
             found = _Salvage(folder, described, self._manifest)
         except StoreError:
-            self.unnamed += int(there.sum())
+            self.unnamed += shard.rows - len(gone)
             self.damaged.append(folder)
             return
+        there = np.ones(shard.rows, np.bool_)
+        there[gone] = False
         if found.is_whole:
             self.shards.append(shard)
             return
@@ -470,9 +473,14 @@ class _Salvage:
         self._count = described.rows
         self._content: dict[str, bytes] = {}
         self._bad: dict[str, NDArray[np.int64]] = {}
+        stems = ["ids", *(f"column-{index}" for index in range(len(manifest.columns or {})))]
+        for stem in stems:
+            file_of(described, folder / f"{stem}.npy")
         for name, written in described.files.items():
             self._content[name], self._bad[name] = _blocks(folder / name, written)
-        self.is_whole = not any(len(bad) for bad in self._bad.values())
+        self.is_whole = not any(len(bad) for bad in self._bad.values()) and all(
+            _length(folder / name) == written.length for name, written in described.files.items()
+        )
         kind = "<i8" if manifest.ids == "int64" else ""
         self.whole_ids = self._of_column("ids", kind)
         self.whole = self.whole_ids & self._of_values("rows.npy", self._row_kind, self._width)
@@ -553,8 +561,7 @@ class _Salvage:
         self, name: str, kind: str, width: int, count: int | None = None
     ) -> NDArray[np.bool_]:
         """[count] whether each value, or row of values, of a file is whole."""
-        if name not in self._described.files:
-            raise StoreError(f"{self._folder / name} must be named, and is not")
+        file_of(self._described, self._folder / name)
         count = self._count if count is None else count
         shape = (count,) if width == 1 and name != "rows.npy" else (count, width)
         size = width * np.dtype(kind).itemsize
@@ -570,6 +577,15 @@ class _Salvage:
         last = np.searchsorted(bad, (np.maximum(ends, starts + 1) - 1) // BLOCK, side="right")
         found: NDArray[np.bool_] = first == last
         return found
+
+
+def _length(path: Path) -> int:
+    """The bytes of a file; 0 where there is none."""
+    try:
+        with regular(path) as (_, length):
+            return length
+    except StoreError:
+        return 0
 
 
 def _blocks(path: Path, written: Written) -> tuple[bytes, NDArray[np.int64]]:

@@ -30,9 +30,6 @@ BLOCK: int = _core.BLOCK
 MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
-ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
-"""Names of the `.npy` files in the folders of a store."""
-
 PIECE = 4 << 20
 """Bytes of a file that are read at a time, where they are copied."""
 
@@ -41,6 +38,8 @@ SYNCS = 8
 
 NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
 """What numpy's parser ends in where there is no header of a `.npy` file."""
+
+_ARRAY = re.compile(r"[a-z][a-z0-9-]{0,63}\.npy")
 
 _DIGITS = re.compile("[0-9a-f]*")
 
@@ -83,6 +82,17 @@ class Written(NamedTuple):
     def blocks(self) -> NDArray[np.uint32]:
         """[blocks] the checksum of each."""
         return np.frombuffer(bytes.fromhex(self.checksums), ">u4").astype(np.uint32)
+
+
+def array_name(name: str) -> str:
+    """The name of an array's file, once it is one that lies in the folder it is said to lie in.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _ARRAY.fullmatch(name):
+        raise ValueError(f"a file must lie in its folder, got {name!r:.80}")
+    return name
 
 
 @contextmanager

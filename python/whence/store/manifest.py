@@ -307,9 +307,11 @@ class Manifest:
         known = {each.name for each in fields(cls)} - {"unknown"}
         unknown = {name: body.pop(name) for name in set(body) - known}
         manifest = cls(**body, unknown=unknown)
-        if body["columns"] is not None:
-            manifest.columns = dict(body["columns"])
-            if len(manifest.columns) < len(body["columns"]):
+        if (columns := body["columns"]) is not None:
+            if not isinstance(columns, list):
+                raise ValueError(f"columns must be a list, got {columns!r:.80}")
+            manifest.columns = dict(columns)
+            if len(manifest.columns) < len(columns):
                 raise ValueError("columns must have distinct names")
         manifest.checkpoints = [
             Checkpoint(
@@ -339,6 +341,8 @@ class Manifest:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
         if self.is_preconditioned and not {"basis", "coordinates"} <= set(self.sketch):
             raise ValueError("sketch must say how rows are preconditioned")
+        if self.rows not in ("per_checkpoint", COMBINED):
+            raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r:.80}")
         if self.ids not in (None, "int64", "str"):
             raise ValueError(f"ids must be int64 or str, got {self.ids!r}")
         for name, kind in (self.columns or {}).items():
@@ -361,8 +365,6 @@ class Manifest:
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
         if not isinstance(self.writer, (str, type(None))):
             raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
-        if self.rows not in ("per_checkpoint", COMBINED):
-            raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("shards must have distinct names")
         known = range(len(self.row_sets))

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
-    ARRAY,
     NewFile,
     Written,
+    array_name,
     check_folder,
     json_bytes,
     read_array,
@@ -154,6 +154,6 @@ def checked_map(body: Any) -> StoredMap:
         raise ValueError(f"a map's name must be {PREFIX}N, got {name!r}")
     files = {each: Written.of(written) for each, written in body["files"].items()}
     for each in files:
-        if each != "map.json" and not ARRAY.fullmatch(each):
-            raise ValueError(f"a map's files must lie in its folder, got {each!r:.80}")
+        if each != "map.json":
+            array_name(each)
     return StoredMap(name, dict(body["identity"]), files)

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import StoreError
 from whence.store.files import (
-    ARRAY,
     NewFile,
     Written,
+    array_name,
     array_parts,
     check_folder,
     check_length,
@@ -146,13 +146,12 @@ class Description:
             StoreError: If it cannot be one.
         """
         try:
-            files = {name: Written.of(each) for name, each in body["files"].items()}
-            for name in files:
-                if not ARRAY.fullmatch(name):
-                    raise ValueError(f"a file must lie in the folder, got {name!r:.80}")
+            files = {array_name(name): Written.of(each) for name, each in body["files"].items()}
             checkpoint, rows, error = body["checkpoint"], body["rows"], body.get("error")
             if type(checkpoint) is not int or type(rows) is not int:
                 raise ValueError("checkpoint and rows must be numbers")
+            if "rows.npy" not in files or not 1 <= rows <= files["rows.npy"].length:
+                raise ValueError(f"rows.npy must hold {rows!r:.80} rows")
             if error is not None and not (isinstance(error, (int, float)) and 0 <= error <= 1):
                 raise ValueError(f"error must be from 0 to 1, got {error!r:.80}")
             return cls(checkpoint, rows, files, error)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
-from whence._arrays import Ids
+from whence._arrays import MAX_ID, Ids
 from whence.errors import (
     ArgumentError,
     CheckpointError,
@@ -261,11 +261,14 @@ class Writer:
             replaces: Whether rows of ids that are there take the place of those, in one commit.
 
         Raises:
+            IdError: If an id is longer than `_arrays.MAX_ID`: no reader would take it.
             NotFiniteError: If a value, or the norm of a row, is not finite.
             StoreError: If a commit that is due fails.
         """
         if not len(ids):
             return
+        if ids.dtype.kind == "U" and (longest := int(np.char.str_len(ids).max())) > MAX_ID:
+            raise IdError(f"ids must be at most {MAX_ID} characters long, got one of {longest}")
         going = self._rows_of(ids, self._checkpoint) if replaces else _NONE
         dtype, errors = self.manifest.dtype, None
         if scales is not None:

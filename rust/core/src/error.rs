@@ -40,6 +40,11 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A file of a store is no more.
+    Gone {
+        /// The file.
+        path: PathBuf,
+    },
     /// A file does not hold what its manifest says.
     Damaged {
         /// The file.
@@ -85,6 +90,12 @@ impl fmt::Display for Error {
                 write!(formatter, "{argument} must be finite, got {value} at {place}")
             }
             Self::Io { path, source } => write!(formatter, "{}: {source}", path.display()),
+            Self::Gone { path } => write!(
+                formatter,
+                "{} is gone: if the store was compacted or repaired since it was opened, open it \
+                 again",
+                path.display()
+            ),
             Self::Damaged { path, what } => {
                 write!(formatter, "{} is damaged: {what}", path.display())
             }

@@ -52,7 +52,7 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         Error::Argument { .. } => "ArgumentError",
         Error::Shape { .. } => "ShapeError",
         Error::NotFinite { .. } => "NotFiniteError",
-        Error::Io { .. } | Error::Damaged { .. } => "StoreError",
+        Error::Io { .. } | Error::Gone { .. } | Error::Damaged { .. } => "StoreError",
         Error::Stopped | Error::Internal(_) => "WhenceError",
     };
     let made = PyModule::import(py, "whence.errors")

@@ -15,11 +15,15 @@ const STEP: usize = 1 << 20;
 /// file.
 ///
 /// # Errors
-/// [`Error::Damaged`] if something else is there, [`Error::Io`].
+/// [`Error::Damaged`] if something else is there, [`Error::Gone`] if nothing is where no link is
+/// followed, [`Error::Io`].
 pub(super) fn open(path: &Path, follow: bool) -> Result<(File, u64), Error> {
     // Looked at before it is opened, as opening a device may do something, and again after, as it
     // may have been exchanged in between: the flags keep that from following and from waiting.
-    let io = |source| io_error(path, source);
+    let io = |source: io::Error| match source.kind() {
+        ErrorKind::NotFound if !follow => Error::Gone { path: path.to_owned() },
+        _ => io_error(path, source),
+    };
     let look = if follow { Path::metadata } else { Path::symlink_metadata };
     check_regular(path, &look(path).map_err(io)?)?;
     let mut options = File::options();
