@@ -138,9 +138,31 @@ def test_a_sketch_of_no_possible_width_is_refused(dim):
     "rows",
     [f4(2, 0), np.full((2, 3), np.inf, "f4"), f4(2, 3).astype("f8"), f4(6), f4(4, 4)[:, ::2]],
 )
-def test_encode_refuses(rows):
+@pytest.mark.parametrize("kind", ["f2", "f4"])
+def test_encode_refuses(rows, kind):
     with pytest.raises(ORDINARY):
-        _core.encode(rows, True)
+        _core.encode(rows, np.empty(rows.shape, kind))
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [f4(2, 4), f4(3, 3), f4(6), f4(2, 6)[:, ::2], f4(2, 3).astype("f8"), read_only(f4(2, 3)), None],
+)
+def test_encode_refuses_a_place_that_does_not_fit(stored):
+    with pytest.raises((*ORDINARY, TypeError)):
+        _core.encode(np.ones((2, 3), np.float32), stored)
+
+
+def test_encode_leaves_nothing_of_what_was_there():
+    rows, stored = np.zeros((2, 3), np.float32), np.full((2, 3), 7, np.float16)
+    rows[1] = [0, 3, 4]
+    assert _core.encode(rows, stored).tolist() == [0, 5]
+    assert np.allclose(stored, [[0, 0, 0], [0, 0.6, 0.8]], atol=1e-3)
 
 
 @pytest.mark.parametrize(

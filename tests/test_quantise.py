@@ -326,8 +326,8 @@ def test_rows_of_another_length_shape_or_type_are_refused(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda body: body.update(dtype="int2"), "6 rows of 16 need 152 bytes, it has 176"),
-        (lambda body: body.update(dtype="int8"), "6 rows of 16 need 224 bytes, it has 176"),
+        (lambda body: body.update(dtype="int2"), r"shape \[6, 4\]"),
+        (lambda body: body.update(dtype="int8"), r"must hold \|i1"),
         (lambda body: body.update(dtype="int3"), "dtype must be one of"),
         (lambda body: body["sketch"].update(layout="factored"), "float for rows of factors"),
     ],

@@ -64,8 +64,8 @@ MAX_VIEWS: Final[int]
 def instruction_set() -> str:
     """The instruction set the kernels use on this machine."""
 
-def encode(rows: NDArray[np.float32], half: bool) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Unit rows, float16 if `half` else float32, and the scale of each row."""
+def encode(rows: NDArray[np.float32], stored: NDArray[Any]) -> NDArray[np.float32]:
+    """The scale of each row; unit rows go into `stored`, float16 or float32 of the same shape."""
 
 def encode_factors(
     parts: list[tuple[NDArray[np.float32] | None, NDArray[np.float32], tuple[bool, bool]]],

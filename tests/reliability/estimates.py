@@ -1,14 +1,12 @@
 """`whence.estimate` before the demo's recording, beside the recording itself.
 
-    python tests/reliability/estimates.py [--full] [--seed N]
-
 Disk, RAM and the seconds of each stage are estimated in one fresh process and measured in another,
 in turns; what is compared are the medians. RAM is the growth of the process's peak, once a first
 recording has loaded the libraries. So is that of writing and searching many short rows, which the
-demo has not. Seconds are compared with --full alone, which needs a machine with nothing else to do.
+demo has not. Seconds are compared with --full alone, in so many rounds, which needs a machine with
+nothing else to do.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,11 +21,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
-
-sys.path.append(str(Path(__file__).parents[1]))
-
+import trial  # which finds filled.py
 from filled import manifest
+from torch.nn.functional import cross_entropy
 
 import whence
 from whence import demo
@@ -35,11 +31,11 @@ from whence.gradients import Recorder
 from whence.store import Checkpoint, Writer
 
 WITHIN = 0.2
+MISS = f"off by more than {WITHIN:.0%}"
 QUERIES = 10
 SHORT_ROWS, SHORT_DIM = 300_000, 32
 BATCH = 100  # examples that the demo records together
 CHECKPOINTS = demo.EPOCHS // demo.EVERY
-ROUNDS = 7  # with --full
 
 # With these freed memory goes back to the system at once, so that the peak is of what is held.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -208,7 +204,7 @@ def in_a_process(function, seed, environment=None):
     """What one of the functions above finds in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, __file__, "--child", function.__name__, folder, "--seed", str(seed)],
+            [sys.executable, __file__, function.__name__, folder, str(seed)],
             env=os.environ | (environment or {}),
             capture_output=True,
             text=True,
@@ -219,53 +215,34 @@ def in_a_process(function, seed, environment=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(rounds, seed=0):
-    """Name -> (estimated, measured), and the estimate's own text.
-
-    Args:
-        rounds: How often seconds are measured, of which medians are taken; 0 for not at all.
-        seed: Of the demo.
-    """
+def run(rounds, seed):
+    """Compares disk and RAM, and with rounds the medians of seconds too."""
+    outcome = trial.Outcome("estimates", MISS)
     foretold, found = [in_a_process(estimated, seed)], [in_a_process(held, seed, MALLOC)]
-    text = foretold[0]["text"]
+    trial.say(foretold[0]["text"])
     for _ in range(rounds):
         foretold.append(in_a_process(estimated, seed))
         found.append(in_a_process(measured, seed) | found[0])
-    names = [name for name, value in found[-1].items() if value is not None]
-    rounds_of = slice(1, None) if rounds else slice(None)
-    return {
-        name: tuple(median(each[name] for each in side[rounds_of]) for side in (foretold, found))
-        for name in names
-    }, text
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="seconds too")
-    parser.add_argument("--seed", type=int, default=0, help="of the demo (%(default)s)")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.child:
-        function, folder = asked.child
-        torch.set_num_threads(1)  # as the demo does
-        print(json.dumps(globals()[function](Path(folder), asked.seed)))
-        return
-    pairs, text = run(ROUNDS if asked.full else 0, asked.seed)
-    print(text)
-    for name, (foretold, found) in pairs.items():
+    of = slice(1, None) if rounds else slice(None)
+    for name in found[-1]:
+        if found[-1][name] is None:
+            continue
+        guess, value = (median(each[name] for each in side[of]) for side in (foretold, found))
         unit, word = (2**20, "MiB") if name == "disk" or name.startswith("RAM") else (1, "s")
-        print(
-            f"{name:<17}{foretold / unit:9.3f} {word:<4}estimated, {found / unit:9.3f} measured: "
-            f"{foretold / found:.2f}"
+        text = (
+            f"{name:<17}{guess / unit:9.3f} {word:<4}estimated, {value / unit:9.3f} measured: "
+            f"{guess / value:.2f}"
         )
-    worst = max(abs(foretold / found - 1) for foretold, found in pairs.values())
-    reached = worst <= WITHIN
-    print(
-        f"estimates: {', '.join(pairs)} within {worst:.1%} of what was measured, at most "
-        f"{WITHIN:.0%} - {'reached' if reached else 'MISSED'}"
-    )
-    sys.exit(not reached)
+        trial.say(text)
+        outcome.count(f"of {name} {guess / value:.2f}")
+        if abs(guess / value - 1) > WITHIN:
+            outcome.miss(MISS, text)
+    return outcome
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] and sys.argv[1] in ("estimated", "measured", "held"):
+        torch.set_num_threads(1)  # as the demo does
+        trial.say(json.dumps(globals()[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))
+    else:
+        trial.main(run, short=0, full=7)

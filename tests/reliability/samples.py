@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -227,6 +228,24 @@ def read_index(path: Path) -> Any:
     ]
 
 
+# Exported stores
+
+
+def make_export(path: Path, suffix: str) -> None:
+    """A store in one file."""
+    path.mkdir()
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        make_store(Path(scratch) / "store", "int4", as_text=True)
+        whence.export_store(Path(scratch) / "store", path / f"export{suffix}")
+
+
+def read_export(path: Path, suffix: str) -> Any:
+    """The store that is made of it."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        whence.import_store(path / f"export{suffix}", Path(scratch) / "store")
+        return digest(read_store(Path(scratch) / "store"))
+
+
 SAMPLES = [
     *(
         Sample(
@@ -251,6 +270,14 @@ SAMPLES = [
     Sample("index of codes", partial(make_index, method="certified"), read_index, store="rows"),
     Sample("index with a graph", partial(make_index, method="hnsw"), read_index, store="rows"),
     Sample("factors", make_factors, read_factors),
+    *(
+        Sample(
+            f"export{suffix}",
+            partial(make_export, suffix=suffix),
+            partial(read_export, suffix=suffix),
+        )
+        for suffix in (".npz", ".arrow", ".parquet")
+    ),
     Sample("fit under way", fit_in, fit_in),
     Sample("retrained models", retrain_in, retrain_in),
 ]

@@ -63,7 +63,7 @@ def scratch() -> Iterator[Path]:
 
 def say(what: object) -> None:
     """Prints it at once."""
-    print(what, flush=True)
+    print(what, flush=True)  # noqa: T201
 
 
 def main(run: Callable[[int, int], Outcome], *, short: int, full: int) -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -596,12 +596,13 @@ def _folder(path: str | os.PathLike[str] | None) -> Iterator[Path]:
     Raises:
         StoreError: If there can be none.
     """
-    near = None
+    near = Path(tempfile.gettempdir())
     if path is not None:
         near = next(each for each in _arrays.path("path", path).parents if each.is_dir())
-    with store_errors(near or Path(tempfile.gettempdir())), ExitStack() as stack:
-        found = stack.enter_context(tempfile.TemporaryDirectory(prefix=".whence-", dir=near))
-        yield Path(found)
+    with store_errors(near):
+        made = tempfile.TemporaryDirectory(prefix=".whence-", dir=near)
+    with made as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -272,17 +273,19 @@ class Writer:
         going = self._rows_of(ids, self._checkpoint) if replaces else _NONE
         dtype, errors = self.manifest.dtype, None
         if scales is not None:
-            stored = rows.astype(dtype, copy=False)
+            stored = self._kept(rows.astype(dtype, copy=False))
         elif self.manifest.is_quantised:
-            stored, scales, errors = _core.quantise(rows, BITS[dtype])
+            packed, scales, errors = _core.quantise(rows, BITS[dtype])
+            stored = self._kept(packed)
         else:
-            stored, scales = _core.encode(rows, dtype == "float16")
+            stored = self._place(rows.shape, DTYPES[dtype])
+            scales = _core.encode(rows, stored)
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
         if self.manifest.columns is None:
             kinds = {name: _arrays.kind_of_array(column) for name, column in columns.items()}
             self.manifest.columns = kinds
-        stored = self._kept(stored)
+        self._taken += stored.nbytes  # before it waits: an interrupt wastes the place, and no more
         # Known first: an interrupt here loses the rows, as any before the commit does; the other
         # way round it would let them in twice.
         known = self._known[self._checkpoint]
@@ -390,18 +393,22 @@ class Writer:
         keep[rows[rows < len(keep)]] = False
         return ids[keep]
 
-    def _kept(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """A copy in memory that serves again after every commit; itself, where there is no room.
+    def _place(self, shape: tuple[int, ...], kind: str) -> NDArray[Any]:
+        """Where a batch's rows are to lie: in memory that serves again after every commit.
 
-        Fresh memory for each batch costs several times what the copy does.
+        Fresh memory for each batch, where there is no room, costs more than filling it.
         """
         if not self._state.waiting:
             self._taken = 0
-        place = self._memory[self._taken : self._taken + stored.nbytes]
-        if place.nbytes < stored.nbytes:
-            return stored
-        self._taken += stored.nbytes  # at once: an interrupt wastes the place, and no more
-        found = place.view(stored.dtype).reshape(stored.shape)
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        place = self._memory[self._taken : self._taken + size]
+        if place.nbytes < size:
+            return np.empty(shape, kind)
+        return place.view(kind).reshape(shape)
+
+    def _kept(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """A copy there."""
+        found = self._place(stored.shape, stored.dtype.str)
         found[:] = stored
         return found
 

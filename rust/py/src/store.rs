@@ -11,26 +11,38 @@ use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::store::{self, Part, Stored, blocks};
 
-use crate::boundary::{compute_alone, exception, values_of};
+use crate::boundary::{compute_alone, exception, not_contiguous, values_of};
 use crate::sketch::rows_of;
 
+/// Unit rows and scales, into memory of the caller's; see [`store::encode_into`].
 #[pyfunction]
 pub(crate) fn encode<'py>(
     py: Python<'py>,
     rows: PyReadonlyArray2<'py, f32>,
-    half: bool,
-) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<f32>>)> {
-    let [count, dim] = [rows.shape()[0], rows.shape()[1]];
-    let rows = values_of(py, "rows", &rows)?;
-    if half {
-        let (stored, scales) = compute_alone(py, |watch| store::encode::<f16>(rows, dim, watch))?;
-        let stored: Bound<'py, PyArray2<f16>> = stored.into_pyarray(py).reshape([count, dim])?;
-        Ok((stored.into_any(), scales.into_pyarray(py)))
-    } else {
-        let (stored, scales) = compute_alone(py, |watch| store::encode::<f32>(rows, dim, watch))?;
-        let stored: Bound<'py, PyArray2<f32>> = stored.into_pyarray(py).reshape([count, dim])?;
-        Ok((stored.into_any(), scales.into_pyarray(py)))
+    stored: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    if let Ok(stored) = stored.cast::<PyArray2<f16>>() {
+        return encode_rows(py, &rows, stored);
     }
+    encode_rows(py, &rows, stored.cast::<PyArray2<f32>>()?)
+}
+
+fn encode_rows<'py, T: Stored + Element>(
+    py: Python<'py>,
+    rows: &PyReadonlyArray2<'py, f32>,
+    stored: &Bound<'py, PyArray2<T>>,
+) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    let dim = rows.shape()[1];
+    if stored.shape() != rows.shape() || !stored.is_c_contiguous() {
+        let must = format!("C-contiguous, of shape {:?}", rows.shape());
+        return Err(exception(py, &Error::shape("stored", must, format!("{:?}", stored.shape()))));
+    }
+    let rows = values_of(py, "rows", rows)?;
+    let refused = |error| exception(py, &Error::argument("stored", "writeable", error));
+    let mut stored = stored.try_readwrite().map_err(refused)?;
+    let stored = stored.as_slice_mut().map_err(|_| not_contiguous(py, "stored"))?;
+    let scales = compute_alone(py, |watch| store::encode_into(rows, dim, stored, watch))?;
+    Ok(scales.into_pyarray(py))
 }
 
 type Numbers<'py> = Bound<'py, PyArray1<f32>>;

@@ -50,10 +50,27 @@ pub fn encode<T: Stored>(
     dim: usize,
     watch: &Watch<'_>,
 ) -> Result<(Vec<T>, Vec<f32>), Error> {
+    let mut stored = vec![T::default(); rows.len()];
+    let scales = encode_into(rows, dim, &mut stored, watch)?;
+    Ok((stored, scales))
+}
+
+/// As [`encode`], into memory that is there: `[n, dim]`. Fresh memory costs more than the work.
+///
+/// # Errors
+/// As [`encode`]; [`Error::Shape`] if `stored` is not as long as `rows`.
+pub fn encode_into<T: Stored>(
+    rows: &[f32],
+    dim: usize,
+    stored: &mut [T],
+    watch: &Watch<'_>,
+) -> Result<Vec<f32>, Error> {
     if dim == 0 || !rows.len().is_multiple_of(dim) {
         return Err(Error::shape("rows", format!("[n, {dim}]"), rows.len()));
     }
-    let mut stored = vec![T::default(); rows.len()];
+    if stored.len() != rows.len() {
+        return Err(Error::shape("stored", format!("{} values", rows.len()), stored.len()));
+    }
     let mut scales = Vec::with_capacity(rows.len() / dim);
     let set = InstructionSet::best();
     let mut steps = watch.steps();
@@ -69,9 +86,11 @@ pub fn encode<T: Stored>(
         scales.push(scale);
         if scale > 0.0 {
             T::round_all(row, 1.0 / f64::from(scale), stored);
+        } else {
+            stored.fill(T::default());
         }
     }
-    Ok((stored, scales))
+    Ok(scales)
 }
 
 /// What is not finite of a row: a value, or its norm.

@@ -11,7 +11,7 @@ mod map;
 mod quantise;
 mod shard;
 
-pub use encode::{Part, Stored, encode, encode_factors};
+pub use encode::{Part, Stored, encode, encode_factors, encode_into};
 pub use quantise::{Quantised, quantise};
 pub(crate) use shard::READ;
 pub use shard::{Cursor, Kind, Shard};
