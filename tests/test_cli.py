@@ -80,3 +80,27 @@ def test_what_is_no_store_is_named(tmp_path, capsys, command):
     status, _, err = run(capsys, command, tmp_path / "nowhere")
     assert status == 2
     assert "nowhere" in err
+
+
+def test_merge_makes_one_store_of_two(store, tmp_path, capsys):
+    fill(tmp_path / "b", random_rows(5), np.arange(18, 23), label=np.arange(5))
+    status, _, error = run(capsys, "merge", store, tmp_path / "b", tmp_path / "m")
+    assert (status, "got 18 of" in error) == (2, True)
+    status, out, _ = run(
+        capsys, "merge", "--on-duplicate", "first", store, tmp_path / "b", tmp_path / "m"
+    )
+    assert status == 0
+    assert "23, 23 rows in 1 shards" in out
+    assert whence.open(tmp_path / "m").ids.tolist() == list(range(23))
+
+
+def test_export_and_import_make_the_same_store(store, tmp_path, capsys):
+    file, made = tmp_path / "x.npz", tmp_path / "made"
+    found = json.loads(run(capsys, "export", store, file, "--json")[1])
+    assert found == {"file": str(file), "bytes": file.stat().st_size}
+    assert run(capsys, "import", file, made)[0] == 0
+    assert whence.open(made).rows().tobytes() == whence.open(store).rows().tobytes()
+    assert run(capsys, "export", store, tmp_path / "y.npz", "--rows", "float32")[0] == 0
+    assert np.load(tmp_path / "y.npz")["rows"].tobytes() == whence.open(store).rows().tobytes()
+    status, _, error = run(capsys, "import", tmp_path / "y.npz", tmp_path / "z")
+    assert (status, "export with rows='stored'" in error) == (2, True)

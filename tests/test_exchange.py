@@ -472,7 +472,8 @@ def test_a_damaged_store_is_not_exported(tmp_path):
         ("x.npz", {"format": "csv"}, errors.ArgumentError, "format must be one of arrow, npz, p"),
         ("x.npz", {"rows": "float64"}, errors.ArgumentError, "rows must be one of stored, float32"),
         (3, {}, errors.DtypeError, "file must be a path"),
-        ("folder.npz", {}, errors.StoreError, "file must be a file, got the folder"),
+        ("folder.npz", {}, errors.StoreError, "file must be new or a regular file"),
+        ("pipe.npz", {}, errors.StoreError, "file must be new or a regular file"),
         ("nowhere/x.npz", {}, errors.StoreError, "No such file"),
         ("x.npz", {"progress": 1}, errors.DtypeError, "progress must be a bool or None"),
     ],
@@ -480,10 +481,11 @@ def test_a_damaged_store_is_not_exported(tmp_path):
 def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, file, options, error, match):
     fill(tmp_path / "s", random_rows(5))
     (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=match):
         whence.export_store("s", file, **options)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["folder.npz", "s"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folder.npz", "pipe.npz", "s"]
 
 
 def test_a_format_may_be_said(tmp_path):

@@ -99,7 +99,27 @@ def _parser() -> argparse.ArgumentParser:
     delete.add_argument(
         "--skip-missing", action="store_true", help="leave out ids that are not in the store"
     )
-    for command in (demo, info, verify, repair, compact, delete):
+    merge = _command(commands, "merge", "make one new store of several", _merge)
+    merge.add_argument("stores", nargs="+", type=Path, metavar="STORE", help="folders of stores")
+    merge.add_argument("out", type=Path, metavar="OUT", help="the new store's folder")
+    merge.add_argument(
+        "--on-duplicate",
+        choices=("error", "first"),
+        default="error",
+        help="what to do with an id of two stores (default: %(default)s)",
+    )
+    export = _on_store(commands, "export", "write a store into one file", _export)
+    export.add_argument("file", type=Path, metavar="FILE", help="a .npz, .arrow or .parquet file")
+    export.add_argument(
+        "--rows",
+        choices=("stored", "float32"),
+        default="stored",
+        help="float32 for numbers, which cannot be imported again (default: %(default)s)",
+    )
+    imports = _command(commands, "import", "make a new store of an exported file", _import)
+    imports.add_argument("file", type=Path, metavar="FILE", help="what whence export wrote")
+    imports.add_argument("store", type=Path, metavar="STORE", help="the new store's folder")
+    for command in (demo, info, verify, repair, compact, delete, merge, export, imports):
         command.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
@@ -108,8 +128,15 @@ def _on_store(
     commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
     """A command on a store."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
+    command = _command(commands, name, what, run)
     command.add_argument("store", type=Path, metavar="STORE", help="the store's folder")
+    return command
+
+
+def _command(
+    commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
     command.set_defaults(run=run)
     return command
 
@@ -165,6 +192,27 @@ def _delete(arguments: argparse.Namespace) -> int:
         _print(json.dumps({"rows": rows}))
     else:
         _print(f"{rows:,} rows deleted; whence compact takes their bytes off the disk")
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    out = store.merge(arguments.stores, arguments.out, on_duplicate=arguments.on_duplicate)
+    _show(store.info(out), arguments)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    file = store.export_store(arguments.store, arguments.file, rows=arguments.rows)
+    size = file.stat().st_size
+    if arguments.json:
+        _print(json.dumps({"file": str(file), "bytes": size}))
+    else:
+        _print(f"{file}: {size:,} bytes")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    _show(store.info(store.import_store(arguments.file, arguments.store)), arguments)
     return 0
 
 

@@ -119,6 +119,9 @@ def export_store(
     """
     target = _arrays.path("file", file)
     form = _format(target, format)
+    with store_errors(target):
+        if target.exists() and not target.is_file():  # a device is not for us to replace
+            raise StoreError(f"file must be new or a regular file, got another kind: {target}")
     plain = _arrays.choice("rows", rows, ("stored", "float32")) == "float32"
     if form != "npz":
         pyarrow("whence.export_store")
@@ -495,8 +498,8 @@ class _Description:
         else:
             wrong = not np.isfinite(stored).all()
             if not wrong and not self.manifest.is_factored:
-                norms = np.linalg.norm(stored.astype(np.float32), axis=1)
-                wrong = bool((norms > UNIT).any())
+                squares = np.einsum("ij,ij->i", stored, stored, dtype=np.float64)
+                wrong = bool((squares > UNIT**2).any())
         if wrong:
             raise StoreError(f"{self.path} must have rows as a store of {dtype} has them")
 
@@ -544,18 +547,16 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f"{path.name}.part")
     with store_errors(path):
-        if path.is_dir():
-            raise StoreError(f"file must be a file, got the folder {path}")
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # through no link
-            try:
+        try:
+            with temporary.open("xb") as file:  # through no link
                 yield file
                 file.flush()
                 sync(file.fileno())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_directory(path.parent)
 
 

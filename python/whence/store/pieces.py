@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence._arrays import Ids
+from whence._interrupts import interruptible
 from whence.errors import IdError, StoreError
 from whence.store.gone import kept_rows
 from whence.store.manifest import Manifest
@@ -243,7 +244,7 @@ def without_doubles(pieces: list[Piece], names: Sequence[str], *, first: bool) -
         held = [pieces[at].ids() for at in places]
         ids = np.concatenate(held)
         owners = np.repeat(places, [len(each) for each in held])
-        order = np.argsort(ids, kind="stable")
+        order = interruptible(np.argsort, ids, kind="stable")
         same = np.flatnonzero(ids[order][1:] == ids[order][:-1])
         if not len(same):
             continue
