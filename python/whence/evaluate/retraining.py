@@ -206,6 +206,10 @@ class Results:
                 raise MismatchError(f"{file} must be of version {VERSION}, got {body['version']}")
             number, seed, digest = body["subset"], body["seed"], body["digest"]
             outputs = np.array(body["outputs"], np.float64)
+            if any(type(each) is not int or each < 0 for each in (number, seed)):
+                raise ValueError(f"subset and seed must be numbers, got {number!r}, {seed!r:.80}")
+            if outputs.ndim != 1:
+                raise ValueError(f"outputs must be a list of numbers, got {outputs.ndim} axes")
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{file} is damaged: {type(error).__name__}: {error}") from None
         if number >= self._count:  # of an earlier call with more subsets

@@ -152,8 +152,15 @@ def split(
                 _copy(piece.only(chosen), new, shown)
             new.finish()
             made.append(new)
-        for new in made:
-            new.commit()
+        done: list[NewStore] = []
+        try:
+            for new in made:
+                new.commit()
+                done.append(new)
+        except BaseException:  # all of them, or none
+            for new in done:
+                new.withdraw()
+            raise
     return [new.path for new in made]
 
 

@@ -18,7 +18,7 @@ from whence.errors import StoreError
 from whence.store.files import Written, mark, store_errors, sync_directory, unfinished
 from whence.store.lifecycle import mean_error
 from whence.store.lock import Lock
-from whence.store.manifest import DTYPES, Checkpoint, Manifest
+from whence.store.manifest import DTYPES, MARKER, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, put_map
 from whence.store.members import members
@@ -131,6 +131,13 @@ class NewStore:
         whole.save(self.path, FIRST)
         Manifest.settle(self.path, FIRST)
         self._lock.close()
+
+    def withdraw(self) -> None:
+        """Removes what `commit` has made, as far as it can."""
+        with contextlib.suppress(OSError):
+            Manifest.path(self.path, FIRST).unlink(missing_ok=True)
+            (self.path / f"{MARKER}{FIRST:08}").unlink(missing_ok=True)
+            self._clear()
 
     def close(self) -> None:
         """Lets go of it, and removes what was written unless it was committed."""
