@@ -57,7 +57,9 @@ class Outcome:
 def scratch() -> Iterator[Path]:
     """A folder for a while, in memory where there is such a place: its syncs take no time."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made:
+    with tempfile.TemporaryDirectory(
+        prefix="whence-trial-", dir=memory if memory.is_dir() else None
+    ) as made:
         yield Path(made)
 
 
