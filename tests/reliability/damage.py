@@ -446,6 +446,9 @@ def run(count: int, seed: int) -> trial.Outcome:
                 while True:
                     fault = waiting.get_nowait()
                     what, how = process.read(fault)
+                    if what == "hung":  # or the machine stood still: that does not happen twice
+                        outcome.count("tried again after 10 s")
+                        what, how = process.read(fault)
                     outcome.count(kind_of(fault))
                     if what in outcome.missed:
                         outcome.miss(what, f"{fault}: {how}")

@@ -44,17 +44,17 @@ def run(count: int, seed: int) -> trial.Outcome:
     """As many cuts of a real file system, and the model's in a life of as many operations."""
     outcome = trial.Outcome("power cuts", "lost or half", "not opened or gone on with")
     generator = np.random.default_rng(seed)
-    model(count, generator, outcome)
     with tempfile.TemporaryDirectory() as scratch:
-        if not mountable(Path(scratch)):
+        if mountable(Path(scratch)):
+            for first in range(0, count, LIVES):
+                disk = Loop(Path(scratch) / f"{first}{'-text' if first // LIVES % 2 else ''}")
+                try:
+                    through(disk.folder, min(LIVES, count - first), generator, outcome, disk.cut)
+                finally:
+                    disk.unmount()
+        else:
             trial.say("power cuts: no file system can be mounted here, so those of the model alone")
-            return outcome
-        for first in range(0, count, LIVES):
-            disk = Loop(Path(scratch) / f"{first}{'-text' if first // LIVES % 2 else ''}")
-            try:
-                through(disk.folder, min(LIVES, count - first), generator, outcome, disk.cut)
-            finally:
-                disk.unmount()
+    model(count, generator, outcome)
     return outcome
 
 
