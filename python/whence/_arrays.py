@@ -197,6 +197,18 @@ def ids(name: str, value: Any) -> Ids:
     return array
 
 
+def distinct(values: NDArray[Any]) -> NDArray[Any]:
+    """The values of a list, each once, in order.
+
+    By sorting: `np.unique` hashes integers, in fifteen times the time and with Python's lock.
+    """
+    ordered = interruptible(np.sort, values)
+    first = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    found: NDArray[Any] = ordered[first]
+    return found
+
+
 def column(name: str, value: Any, rows: int) -> NDArray[Any]:
     """`value` as a column of `rows` bools, int64, float64 or (as objects) str.
 

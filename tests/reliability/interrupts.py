@@ -90,21 +90,23 @@ def answer(what: str, **more: Any) -> None:
 
 def measured(call: Callable[[], Any]) -> None:
     """Times a call, and the longest time that it let no signal through."""
-    silence, place, last = 0.0, "", time.monotonic()
+    silence, busy, place = 0.0, 0.0, ""
+    last, worked = time.monotonic(), time.thread_time()
 
     def look(_: int, frame: FrameType | None) -> None:
-        nonlocal silence, place, last
-        now = time.monotonic()
+        nonlocal silence, busy, place, last, worked
+        now, work = time.monotonic(), time.thread_time()
         if now - last > silence:
-            silence, place = now - last, place_of(frame)
-        last = time.monotonic()
+            silence, busy, place = now - last, work - worked, place_of(frame)
+        last, worked = time.monotonic(), work
 
     begun = time.monotonic()
     signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, BEAT, BEAT)
     call()
     signal.setitimer(signal.ITIMER_REAL, 0)
-    answer("measured", seconds=time.monotonic() - begun, silence=silence, place=place)
+    seconds = time.monotonic() - begun
+    answer("measured", seconds=seconds, silence=silence, busy=busy, place=place)
 
 
 def place_of(frame: FrameType | None) -> str:
@@ -218,8 +220,8 @@ def attempt(name: str, moments: int, generator: random.Random, outcome: Outcome)
                 continue
             outcome.silences.append(found["silence"])
             if found["silence"] > LIMIT:
-                how = f"silent for {found['silence']:.3f} s at {found['place']}"
-                outcome.miss(LATE, f"{name}: {how}")
+                how = f"{found['busy']:.3f} s of it computing, at {found['place']}"
+                outcome.miss(LATE, f"{name}: silent for {found['silence']:.3f} s, {how}")
             waits: list[float] = []
             while len(waits) < moments:
                 wait = child.interrupt(generator.uniform(0, 0.9 * found["seconds"]))

@@ -7,9 +7,10 @@ import json
 from itertools import count, pairwise
 
 import numpy as np
-from filled import fill
+from filled import fill, manifest
 
 import whence
+from whence.store import Checkpoint, Writer
 
 CALLS = {}
 
@@ -155,7 +156,17 @@ def store_self_influence(folder, scale):
 def appending(dtype):
     def prepare(folder, scale):
         rows, paths = drawn(scale * 200_000, 512), new(folder)
-        return lambda: fill(next(paths), rows, dtype=dtype, parts=4)
+        ids = np.arange(len(rows))
+
+        def call():
+            writer = Writer(next(paths), manifest(512, dtype))
+            writer.set_checkpoint(Checkpoint("0"))
+            for first in range(0, len(rows), 50_000):
+                part = slice(first, first + 50_000)
+                writer.append(ids[part], rows[part], {})
+            writer.close()
+
+        return call
 
     prepare.__name__ = f"store_append_{dtype}"
     return long(prepare)

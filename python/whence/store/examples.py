@@ -89,7 +89,7 @@ def eligible(
         return found.copy()
     keep = np.zeros(count, np.bool_)
     if len(found):
-        keep[positions("where", _arrays.ids("where", interruptible(np.unique, found)))] = True
+        keep[positions("where", _arrays.ids("where", _arrays.distinct(found)))] = True
     return keep
 
 

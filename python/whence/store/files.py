@@ -31,7 +31,7 @@ MAX_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: Python's objects take many times its length."""
 
 PIECE = 4 << 20
-"""Bytes of a file that are read at a time, where they are copied."""
+"""Bytes of a file that are read or written at a time: no more keep Ctrl-C waiting."""
 
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
@@ -182,7 +182,7 @@ class NewFile:
     def _put(self, part: Part, *, counted: bool = True) -> None:
         view = memoryview(part).cast("B")
         while view:
-            done = os.write(self._handle, view)
+            done = os.write(self._handle, view[:PIECE])
             view = view[done:]
             self.length += done if counted else 0
 
@@ -412,7 +412,7 @@ def read_part(path: Path, handle: int, offset: int, length: int) -> bytes:
         parts, done = [], 0
         while done < length:
             os.lseek(handle, offset + done, os.SEEK_SET)
-            part = os.read(handle, min(length - done, 1 << 26))
+            part = os.read(handle, min(length - done, PIECE))
             if not part:
                 raise StoreError(f"{path} is damaged: it ends at byte {offset + done}")
             parts.append(part)

@@ -330,6 +330,8 @@ class Reader:
                 each[self.kept] for each in (all_ids, checkpoint, places)
             )
         self._check_writers(all_ids, places)
+        if len(self.checkpoints) == 1 and len(_arrays.distinct(all_ids)) == len(all_ids):
+            return all_ids, places[None]
         order = interruptible(_in_order, all_ids, checkpoint, places, len(self.checkpoints))
         if np.count_nonzero(order[1] >= 0) < len(all_ids):
             raise StoreError(f"{self.path} is damaged: ids must be distinct in a checkpoint")
@@ -365,8 +367,6 @@ def _in_order(
 
     Of an id that a checkpoint has twice one place is left out.
     """
-    if checkpoints == 1 and len(np.unique(ids)) == len(ids):
-        return ids, places[None]
     unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     by_appearance = np.argsort(first, kind="stable")
     rank = np.empty(len(unique), np.int64)

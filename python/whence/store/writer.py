@@ -608,9 +608,7 @@ class _KnownIds:
 
     def __init__(self, parts: Any) -> None:
         parts = [part for part in parts if len(part)]
-        self._runs: list[Ids] = []
-        if parts:
-            self._runs.append(interruptible(np.unique, np.concatenate(parts)))
+        self._runs: list[Ids] = [_arrays.distinct(np.concatenate(parts))] if parts else []
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
         found = np.zeros(len(ids), np.bool_)
