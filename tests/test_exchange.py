@@ -286,6 +286,28 @@ def test_half_a_surrogate_pair_has_no_place_in_a_table(tmp_path):
     assert not list(tmp_path.glob("x.*"))
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("size", [1 << 20, 1 << 13])
+def test_many_rows_in_many_pages_come_back(tmp_path, monkeypatch, suffix, size):
+    """Texts fill several pages of Parquet, and bools of a page do not end with a byte."""
+    monkeypatch.setattr("whence.store.tables.GROUP", size)
+    generator, count = np.random.default_rng(0), 20_011
+    fill(
+        tmp_path / "s",
+        random_rows(count, 3),
+        [f"id {number}" for number in range(count)],
+        parts=3,
+        truth=generator.random(count) < 0.3,
+        text=["x" * int(length) for length in generator.integers(0, 300, count)],
+        number=generator.integers(-(2**62), 2**62, count),
+        value=generator.normal(size=count),
+    )
+    whence.delete(tmp_path / "s", ["id 7", "id 20000"])
+    _, made = there_and_back(tmp_path / "s", tmp_path, suffix)
+    whence.compact(tmp_path / "s")
+    check_same(tmp_path / "s", made)
+
+
 # --- read by others -----------------------------------------------------------------------------
 
 
@@ -496,21 +518,17 @@ def test_a_format_may_be_said(tmp_path):
     check_same(tmp_path / "s", tmp_path / "t")
 
 
-def test_tables_need_pyarrow(tmp_path, monkeypatch):
+def test_only_writing_tables_needs_pyarrow(tmp_path, monkeypatch):
     fill(tmp_path / "s", random_rows(5))
-    whence.export_store(tmp_path / "s", tmp_path / "x.arrow")
-    with monkeypatch.context() as patch:
-        patch.setattr(pa, "__version__", "14.0.0")
-        with pytest.raises(errors.MissingDependencyError, match="pyarrow 15 or newer, got 14"):
-            whence.import_store(tmp_path / "x.arrow", tmp_path / "t")
+    for suffix in SUFFIXES:
+        whence.export_store(tmp_path / "s", tmp_path / f"x.{suffix}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for call, arguments in (
-        (whence.export_store, (tmp_path / "s", tmp_path / "y.parquet")),
-        (whence.import_store, (tmp_path / "x.arrow", tmp_path / "t")),
-    ):
-        with pytest.raises(errors.MissingDependencyError, match=r"pip install 'whence\[arrow\]'"):
-            call(*arguments)
+    with pytest.raises(errors.MissingDependencyError, match=r"pip install 'whence\[arrow\]'"):
+        whence.export_store(tmp_path / "s", tmp_path / "y.parquet")
     whence.export_store(tmp_path / "s", tmp_path / "y.npz")
+    for suffix in SUFFIXES:
+        whence.import_store(tmp_path / f"x.{suffix}", tmp_path / f"from-{suffix}")
+        check_same(tmp_path / "s", tmp_path / f"from-{suffix}")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -868,11 +886,8 @@ def test_a_text_that_is_named_a_thousand_times_is_no_bomb(tmp_path):
     file = whence.export_store(tmp_path / "s", tmp_path / "x.parquet")
     write_table(file, pq.read_table(file), use_dictionary=["text"])
     assert file.stat().st_size < 100_000
-    tracemalloc.start()
-    with pytest.raises(errors.StoreError, match="it holds more than it is long"):
+    with pytest.raises(errors.StoreError, match="must hold plain pages, got coded ones"):
         whence.import_store(file, tmp_path / "t")
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    tracemalloc.stop()
 
 
 def _changed(table, name, column, nullable=False):
@@ -891,7 +906,10 @@ def _changed(table, name, column, nullable=False):
         (lambda it: pa.concat_tables([it, it]), "must hold 4 rows"),
         (lambda it: it.replace_schema_metadata({}), "must be an export of a store, got another t"),
         (lambda it: it.replace_schema_metadata({b"whence": b"{}"}), "does not fit its text"),
-        (lambda it: _changed(it, "id", pa.array(["a", None, "c", "d"]), True), "must have the col"),
+        (
+            lambda it: _changed(it, "id", pa.array(["a", None, "c", "d"]), True),
+            "must have the columns|has empty values",
+        ),
         (lambda it: _changed(it, "id", pa.array([1, 2, 3, 4])), "must have the columns"),
         (lambda it: _changed(it, "id", pa.array(list("abcx"))), "do not fit its checksums"),
         (lambda it: _changed(it, "id", pa.array(list("abca"))), "do not fit its checksums"),
@@ -919,7 +937,7 @@ def test_empty_values_are_refused_whatever_the_schema_says(tmp_path, suffix):
     if suffix == "arrow":
         with pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-        with pytest.raises(errors.StoreError, match="'id' has empty values"):
+        with pytest.raises(errors.StoreError, match="it has empty values"):
             whence.import_store(file, tmp_path / "t")
     else:  # a column that is required has no place for them
         with pytest.raises(pa.ArrowInvalid):

@@ -363,6 +363,7 @@ def test_wrong_input_is_named(call, error, match):
 ORDINARY = (errors.WhenceError, TypeError, ValueError, OverflowError)
 BIG = 2**62
 HASH = _core.Hash("sign", 4, 8, 0)
+PAIR = np.array([[0, 1]], np.uint64)
 
 
 @pytest.mark.parametrize(
@@ -384,10 +385,11 @@ HASH = _core.Hash("sign", 4, 8, 0)
         lambda: _core.HashIndex(HASH, ROWS, 4, 1).search(ROWS[:2], ROWS, 1, 1, None, False, 1),
         lambda: _core.HashIndex(HASH, ROWS, 4, 1).search(ROWS, ROWS, 1, 1, BIG, False, 1),
         lambda: _core.HashIndex(HASH, ROWS, None, 1).search(ROWS, ROWS, 1, 1, 1, False, 1),
-        lambda: _core.code_similarities(HASH.codes(ROWS, 1), 8, 0, [(0, BIG)]),
-        lambda: _core.code_similarities(HASH.codes(ROWS, 1), BIG, 0, [(0, 1)]),
-        lambda: _core.code_similarities(HASH.codes(ROWS, 1), 8, BIG, [(0, 1)]),
-        lambda: _core.code_similarities(ROWS, 8, 0, [(0, 1)]),
+        lambda: _core.code_similarities(HASH.codes(ROWS, 1), 8, 0, PAIR + np.uint64(BIG)),
+        lambda: _core.code_similarities(HASH.codes(ROWS, 1), BIG, 0, PAIR),
+        lambda: _core.code_similarities(HASH.codes(ROWS, 1), 8, BIG, PAIR),
+        lambda: _core.code_similarities(ROWS, 8, 0, PAIR),
+        lambda: _core.code_similarities(HASH.codes(ROWS, 1), 8, 0, PAIR[:, :1]),
         lambda: _core.graph_by_codes([], 1, 1, 1, 1, 0, 1),
         lambda: _core.graph_by_codes([np.zeros((3, 2), np.int32)], 1, BIG, 1, 1, 0, 1),
         lambda: _core.graph_by_codes([np.zeros((3, 2), np.int32)], BIG, 1, 1, 1, 0, 1),

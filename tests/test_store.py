@@ -278,6 +278,8 @@ def rewrite_shard(path, number, change):
         (lambda body: body.update(dtype="complex"), "dtype"),
         (lambda body: body["sketch"].update(dim=2**62), "rows must be from 1"),
         (lambda body: body.pop("sketch"), "sketch"),
+        (lambda body: body["sketch"].pop("kind"), "sketch must say its kind and seed"),
+        (lambda body: body["sketch"].pop("seed"), "sketch must say its kind and seed"),
         (lambda body: body.update(ids="bytes"), "ids"),
     ],
 )

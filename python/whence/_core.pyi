@@ -314,7 +314,7 @@ class HashIndex:
     ) -> tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.uint64]]: ...
 
 def code_similarities(
-    codes: NDArray[Any], hashes: int, level: int, pairs: list[tuple[int, int]]
+    codes: NDArray[Any], hashes: int, level: int, pairs: NDArray[np.uint64]
 ) -> NDArray[np.float32]:
     """The share of hashes on which each pair of rows agrees."""
 

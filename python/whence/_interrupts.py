@@ -8,6 +8,7 @@ computing it. What it gave away goes on in the background, for LAPACK cannot be 
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -101,12 +102,21 @@ def _as_many_threads(torch: Any) -> AbstractContextManager[Any]:
     return ExitStack()
 
 
-@atexit.register
 def _finish() -> None:
-    """Waits for what still runs: a process can hang that exits while OpenBLAS computes.
+    """Waits for what an interrupt has left, and still runs."""
+    for worker in list(_running):
+        worker.join()
+
+
+@atexit.register
+def _exit() -> None:
+    """Nothing is left running: a process can hang that exits while OpenBLAS computes.
 
     One that an interrupt ends does not exit but dies of the signal, at once.
     """
     if getattr(sys, "last_type", None) is not KeyboardInterrupt:
-        for worker in list(_running):
-            worker.join()
+        _finish()
+
+
+if hasattr(os, "register_at_fork"):  # OpenBLAS's locks would stay locked in the child
+    os.register_at_fork(before=_finish)

@@ -647,7 +647,7 @@ def photograph(outcome, browser, folder):
     """Pictures of pages with all payloads, to be looked at."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [text.replace("\0", "") for text in payloads(outcome.port).values()]
-    ids = [f"{number} {text}" for number, text in enumerate(texts)]
+    ids = [f"{number} {text}"[:MAX_ID] for number, text in enumerate(texts)]
     path = outcome.folder / "all"
     store = fill(path, random_rows(len(ids)), ids, label=texts, **{texts[4]: texts})
     hits = store.search(random_rows(1, seed=1), k=25)

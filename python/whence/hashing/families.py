@@ -30,8 +30,8 @@ def rows_of(name: str, value: Any) -> NDArray[np.float32]:
     return _arrays.float_rows(name, value, int(shape[1]))
 
 
-def pairs_of(pairs: Any, rows: int) -> list[tuple[int, int]]:
-    """`pairs` as a list of pairs of numbers of rows.
+def pairs_of(pairs: Any, rows: int) -> NDArray[np.uint64]:
+    """`pairs` as numbers of rows, [pairs, 2].
 
     Raises:
         DtypeError: If they are not integers.
@@ -46,7 +46,7 @@ def pairs_of(pairs: Any, rows: int) -> list[tuple[int, int]]:
     wrong = array[(array < 0) | (array >= rows)]
     if wrong.size:
         raise ArgumentError(f"pairs must be rows from 0 to {rows - 1}, got {wrong[0]}")
-    return [(int(low), int(high)) for low, high in array]
+    return np.ascontiguousarray(array, np.uint64)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def load(path: Path, source: Source, threads: int) -> tuple[Built, NDArray[np.bo
     """
     manifest = path / MANIFEST
     if not manifest.is_file():
-        raise StoreError(f"path must be a folder of a saved index, got {path} without any")
+        raise StoreError(f"path must be a folder of a saved index, got {path} without a {MANIFEST}")
     body = read_json(manifest)
     try:
         if body["format"] != FORMAT:

@@ -366,7 +366,11 @@ def _remove_damaged_manifests(path: Path, number: int) -> None:
             try:
                 Manifest.at(path, int(older.stem.removeprefix("manifest-")))
             except StoreError:
-                older.unlink(missing_ok=True)
+                with store_errors(older):
+                    if older.is_dir() and not older.is_symlink():
+                        shutil.rmtree(older)
+                    else:
+                        older.unlink(missing_ok=True)
 
 
 def _later_gone(path: Path, manifest: Manifest) -> Path | None:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
 from whence.store.archive import Archive, Texts, write_archive
+from whence.store.arrow import MAGIC as ARROW
+from whence.store.arrow import ArrowFile
 from whence.store.files import (
     PIECE,
     Written,
@@ -37,10 +39,12 @@ from whence.store.manifest import BITS, COLUMN_KINDS, DTYPES, Manifest
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, read_map
 from whence.store.new import NewStore
+from whence.store.parquet import MAGIC as PARQUET
+from whence.store.parquet import ParquetFile
 from whence.store.pieces import ROWS, Batch, Field, Piece, pieces_in, without_doubles
 from whence.store.progress import bar
 from whence.store.reader import Reader
-from whence.store.tables import ARROW, PARQUET, ArrowFile, ParquetFile, pyarrow, write_table
+from whence.store.tables import pyarrow, write_table
 
 FORMAT = "whence export"
 VERSION = 1
@@ -124,7 +128,7 @@ def export_store(
             raise StoreError(f"file must be new or a regular file, got another kind: {target}")
     plain = _arrays.choice("rows", rows, ("stored", "float32")) == "float32"
     if form != "npz":
-        pyarrow("whence.export_store")
+        pyarrow()
     source = _Source(Reader(path), plain=plain)
     source.check(form)
     with bar("exporting", 2 * sum(piece.bytes for piece in source.pieces), progress) as shown:
@@ -167,13 +171,11 @@ def import_store(
         progress: Whether to show a bar; None means if standard error is a terminal.
 
     Returns:
-        `path`, as an absolute path. O(bytes) time; memory for all ids, for some MiB of rows, and
-        for a batch of rows of an Arrow file.
+        `path`, as an absolute path. O(bytes) time; memory for all ids, and some MiB of rows.
 
     Raises:
         DtypeError: If an argument is of another type.
         LockedError: If another process writes to `path`.
-        MissingDependencyError: If the file needs pyarrow, and it is not installed.
         StoreError: If the file is missing, damaged, or no export that can be imported, or `path` is
             not new or cannot be written.
 
@@ -578,16 +580,17 @@ def _opened(path: Path) -> Iterator[tuple[Archive | ArrowFile | ParquetFile, int
     """An export, and the length of its file.
 
     Raises:
-        MissingDependencyError: If it needs pyarrow, and that is not installed.
         StoreError: If it is no export.
     """
-    with regular(path) as (handle, length), os.fdopen(os.dup(handle), "rb") as file:
-        begin = read_part(path, handle, 0, min(len(ARROW), length))
+    with regular(path) as (handle, length):
+        read = partial(read_part, path, handle)
+        begin = read(0, min(len(ARROW), length))
         if begin.startswith(b"PK"):
-            yield Archive(path, file, length), length
+            with os.fdopen(os.dup(handle), "rb") as file:
+                yield Archive(path, file, length), length
         elif begin == ARROW:
-            yield ArrowFile(path, partial(read_part, path, handle), length), length
+            yield ArrowFile(path, read, length), length
         elif begin.startswith(PARQUET):
-            yield ParquetFile(path, file, length), length
+            yield ParquetFile(path, read, length), length
         else:
             raise StoreError(f"{path} must be a .npz, .arrow or .parquet file, got another")

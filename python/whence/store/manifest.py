@@ -341,6 +341,9 @@ class Manifest:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
         if self.is_preconditioned and not {"basis", "coordinates"} <= set(self.sketch):
             raise ValueError("sketch must say how rows are preconditioned")
+        is_map = not self.is_factored and not self.is_preconditioned
+        if is_map and not {"kind", "seed"} <= set(self.sketch):
+            raise ValueError("sketch must say its kind and seed")
         if self.rows not in ("per_checkpoint", COMBINED):
             raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r:.80}")
         if self.ids not in (None, "int64", "str"):

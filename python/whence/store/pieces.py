@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from whence._arrays import Ids
 from whence._interrupts import interruptible
 from whence.errors import IdError, StoreError
+from whence.store.files import PIECE
 from whence.store.gone import kept_rows
 from whence.store.manifest import Manifest
 from whence.store.reader import (
@@ -69,6 +70,11 @@ class Field:
     def size(self) -> int:
         """Bytes of a value; of a text at least."""
         return 4 if self.kind == "str" else np.dtype(self.kind).itemsize * (self.width or 1)
+
+
+def step_of(fields: Sequence[Field]) -> int:
+    """How many rows of columns are read at a time."""
+    return max(min(ROWS, PIECE // max(field.size for field in fields)), 1)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,25 @@ pub fn sort<T: Copy>(
     Ok(())
 }
 
+/// Removes all but one of values that are the same and lie next to each other. O(values).
+///
+/// # Errors
+/// [`Error::Stopped`]; the values are then any of those that were there.
+pub fn dedup<T: Copy + PartialEq>(values: &mut Vec<T>, watch: &Watch<'_>) -> Result<(), Error> {
+    let mut kept = 0;
+    for at in 0..values.len() {
+        if at % RUN == 0 {
+            watch.check()?;
+        }
+        if kept == 0 || values[at] != values[kept - 1] {
+            values[kept] = values[at];
+            kept += 1;
+        }
+    }
+    values.truncate(kept);
+    Ok(())
+}
+
 /// Puts two sorted parts together in `to`.
 fn merge<T: Copy>(
     (left, right): (&[T], &[T]),
@@ -64,6 +83,8 @@ fn merge<T: Copy>(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::random;
     use crate::stop::Asker;
@@ -81,6 +102,9 @@ mod tests {
             expected.reverse();
             sort(&mut values, &Watch::none(), |a, b| b.cmp(a)).unwrap();
             assert_eq!(values, expected);
+            let distinct: BTreeSet<_> = values.iter().copied().collect();
+            dedup(&mut values, &Watch::none()).unwrap();
+            assert!(values.iter().eq(distinct.iter().rev()));
         }
     }
 

@@ -182,11 +182,16 @@ pub(crate) fn code_similarities<'py>(
     codes: &Bound<'py, PyAny>,
     hashes: usize,
     level: usize,
-    pairs: Vec<(u64, u64)>,
+    pairs: PyReadonlyArray2<'_, u64>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
     let codes = codes_of(py, codes)?;
+    if pairs.shape()[1] != 2 {
+        let got = format!("{:?}", pairs.shape());
+        return Err(exception(py, &Error::shape("pairs", "[pairs, 2]", got)));
+    }
+    let (pairs, _) = values_of(py, "pairs", &pairs)?.as_chunks::<2>();
     let found =
-        compute_alone(py, |watch| family::similarities(&codes, hashes, level, &pairs, watch))?;
+        compute_alone(py, |watch| family::similarities(&codes, hashes, level, pairs, watch))?;
     Ok(found.into_pyarray(py))
 }
 

@@ -340,7 +340,7 @@ pub fn similarities(
     codes: &Codes,
     hashes: usize,
     level: usize,
-    pairs: &[(u64, u64)],
+    pairs: &[[u64; 2]],
     watch: &Watch<'_>,
 ) -> Result<Vec<f32>, Error> {
     in_range("hashes", hashes, 1, MAX_HASHES)?;
@@ -354,7 +354,7 @@ pub fn similarities(
     }
     let rows = len / width;
     let mut steps = watch.steps();
-    let similarity = |&(left, right): &(u64, u64)| {
+    let similarity = |&[left, right]: &[u64; 2]| {
         steps.add(width)?;
         if left.max(right) >= rows as u64 {
             return Err(Error::argument("pairs", format!("below {rows}"), left.max(right)));

@@ -241,7 +241,7 @@ pub fn within_batches(
                 let (low, high) = (at.min(other), at.max(other));
                 squares[high * (high - 1) / 2 + low]
             };
-            let median = median_root(&mut squares.clone());
+            let median = median_root(squares, watch)?;
             let most = (radius * median) * (radius * median);
             let lists = (0..batch.len())
                 .map(|at| {
@@ -278,18 +278,42 @@ pub fn within_batches(
     Ok((graph, medians))
 }
 
-/// The median of the roots; of an even number the mean of the two in the middle.
-fn median_root(squares: &mut [f64]) -> f64 {
+/// The median of the roots of numbers that are not negative; of an even number the mean of the two
+/// in the middle.
+fn median_root(squares: &[f64], watch: &Watch<'_>) -> Result<f64, Error> {
     let middle = squares.len() / 2;
     if squares.is_empty() {
-        return 0.0;
+        return Ok(0.0);
     }
-    let even = squares.len().is_multiple_of(2);
-    let (below, &mut high, _) = squares.select_nth_unstable_by(middle, f64::total_cmp);
-    match below.iter().copied().max_by(f64::total_cmp) {
-        Some(low) if even => f64::midpoint(low.sqrt(), high.sqrt()),
-        _ => high.sqrt(),
+    let high = in_order(squares, middle, watch)?.sqrt();
+    if !squares.len().is_multiple_of(2) {
+        return Ok(high);
     }
+    Ok(f64::midpoint(in_order(squares, middle - 1, watch)?.sqrt(), high))
+}
+
+/// The number at a place of the order of some that are not negative, whose bits have the same order:
+/// found by counting 16 bits at a time.
+fn in_order(numbers: &[f64], place: usize, watch: &Watch<'_>) -> Result<f64, Error> {
+    const DIGIT: u32 = 16;
+    let (mut above, mut left) = (0u64, place);
+    for shift in (0..u64::BITS).step_by(DIGIT as usize).rev() {
+        let mut counts = vec![0usize; 1 << DIGIT];
+        for numbers in numbers.chunks(1 << 14) {
+            watch.check()?;
+            for bits in numbers.iter().map(|number| number.to_bits() >> shift) {
+                counts[(bits & 0xFFFF) as usize] += usize::from(bits >> DIGIT == above);
+            }
+        }
+        for (digit, count) in (0u64..).zip(counts) {
+            if left < count {
+                above = above << DIGIT | digit;
+                break;
+            }
+            left -= count;
+        }
+    }
+    Ok(f64::from_bits(above))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use super::buckets::Buckets;
 use super::in_range;
 use super::shuffle::below;
 use crate::error::Error;
+use crate::memory;
 use crate::order;
 use crate::parallel::share;
 use crate::random::{parameter_key, value};
@@ -40,12 +41,14 @@ pub fn sharing(
             add(rows, cap as u64, value(key, number as u64), found);
         }
         order::sort(found, watch, Ord::cmp)?;
-        found.dedup();
+        order::dedup(found, watch)?;
         Ok(())
     })?;
-    let mut all = states.concat();
-    order::sort(&mut all, &Watch::of(asker), Ord::cmp)?;
-    all.dedup();
+    let watch = &Watch::of(asker);
+    let states: Vec<&[_]> = states.iter().map(|state| &state[..]).collect();
+    let mut all = memory::joined(&states, watch)?;
+    order::sort(&mut all, watch, Ord::cmp)?;
+    order::dedup(&mut all, watch)?;
     Ok(all)
 }
 

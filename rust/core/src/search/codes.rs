@@ -285,9 +285,10 @@ impl Codes {
             threads,
             asker,
             || {
-                let coders: Vec<_> = (0..BLOCK).map(|_| Coder::new(&rotation, bits)).collect();
-                let (values, scales) = (vec![0f32; BLOCK * dim], Vec::<f32>::new());
-                (coders, vec![0f64; BLOCK * size], values, scales, Cursor::default())
+                let together = BLOCK.min(examples);
+                let coders: Vec<_> = (0..together).map(|_| Coder::new(&rotation, bits)).collect();
+                let (values, scales) = (vec![0f32; together * dim], Vec::<f32>::new());
+                (coders, vec![0f64; together * size], values, scales, Cursor::default())
             },
             |(coders, vectors, values, scales, cursor), job, watch| {
                 let first = job * BLOCK;

@@ -363,7 +363,7 @@ impl Scan<'_> {
 fn check(rows: &Rows, request: &Request<'_>, watch: &Watch<'_>) -> Result<usize, Error> {
     let width = request.count.checked_mul(rows.dim()).filter(|&width| width > 0);
     let checkpoints = width.map_or(1, |width| request.queries.len() / width);
-    if width.is_some_and(|width| width * checkpoints != request.queries.len())
+    if width.is_some_and(|width| checkpoints == 0 || width * checkpoints != request.queries.len())
         || (width.is_none() && !request.queries.is_empty())
     {
         return Err(Error::shape(

@@ -213,8 +213,12 @@ impl Rows {
             places.push((shard, number - self.starts[shard]));
             self.add_scales(number as usize..number as usize + 1, &mut scales);
         }
-        let shard = Shard::gathered(&self.shards, &places, &mut Cursor::default(), watch)?;
-        Self::new(vec![shard], scales, self.dim)
+        let mut shards = Vec::new();
+        if !self.shards.is_empty() {
+            let cursor = &mut Cursor::default();
+            shards.push(Shard::gathered(&self.shards, &places, cursor, watch)?);
+        }
+        Self::new(shards, scales, self.dim)
     }
 
     /// The norm of every row, scaled, in f64 rounded up to f32.

@@ -201,22 +201,25 @@ impl Shard {
     /// Rows in memory; what is left after whole rows is not looked at.
     #[must_use]
     pub fn in_memory(values: Vec<f32>, dim: usize) -> Self {
-        let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
-        Self { place: Place::F32(values), kind: Kind::F32, rows, dim, width: 4 * dim }
+        Self::of(values.len(), dim, Kind::F32, Place::F32(values))
     }
 
     /// As [`Shard::in_memory`], in 16 bits.
     #[must_use]
     pub fn halves_in_memory(values: Vec<f16>, dim: usize) -> Self {
-        let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
-        Self { place: Place::F16(values), kind: Kind::F16, rows, dim, width: 2 * dim }
+        Self::of(values.len(), dim, Kind::F16, Place::F16(values))
     }
 
     /// As [`Shard::in_memory`], whole numbers of 8 bits.
     #[must_use]
     pub fn bytes_in_memory(values: Vec<i8>, dim: usize) -> Self {
-        let rows = values.len().checked_div(dim).unwrap_or(0) as u64;
-        Self { place: Place::I8(values), kind: Kind::I8, rows, dim, width: dim }
+        Self::of(values.len(), dim, Kind::I8, Place::I8(values))
+    }
+
+    fn of(count: usize, dim: usize, kind: Kind, place: Place) -> Self {
+        let rows = count.checked_div(dim).unwrap_or(0) as u64;
+        // A row that is longer than there are bytes is none of them.
+        Self { place, kind, rows, dim, width: kind.row_bytes(dim).unwrap_or(usize::MAX) }
     }
 
     /// The rows of shards one after the other in the order of their numbers, as they are stored,

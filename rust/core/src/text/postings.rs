@@ -143,7 +143,7 @@ impl Lists {
         let terms: Vec<&[u32]> = parts.iter().map(|part| &part.terms[..]).collect();
         let mut terms = joined(&terms, watch)?;
         order::sort(&mut terms, watch, Ord::cmp)?;
-        terms.dedup();
+        order::dedup(&mut terms, watch)?;
         terms.shrink_to_fit();
         let mut sizes = vec![0usize; terms.len()];
         for part in parts {
