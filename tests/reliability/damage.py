@@ -191,7 +191,7 @@ def outcome_of(fault: Fault, sample: Sample, folder: Path, sound: Sound) -> tupl
         return ("panicked" if "Panic" in kind else "other exceptions"), f"{kind}: {error}"
     if what == "same answers" and found != sound.answers:
         return "silent", "another answer"
-    if sample.store is None or not is_committed(fault, sample):
+    if sample.store is None or not is_committed(fault, sample, folder):
         return what, ""
     try:
         verification = whence.verify(folder / sample.store)
@@ -250,16 +250,23 @@ class Sound:
 def named(fault: Fault) -> set[str]:
     """Words one of which an error must have."""
     names = {Path(name).name for name in (fault.file, fault.other) if name}
-    if "folder" in fault.kind:
+    if "folder" in fault.kind or "manifest.json" in names:  # of an index, which has only that one
         names |= {Path(name).parent.name for name in (fault.file, fault.other) if name}
         names |= {"writers " + name.split("-")[1] + "/" for name in names if "writer-" in name}
     return names
 
 
-def is_committed(fault: Fault, sample: Sample) -> bool:
-    """Whether the fault is one of bytes that a commit has confirmed."""
+def is_committed(fault: Fault, sample: Sample, folder: Path) -> bool:
+    """Whether the fault is one of bytes that a commit has confirmed.
+
+    The manifest before the newest is kept for `repair` alone: a store without it is whole.
+    """
     if fault.kind == "duplicate_folder":
         return False
+    file = folder / fault.file
+    manifests = file.parent.glob("manifest-*.json")
+    if fault.kind == "remove" and file.name.startswith("manifest-"):
+        return all(other.name < file.name for other in manifests)
     return any(
         name
         and Path(name).is_relative_to(sample.store)
