@@ -7,6 +7,7 @@ confirmed, a JSON list a line.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -250,6 +251,10 @@ class Life:
                 path.rename(self.folder / f"forgotten-{path.name}")
         for path in self.folder.glob("forgotten-*"):
             shutil.rmtree(path)
+        # Else a power cut brings back a store of rows that are not those of this life's beginning.
+        handle = os.open(self.folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
         if not (self.folder / "other").exists():
             fill(self.folder / "other.part", OTHERS, as_text=self._as_text)
             (self.folder / "other.part").rename(self.folder / "other")
