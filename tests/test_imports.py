@@ -10,7 +10,7 @@ import whence
 ROOT = Path(whence.__file__).parent
 
 ORDER = [
-    {"_plain", "_files", "_interrupts", "_core", "errors", "_arrays", "_optional"},
+    {"_plain", "_files", "_interrupts", "_background", "_core", "errors", "_arrays", "_optional"},
     {"sketch"},
     {"hashing"},
     {"factored", "sklearn"},

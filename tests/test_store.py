@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import whence
 from whence import errors
 from whence.store import Checkpoint, Manifest, Writer
+from whence.store.shards import ShardWriter
 
 
 def test_rows_are_plain_npy_beside_their_scales(tmp_path):
@@ -331,3 +333,69 @@ def test_old_manifests_are_cleared_but_for_a_few(tmp_path):
     fill(tmp_path / "s", random_rows(20), parts=10)
     assert 1 <= len(list((tmp_path / "s").glob("manifest-*.json"))) <= 4
     assert Manifest.load(tmp_path / "s")[1] == 10
+
+
+def test_rows_written_ahead_are_those_of_one_commit(tmp_path, monkeypatch):
+    rows = random_rows(90)
+    fill(tmp_path / "at once", rows)
+    monkeypatch.setattr("whence.store.writer.AHEAD_BYTES", 256)
+    writer = Writer(tmp_path / "ahead", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    for first in range(0, 90, 3):
+        writer.append(np.arange(first, first + 3), rows[first : first + 3], {})
+    writer.close()
+    one, other = (
+        {each.name: each.read_bytes() for each in (tmp_path / name / "shard-00000001").iterdir()}
+        for name in ("at once", "ahead")
+    )
+    assert one == other
+
+
+def test_rows_that_could_not_be_written_ahead_are_written_by_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("whence.store.writer.AHEAD_BYTES", 256)
+    rows, append, calls = random_rows(40), ShardWriter.append, []
+
+    def failing(shard, stored):
+        calls.append(shard)
+        if len(calls) == 3:
+            raise errors.StoreError("no room")
+        append(shard, stored)
+
+    monkeypatch.setattr(ShardWriter, "append", failing)
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    for first in range(0, 40, 5):
+        writer.append(np.arange(first, first + 5), rows[first : first + 5], {})
+    writer.close()
+    store = whence.open(tmp_path / "s")
+    assert store.ids.tolist() == list(range(40))
+    assert np.allclose(store.rows(), rows, rtol=1e-6)
+    assert len(list((tmp_path / "s").glob("shard-*"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_can_neither_write_nor_let_go_of_the_store(tmp_path):
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    writer.append(np.arange(5), random_rows(5), {})
+    child = os.fork()
+    if child == 0:
+        refused = []
+        for call in (
+            lambda: writer.append(np.array([9]), random_rows(1), {}),
+            lambda: writer.skip(np.array([9])),
+            writer.commit,
+        ):
+            try:
+                call()
+            except errors.StoreError as error:
+                refused.append(f"got {os.getpid()}" in str(error))
+        writer.close()
+        os._exit(0 if refused == [True] * 3 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not list((tmp_path / "s").glob("manifest-*"))
+    with pytest.raises(errors.LockedError):
+        Writer(tmp_path / "s", manifest())
+    writer.close()
+    assert whence.open(tmp_path / "s").ids.tolist() == list(range(5))

@@ -121,7 +121,7 @@ class NewFile:
         self._sums: list[NDArray[np.uint32]] = []
         self._rest = bytearray(head)  # what does not fill a block yet
         self._first: bytes | None = None  # the first block, while its head is not known
-        self.length = 0
+        self.length = self._started = 0
         try:
             self._put(bytes(head))
         except BaseException:
@@ -167,7 +167,9 @@ class NewFile:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 # On Linux this writes dirty pages, and keeps them: it drops only what is written.
-                os.posix_fadvise(self._handle, 0, self.length, os.POSIX_FADV_DONTNEED)
+                done, new = self._started, self.length - self._started
+                os.posix_fadvise(self._handle, done, new, os.POSIX_FADV_DONTNEED)
+                self._started = self.length
 
     def sync(self) -> None:
         """Makes its bytes durable."""

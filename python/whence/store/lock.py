@@ -53,16 +53,26 @@ class Lock:
             with contextlib.suppress(OSError):
                 self._file.close()
             raise
+        self.process = os.getpid()
 
     @property
     def is_held(self) -> bool:
         """Whether it was not let go."""
         return not self._file.closed
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process took it; one that was forked since has only a copy of its holder."""
+        return self.process == os.getpid()
+
     def close(self) -> None:
-        """Lets go of the lock, also for processes forked meanwhile, which share it."""
+        """Lets go of the lock, also for processes forked meanwhile, which share it.
+
+        In one of those the lock stays with the process that took it.
+        """
         if not self._file.closed:
-            _unlock(self._file)
+            if self.is_ours:
+                _unlock(self._file)
             self._file.close()
 
     def __enter__(self) -> Lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from whence import _arrays, _core
 from whence._arrays import MAX_ID, Ids
+from whence._background import Background
 from whence._interrupts import interruptible
 from whence.errors import (
     ArgumentError,
@@ -151,6 +153,7 @@ class Writer:
         # The shard that waiting rows are written to before their commit, and how many batches are.
         self._ahead: ShardWriter | None = None
         self._written, self._written_bytes = 0, 0
+        self._background = Background()
         self._checkpoint = max(len(self.manifest.row_sets) - 1, 0)
         self._last_commit = time.monotonic()
         self._changed = False
@@ -265,8 +268,9 @@ class Writer:
         Raises:
             IdError: If an id is longer than `_arrays.MAX_ID`: no reader would take it.
             NotFiniteError: If a value, or the norm of a row, is not finite.
-            StoreError: If a commit that is due fails.
+            StoreError: If a commit that is due fails, or in a process that was forked.
         """
+        self._check_process()
         if not len(ids):
             return
         if ids.dtype.kind == "U" and (longest := int(np.char.str_len(ids).max())) > MAX_ID:
@@ -421,8 +425,9 @@ class Writer:
             replaces: Whether rows of ids that are there go, with the next commit.
 
         Raises:
-            StoreError: If waiting rows cannot be committed.
+            StoreError: If waiting rows cannot be committed, or in a process that was forked.
         """
+        self._check_process()
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
         if replaces:
@@ -444,8 +449,10 @@ class Writer:
         """Confirms all rows taken so far: when it returns, a crash or power cut keeps them.
 
         Raises:
-            StoreError: If it cannot; the rows stay in memory, and the next commit tries again.
+            StoreError: If it cannot; the rows stay in memory, and the next commit tries again. In
+                a process that was forked.
         """
+        self._check_process()
         self._settle()
         before = self._state
         if not before.waiting and not before.going and not self._changed:
@@ -481,8 +488,9 @@ class Writer:
         Nothing is gone from them. What was confirmed before is removed from the disk.
 
         Raises:
-            StoreError: If it cannot; the store is then as it was.
+            StoreError: If it cannot; the store is then as it was. In a process that was forked.
         """
+        self._check_process()
         self._settle()
         before = self._state
         number = before.number + 1
@@ -496,17 +504,32 @@ class Writer:
         Manifest.settle(self.path, number, kept=0, every=True)
 
     def close(self) -> None:
-        """Commits and lets go of the store."""
+        """Commits and lets go of the store; in a process that was forked, lets go of it alone."""
         try:
-            self.commit()
+            if self._lock.is_ours:
+                self.commit()
         finally:
-            self._abandon()
-            self._lock.close()
+            self.release()
 
     def release(self) -> None:
         """Lets go of the store without a commit; for who has changed nothing, or failed."""
-        self._abandon()
+        if self._lock.is_ours:
+            self._abandon()
         self._lock.close()
+
+    def _check_process(self) -> None:
+        """Nothing, in the process that opened the store.
+
+        A child that was forked has a copy of what waits: it would write that a second time.
+
+        Raises:
+            StoreError: In another.
+        """
+        if not self._lock.is_ours:
+            raise StoreError(
+                f"{self.path} must be written by process {self._lock.process}, which opened it, "
+                f"got {os.getpid()}, which was forked since"
+            )
 
     def _settle(self) -> None:
         """Takes over the last attempt to commit, if its manifest is there.
@@ -532,34 +555,53 @@ class Writer:
         self._last_commit = time.monotonic()
 
     def _write_ahead(self) -> None:
-        """Writes waiting rows to the file of their shard, as far as they are not there.
+        """Lets waiting rows go to the file of their shard, as far as they have not, in background.
 
         The disk then has little left to do when they are committed. They stay in memory too: if
         this fails, the commit writes them again, or says what is wrong.
         """
         try:
-            self._shard_of(self._state.waiting).start()
+            self._background.wait()
+            ahead = self._shard()
+            stored = [batch[1] for batch in self._state.waiting[self._written :]]
+
+            def write() -> None:
+                for rows in stored:
+                    ahead.append(rows)
+                ahead.start()
+
+            self._background.start(write)
+            self._written += len(stored)
+            self._written_bytes = self._waiting_bytes
         except StoreError:
             self._abandon()
         except BaseException:
             self._abandon()
             raise
 
-    def _shard_of(self, waiting: tuple[_Batch, ...]) -> ShardWriter:
-        """The shard that is being written, with the rows of these batches in it."""
+    def _shard(self) -> ShardWriter:
+        """The shard that is being written."""
         if self._ahead is None:
             number, manifest = self._next_shard, self.manifest
             self._next_shard += 1
             kind = DTYPES[manifest.dtype]
             self._ahead = ShardWriter(self.path, number, self._checkpoint, kind, manifest.row_width)
-        for _, stored, *_ in waiting[self._written :]:
-            self._ahead.append(stored)
-            self._written += 1
-            self._written_bytes += stored.nbytes
         return self._ahead
+
+    def _shard_of(self, waiting: tuple[_Batch, ...]) -> ShardWriter:
+        """The shard that is being written, with the rows of these batches in it."""
+        try:
+            self._background.wait()
+        except StoreError:  # it may be that there is room again
+            self._abandon()
+        ahead = self._shard()
+        for _, stored, *_ in waiting[self._written :]:
+            ahead.append(stored)
+        return ahead
 
     def _abandon(self) -> None:
         """Removes the shard that is being written."""
+        self._background.drain()  # first: nothing may write to a file that is closed
         ahead, self._ahead = self._ahead, None
         self._written, self._written_bytes = 0, 0
         if ahead is not None:
@@ -625,7 +667,8 @@ class _KnownIds:
         self._runs.append(interruptible(np.sort, ids))
         while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
             # At once, so that an interrupt loses no run.
-            self._runs[-2:] = [interruptible(np.sort, np.concatenate(self._runs[-2:]))]
+            both = np.concatenate(self._runs[-2:])
+            self._runs[-2:] = [interruptible(np.sort, both, kind="stable")]  # which merges runs
 
     def drop(self, ids: Ids) -> None:
         left = (run[~np.isin(run, ids)] for run in self._runs)
