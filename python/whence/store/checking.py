@@ -135,6 +135,7 @@ class _Check:
 
     def __init__(self, path: Path) -> None:
         self.path, self.files, self.bytes, self.rows = path, 0, 0, 0
+        self._threads = _arrays.threads(None)
         self.damage: list[Damage] = []
         self.leftovers: list[Path] = []
 
@@ -206,7 +207,7 @@ class _Check:
     def _file(self, path: Path, written: Written) -> None:
         self.files, self.bytes = self.files + 1, self.bytes + written.length
         try:
-            bad = _core.check_file(path, written.length, written.blocks)
+            bad = _core.check_file(path, written.length, written.blocks, self._threads)
         except StoreError as error:
             self._note(path, error)
             return
