@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -236,6 +237,14 @@ def clear(path: Path, manifest: Manifest) -> None:
                 each.unlink()
 
 
+_NUMBER = "[0-9]{8,18}"
+_OURS = re.compile(
+    rf"({SHARD}|{MAP}){_NUMBER}|{PACK}{_NUMBER}\.json|{GONE}{_NUMBER}\.npy"
+    rf"|({PACK}|manifest-){_NUMBER}\.part"
+)
+"""What writers make; a name that only begins so is somebody else's, and not ours to remove."""
+
+
 def leftovers(path: Path, manifest: Manifest) -> list[Path]:
     """What lies in a store's folder under names of ours, and is named nowhere.
 
@@ -249,11 +258,10 @@ def leftovers(path: Path, manifest: Manifest) -> list[Path]:
     for older in manifests(path)[:-1]:
         with suppress(StoreError):
             named |= gone_in(older)
-    ours = (SHARD, MAP, PACK, GONE)
     return [
         each
         for each in sorted(path.iterdir())
-        if (each.name.startswith(ours) and each.name not in named) or each.suffix == ".part"
+        if _OURS.fullmatch(each.name) and each.name not in named
     ]
 
 
