@@ -554,6 +554,23 @@ def test_a_store_is_made_in_a_new_folder_only(tmp_path):
     check_same(tmp_path / "s", tmp_path / "t")
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(errors.StoreError, match=r"file must be .*, got .*x\.npz, which does not"):
+        whence.import_store(tmp_path / "x.npz", tmp_path / "t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_of_the_store_is_written_over(tmp_path):
+    fill(tmp_path / "s", random_rows(5))
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    before = whence.open(tmp_path / "s").rows()
+    for file in ("s/manifest-00000001.json", "link/x.npz", "s/shard-00000001/rows.npy"):
+        with pytest.raises(errors.ArgumentError, match="file must lie outside of the store, got"):
+            whence.export_store(tmp_path / "s", tmp_path / file, format="npz")
+    assert whence.verify(tmp_path / "s").is_sound
+    np.testing.assert_array_equal(whence.open(tmp_path / "s").rows(), before)
+
+
 # --- files that are not trusted -----------------------------------------------------------------
 
 
