@@ -209,3 +209,16 @@ def test_info_counts_what_is_there(tmp_path):
     assert found.columns == {"label": "str"}
     assert found.bytes["rows"] == 40 * 16 + 5 * 128
     assert "19, 38 rows in 5 shards" in str(found)
+
+
+def test_info_counts_every_byte_of_a_store_once(tmp_path):
+    path = tmp_path / "s"
+    fill(path, random_rows(20), parts=4, label=list("ab") * 10)
+    whence.delete(path, [5])
+    whence.delete(path, [6])
+    for name in ("shard-00000099", "pack-00000007.json", "gone-00000077.npy"):
+        (path / name).write_bytes(b"left over")
+    files = [each for each in path.rglob("*") if each.is_file() and each.name != "lock"]
+    found = whence.info(path)
+    assert found.leftovers == 27
+    assert sum(found.bytes.values()) + found.leftovers == sum(each.stat().st_size for each in files)

@@ -227,6 +227,16 @@ def test_stores_that_differ_are_refused(tmp_path, what, options):
     assert not (tmp_path / "m").exists()
 
 
+def test_only_what_differs_is_shown(tmp_path):
+    def change(seed):
+        return lambda found: found.sketch.update(long="x" * 200, seed=seed)
+
+    _store(tmp_path / "a", change(7), ids=(1, 2))
+    _store(tmp_path / "b", change(8))
+    with pytest.raises(errors.MismatchError, match=r"got {'seed': 7} in .*a and {'seed': 8} in"):
+        whence.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+
+
 def test_sums_and_rows_of_their_own_do_not_mix(tmp_path):
     fill(tmp_path / "a", random_rows(2))
     writer = Writer(tmp_path / "b", replace(manifest(), rows=COMBINED))

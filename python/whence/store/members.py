@@ -251,7 +251,14 @@ def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 def _same(among: str, what: str, first: str, there: Any, name: str, here: Any) -> None:
     if there != here:
+        if isinstance(there, dict) and isinstance(here, dict):  # the rest would only hide it
+            there, here = _without(there, here), _without(here, there)
         raise MismatchError(
             f"{what} must be the same for all {among}, got {there!r:.80} in {first} and "
             f"{here!r:.80} in {name}"
         )
+
+
+def _without(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The entries of one that are not in the other."""
+    return {key: each for key, each in one.items() if key not in other or other[key] != each}
