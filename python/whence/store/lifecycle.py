@@ -69,6 +69,7 @@ def delete(path: str | os.PathLike[str], ids: Any, *, missing: str = "error") ->
         IdError: If an id is of the wrong kind, appears twice, or is not in the store; nothing is
             deleted then.
         LockedError: If a writer has the store open.
+        ShapeError: If `ids` is no list, or empty.
         StoreError: If there is no store, it is damaged, or cannot be written.
 
     Examples:
