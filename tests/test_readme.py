@@ -22,7 +22,9 @@ def test_every_block_runs_in_order(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "why.html").stat().st_size > 0
 
 
-def test_what_goes_on_after_a_kill_can_also_be_run_once_more_when_all_is_done(tmp_path, monkeypatch):
+def test_what_goes_on_after_a_kill_can_also_be_run_once_more_when_all_is_done(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     blocks = [block for block in BLOCKS if "rec.pending" in block]
     assert len(blocks) == 2
