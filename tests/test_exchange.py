@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import whence
 from whence import errors
-from whence.store import COMBINED, Checkpoint, Manifest, Writer
+from whence.store import COMBINED, Checkpoint, Manifest, Writer, exchange
 from whence.store.manifest import BITS, DTYPES
 
 SUFFIXES = ["npz", "arrow", "parquet"]
@@ -283,7 +283,7 @@ def test_half_a_surrogate_pair_has_no_place_in_a_table(tmp_path):
         for suffix in ("arrow", "parquet"):
             with pytest.raises(errors.ArgumentError, match="half a surrogate pair, got '"):
                 whence.export_store(path, tmp_path / f"x.{suffix}")
-    assert not list(tmp_path.glob("x.*"))
+    assert not [*tmp_path.glob("x.*"), *tmp_path.glob("*.part")]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -460,9 +460,32 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypat
             with pytest.raises(raised if isinstance(raised, type) else KeyboardInterrupt):
                 whence.export_store(tmp_path / "s", file)
         assert file.read_bytes() == before
-        assert [each.name for each in tmp_path.glob("x.*")] == [file.name]
+        assert [each for each in tmp_path.iterdir() if each.is_file()] == [file]
     whence.export_store(tmp_path / "s", file)
     assert file.read_bytes() != before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_of_two_exports_into_one_file_the_later_one_wins(tmp_path, monkeypatch, suffix):
+    fill(tmp_path / "s", random_rows(5))
+    fill(tmp_path / "t", random_rows(5), list("abcde"))
+    file, sync = tmp_path / f"x.{suffix}", exchange.sync
+
+    def another(handle):
+        """The first export is written, and not there yet: another is made meanwhile."""
+        monkeypatch.setattr(exchange, "sync", sync)
+        whence.export_store(tmp_path / "s", file)
+        whence.import_store(file, tmp_path / "first")
+        sync(handle)
+
+    (tmp_path / f"{file.name}.part").write_text("somebody's")
+    monkeypatch.setattr(exchange, "sync", another)
+    whence.export_store(tmp_path / "t", file)
+    whence.import_store(file, tmp_path / "last")
+    check_same(tmp_path / "s", tmp_path / "first")
+    check_same(tmp_path / "t", tmp_path / "last")
+    assert (tmp_path / f"{file.name}.part").read_text() == "somebody's"
+    assert {each.name for each in tmp_path.glob("*.part")} == {f"{file.name}.part"}
 
 
 def test_no_link_is_followed_to_a_file_that_is_written_over(tmp_path):
@@ -484,7 +507,7 @@ def test_a_damaged_store_is_not_exported(tmp_path):
     for suffix in SUFFIXES:
         with pytest.raises(errors.StoreError, match=r"rows\.npy is damaged: block 0"):
             whence.export_store(tmp_path / "s", tmp_path / f"x.{suffix}")
-    assert not list(tmp_path.glob("x.*"))
+    assert not [*tmp_path.glob("x.*"), *tmp_path.glob("*.part")]
 
 
 @pytest.mark.parametrize(

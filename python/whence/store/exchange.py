@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -554,9 +555,9 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         StoreError: If the system refuses.
     """
-    temporary = path.with_name(f"{path.name}.part")
+    # A name of its own: of two writers the later one wins, and no file is half of each.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     with store_errors(path):
-        temporary.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as file:  # through no link
                 yield file
