@@ -190,9 +190,17 @@ def test_deleted_rows_stay_deleted_after_repair(tmp_path):
 
 
 def test_what_is_missing_and_what_is_no_store_is_named(tmp_path):
-    for call in (whence.verify, whence.repair, whence.info):
-        with pytest.raises(errors.StoreError, match="nowhere"):
+    def delete(path):
+        return whence.delete(path, [1])
+
+    (tmp_path / "file").write_text("x")
+    calls = (whence.open, whence.verify, whence.repair, whence.info, whence.compact, delete)
+    for call in calls:
+        with pytest.raises(errors.StoreError, match=r"path must be the folder .*, which does not"):
             call(tmp_path / "nowhere")
+        with pytest.raises(errors.StoreError, match=r"path must be the folder .* got the file"):
+            call(tmp_path / "file")
+    assert not (tmp_path / "nowhere").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.StoreError, match="no manifest"):
         whence.verify(tmp_path / "empty")

@@ -134,7 +134,7 @@ def writers(path: Path) -> Iterator[list[Writer]]:
         StoreError: If there is no store, or it is damaged.
     """
     with store_errors(path):
-        names = [name for name, _ in parts(path)] if path.is_dir() else [""]
+        names = [name for name, _ in parts(path)]
     with ExitStack() as stack:
         found = []
         for name in names:

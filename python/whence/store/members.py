@@ -117,16 +117,25 @@ def warn_of_missing(path: Path, stacklevel: int) -> list[str]:
     return found
 
 
+def check_there(path: Path) -> None:
+    """Nothing, if a path is a folder.
+
+    Raises:
+        StoreError: If it is not.
+    """
+    with store_errors(path):
+        if not path.is_dir():
+            got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
+            raise StoreError(f"path must be the folder of a store, got {got}")
+
+
 def parts(path: Path) -> list[tuple[str, Manifest]]:
     """The stores that make up the one at `path`, by the names of their folders; "" for itself.
 
     Raises:
         StoreError: If there is none, or one is damaged.
     """
-    with store_errors(path):
-        if not path.is_dir():
-            got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
-            raise StoreError(f"path must be the folder of a store, got {got}")
+    check_there(path)
     found = []
     for name in members(path):
         check_folder(path / name)
