@@ -306,6 +306,9 @@ class Manifest:
             raise ValueError(f"number must be {number}, as in its name")
         known = {each.name for each in fields(cls)} - {"unknown"}
         unknown = {name: body.pop(name) for name in set(body) - known}
+        for name in ("checkpoints", "shards", "packs", "skipped"):
+            if not isinstance(body[name], list):
+                raise ValueError(f"{name} must be a list, got {body[name]!r:.80}")
         manifest = cls(**body, unknown=unknown)
         if (columns := body["columns"]) is not None:
             if not isinstance(columns, list):
@@ -351,21 +354,22 @@ class Manifest:
         for name, kind in (self.columns or {}).items():
             if not isinstance(name, str) or kind not in COLUMN_KINDS:
                 raise ValueError(f"column {name!r:.80} must be of a known type, got {kind!r}")
-        if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
-            raise ValueError("checkpoints must have distinct names")
         for checkpoint in self.checkpoints:
-            rate = checkpoint.learning_rate
+            if not is_name(checkpoint.name):
+                raise ValueError(f"a checkpoint must have a name, got {checkpoint.name!r:.80}")
             if checkpoint.weights not in ("fixed", "moving") or not (
-                rate is None or (isinstance(rate, (int, float)) and 0 < rate < float("inf"))
+                checkpoint.learning_rate is None or _is_positive(checkpoint.learning_rate)
             ):
                 raise ValueError(f"{checkpoint} must be one that a recorder writes")
             if checkpoint.first and (checkpoint.map is None) == self.is_preconditioned:
                 raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
             weight = checkpoint.weight
             if (weight is None) != (self.rows == "per_checkpoint") or not (
-                weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
+                weight is None or _is_positive(weight)
             ):
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
+        if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
+            raise ValueError("checkpoints must have distinct names")
         if not isinstance(self.writer, (str, type(None))):
             raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
@@ -377,9 +381,20 @@ class Manifest:
         for _, id_ in self.skipped:
             if type(id_) is not {"int64": int, "str": str}.get(self.ids or ""):
                 raise ValueError(f"skipped ids must be {self.ids}, got {id_!r:.80}")
+        if not isinstance(self.model["digest"], str):
+            raise ValueError(f"model must have a digest, got {self.model['digest']!r:.80}")
         for parameter in self.model["parameters"]:
             if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
                 raise ValueError("parameters must have names and kinds")
+
+
+def is_name(value: Any) -> bool:
+    """Whether a checkpoint can have this name: a text, of which an export can be made."""
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 MARKER = "committed-"
