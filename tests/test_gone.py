@@ -409,3 +409,17 @@ def test_damage_to_the_file_is_an_error_that_names_it(tmp_path, what):
         path.symlink_to(tmp_path / "other")
     with pytest.raises(errors.StoreError, match=path.name):
         whence.open(tmp_path / "s")
+
+
+def test_a_file_that_only_begins_like_ours_is_neither_read_nor_removed(tmp_path):
+    fill(tmp_path / "s", random_rows(9))
+    stranger = tmp_path / "s" / "gone-with-the-wind.npy"
+    stranger.write_bytes(b"a novel")
+    for id_ in range(5):
+        whence.delete(tmp_path / "s", [id_])
+    newest = max((tmp_path / "s").glob("manifest-*.json"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (tmp_path / "s" / f"gone-{newest.stem.removeprefix('manifest-')}.npy").unlink()
+    assert whence.repair(tmp_path / "s").went_back
+    assert stranger.read_bytes() == b"a novel"
+    assert whence.open(tmp_path / "s").ids.tolist() == [4, 5, 6, 7, 8]

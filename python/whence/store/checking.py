@@ -24,7 +24,7 @@ from whence.store.files import (
     regular,
     store_errors,
 )
-from whence.store.gone import GONE, write_gone
+from whence.store.gone import gone_files, write_gone
 from whence.store.lifecycle import leftovers
 from whence.store.lock import Lock
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
@@ -372,7 +372,7 @@ def _remove_damaged_manifests(path: Path, number: int) -> None:
 def _later_gone(path: Path, manifest: Manifest) -> Path | None:
     """A file of rows that are gone which only a lost manifest named, if there is one."""
     known = "" if manifest.gone is None else manifest.gone.name
-    return max((each for each in path.glob(f"{GONE}*.npy") if each.name > known), default=None)
+    return max((each for each in gone_files(path) if each.name > known), default=None)
 
 
 class _Mender:

@@ -334,6 +334,16 @@ def sync_directory(path: Path) -> None:
             os.close(handle)
 
 
+def names_of(folder: Path, prefix: str) -> list[str]:
+    """The names in a folder that begin so, in order.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    with store_errors(folder):
+        return sorted(each.name for each in folder.iterdir() if each.name.startswith(prefix))
+
+
 @contextmanager
 def regular(path: Path, length: int | None = None) -> Iterator[tuple[int, int]]:
     """A file of a store, open for reading: its handle and its length.

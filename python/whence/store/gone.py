@@ -11,12 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence.errors import StoreError
-from whence.store.files import Written, read_array, store_errors, sync_directory, write_array
+from whence.store.files import (
+    Written,
+    names_of,
+    read_array,
+    store_errors,
+    sync_directory,
+    write_array,
+)
 
 GONE = "gone-"
 """How the names of their files begin."""
 
 _NAME = re.compile(GONE + r"[0-9]{8,18}\.npy")
+
+
+def gone_files(folder: Path) -> list[Path]:
+    """Those of them that lie in a store's folder, in order; no file that only begins so.
+
+    Raises:
+        StoreError: If the folder cannot be read.
+    """
+    return [folder / name for name in names_of(folder, GONE) if _NAME.fullmatch(name)]
 
 
 @dataclass(frozen=True)

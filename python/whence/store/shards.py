@@ -28,6 +28,7 @@ from whence.store.files import (
     check_length,
     header,
     json_bytes,
+    names_of,
     read_json,
     store_errors,
     string_arrays,
@@ -223,16 +224,6 @@ def last_number(folder: Path, prefix: str) -> int:
     names = names_of(folder, prefix)
     numbers = [name.removeprefix(prefix).split(".")[0].split("-")[0] for name in names]
     return max((int(n) for n in numbers if n.isdecimal() and len(n) <= 18), default=0)
-
-
-def names_of(folder: Path, prefix: str) -> list[str]:
-    """The names in a folder that begin so, in order.
-
-    Raises:
-        StoreError: If the folder cannot be read.
-    """
-    with store_errors(folder):
-        return sorted(each.name for each in folder.iterdir() if each.name.startswith(prefix))
 
 
 class ShardWriter:

@@ -26,7 +26,7 @@ from whence.errors import (
     StoreError,
 )
 from whence.store.files import store_errors, sync_directory
-from whence.store.gone import GONE, keys, write_gone
+from whence.store.gone import GONE, gone_files, keys, write_gone
 from whence.store.lock import Lock
 from whence.store.manifest import BITS, DTYPES, KEPT, MARKER, Checkpoint, Manifest
 from whence.store.maps import PREFIX as MAP
@@ -34,7 +34,7 @@ from whence.store.maps import StoredMap, write_map
 from whence.store.members import PREFIX as MEMBER
 from whence.store.members import member_of, members, writer_of
 from whence.store.reader import read_ids
-from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number, names_of
+from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
 
 SHARD_BYTES = 64 << 20
 """Rows are committed at the latest when this many bytes of them wait."""
@@ -142,9 +142,9 @@ class Writer:
         self._ids: dict[str, _ShardIds] = {}
         # Files of rows that are gone before those of today, by the commit that wrote others.
         self._superseded = [
-            (self._state.number, name)
-            for name in names_of(path, GONE)
-            if self.manifest.gone is None or name != self.manifest.gone.name
+            (self._state.number, each.name)
+            for each in gone_files(path)
+            if self.manifest.gone is None or each.name != self.manifest.gone.name
         ]
         self._attempt: _Attempt | None = None
         self._waiting_bytes = 0
