@@ -203,9 +203,13 @@ def distinct(values: NDArray[Any]) -> NDArray[Any]:
     By sorting: `np.unique` hashes integers, in fifteen times the time and with Python's lock. Those
     that rise already, as where a loop counts, are given back as they are.
     """
+    return interruptible(_distinct, values)
+
+
+def _distinct(values: NDArray[Any]) -> NDArray[Any]:
     if (values[:-1] < values[1:]).all():
         return values
-    ordered = interruptible(np.sort, values)
+    ordered = np.sort(values)
     first = np.ones(len(ordered), np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     found: NDArray[Any] = ordered[first]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._interrupts import interruptible
 from whence.errors import DtypeError, MissingDependencyError, NotFiniteError
 from whence.sketch import Sketch
 
@@ -152,7 +154,8 @@ class GradientSketch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """`X` as a float32 array, or CSR if it is sparse; its width and names learnt if `reset`."""
         # What exceeds float32 becomes an infinity, which scikit-learn refuses by name.
         with np.errstate(over="ignore"):
-            return validate_data(self, X, accept_sparse="csr", dtype=np.float32, reset=reset)
+            validate = partial(validate_data, accept_sparse="csr", dtype=np.float32, reset=reset)
+            return interruptible(validate, self, X)
 
     def __getstate__(self) -> dict[str, Any]:
         """The definition of the map in place of the map, which lives in the Rust core."""

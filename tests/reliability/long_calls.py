@@ -25,6 +25,15 @@ def drawn(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
+def large(*shape):
+    """As drawn, the same million values again and again: drawing gigabytes takes a minute."""
+    values, some = np.empty(shape, np.float32), drawn(1 << 20)
+    flat = values.reshape(-1)
+    for first in range(0, len(flat), len(some)):
+        flat[first : first + len(some)] = some[: len(flat) - first]
+    return values
+
+
 def new(folder):
     """Names of files that are not there yet."""
     return (folder / f"new-{number}" for number in count())
@@ -36,7 +45,7 @@ def new(folder):
 def sketching(kind, size, **options):
     def prepare(folder, scale):
         sketch = whence.Sketch(kind, dim=512, **options)
-        gradients = {"w": drawn(4 * scale, size // 1024, 1024)}
+        gradients = {"w": large(4 * scale, size // 1024, 1024)}
         return lambda: sketch(gradients)
 
     prepare.__name__ = f"sketch_{kind}"
@@ -57,13 +66,13 @@ for kind, size in {
 
 @long
 def sketch_of_one_row(folder, scale):
-    gradient = drawn(1, scale << 28)
+    gradient = large(1, scale << 28)
     return lambda: whence.Sketch("sjlt", dim=512, nonzeros=8)(gradient)
 
 
 @long
 def sketch_not_contiguous(folder, scale):
-    gradients = drawn(scale << 25, 8).T
+    gradients = large(scale << 25, 8).T
     return lambda: whence.Sketch("sjlt", dim=512)(gradients)
 
 
@@ -71,7 +80,7 @@ def sketch_not_contiguous(folder, scale):
 def sketch_sklearn(folder, scale):
     from whence.sklearn import GradientSketch
 
-    rows = drawn(scale * 4000, 32_768)
+    rows = large(scale * 4000, 32_768)
     return lambda: GradientSketch(512, random_state=0).fit_transform(rows)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays
-from whence._arrays import Ids, describe
+from whence._arrays import Ids, describe, distinct
 from whence._interrupts import interruptible
 from whence.errors import ArgumentError, DtypeError, IdError, ShapeError
 
@@ -93,7 +93,9 @@ def eligible(
         return found.copy()
     keep = np.zeros(count, np.bool_)
     if len(found):
-        keep[positions(argument, _arrays.ids(argument, _arrays.distinct(found)))] = True
+        # Texts are objects here, whose order Python finds, and nobody can interrupt it.
+        once = list(dict.fromkeys(found.tolist())) if found.dtype == object else distinct(found)
+        keep[positions(argument, _arrays.ids(argument, once))] = True
     return keep
 
 

@@ -323,14 +323,9 @@ class Reader:
         ]
         if not found:
             return np.empty(0, np.int64), np.empty((len(self.checkpoints), 0), np.int64)
-        all_ids = np.concatenate(found)
-        counts = [shard.rows for shard in shards]
-        checkpoint = np.repeat([shard.checkpoint for shard in shards], counts)
-        places = np.arange(len(all_ids), dtype=np.int64)
-        if self.kept is not None:
-            all_ids, checkpoint, places = (
-                each[self.kept] for each in (all_ids, checkpoint, places)
-            )
+        all_ids, checkpoint, places = interruptible(
+            _numbered, found, [shard.checkpoint for shard in shards], self.kept
+        )
         self._check_writers(all_ids, places)
         if len(self.checkpoints) == 1 and len(_arrays.distinct(all_ids)) == len(all_ids):
             return all_ids, places[None]
@@ -360,6 +355,18 @@ class Reader:
             raise IdError(
                 f"ids must be of one writer each, got {ids[at[0]].item()!r} of {one} and of {two}"
             )
+
+
+def _numbered(
+    ids: list[Ids], checkpoints: list[int], kept: NDArray[np.bool_] | None
+) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64]]:
+    """The ids of shards, and the checkpoint and place of each row; only rows that are not gone."""
+    all_ids = np.concatenate(ids)
+    checkpoint = np.repeat(checkpoints, [len(each) for each in ids])
+    places = np.arange(len(all_ids), dtype=np.int64)
+    if kept is None:
+        return all_ids, checkpoint, places
+    return all_ids[kept], checkpoint[kept], places[kept]
 
 
 def _in_order(

@@ -121,7 +121,7 @@ pub fn ends(
     let k = request.k.min(request.examples); // the caller's number never sizes an allocation
     let scan = Scan { rows, request, checkpoints, k, reaches: reaches(request, checkpoints) };
     let sieves = vec![Sieve::new(request.sides); count];
-    let first = LEAD.max(4 * k);
+    let first = LEAD.max(k.saturating_mul(4));
     if norms.len() / 2 < first {
         let sieves = scan.over(&Picked::All(request.examples), sieves, threads, asker)?;
         return sieves.into_iter().map(|sieve| sieve.finish(k, &Watch::of(asker))).collect();
@@ -373,6 +373,10 @@ fn check(rows: &Rows, request: &Request<'_>, watch: &Watch<'_>) -> Result<usize,
         ));
     }
     check_numbers("rows", request.rows, checkpoints, request.examples)?;
+    if request.rows.is_empty() && request.examples as u64 > rows.len() {
+        let must = format!("at most the {} rows", rows.len());
+        return Err(Error::shape("examples", must, request.examples));
+    }
     check_excluded(request.excluded, request.count)?;
     if !request.norms.is_empty() {
         if request.norms.len() != request.examples || !request.segments.is_empty() {

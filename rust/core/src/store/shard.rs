@@ -392,7 +392,7 @@ impl Shard {
         let count = out.len() / self.dim * self.width;
         let done = self.found(first, count, &mut packed, cursor, watch).map(|packed| {
             let set = InstructionSet::best();
-            if self.dim * B == self.width * 8 {
+            if (self.dim * B).is_multiple_of(8) {
                 set.unpack::<B>(packed, out);
             } else {
                 for (row, out) in
