@@ -78,6 +78,8 @@ def _bytes(value: Any) -> int:
     """Of an array, or of those in a list."""
     if isinstance(value, (list, tuple)):
         return sum(map(_bytes, value))
+    if isinstance(value, type):  # a dtype, of which numpy says how many bytes a value has
+        return 0
     return int(getattr(value, "nbytes", 0))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,8 +153,9 @@ class GradientSketch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """`X` as a float32 array, or CSR if it is sparse; its width and names learnt if `reset`."""
         # What exceeds float32 becomes an infinity, which scikit-learn refuses by name.
         with np.errstate(over="ignore"):
-            validate = partial(validate_data, accept_sparse="csr", dtype=np.float32, reset=reset)
-            return interruptible(validate, self, X)
+            return interruptible(
+                validate_data, self, X, accept_sparse="csr", dtype=np.float32, reset=reset
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """The definition of the map in place of the map, which lives in the Rust core."""

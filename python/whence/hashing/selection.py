@@ -168,4 +168,22 @@ def classes_of(labels: Any) -> NDArray[np.int64]:
     array = _arrays.column("labels", array, len(array))
     if array.dtype.kind == "f":
         raise DtypeError(f"labels must be bools, integers or strings, got {array.dtype}")
+    if array.dtype == object:
+        return _numbers_of(array.tolist())
     return interruptible(np.unique, array, return_inverse=True)[1].astype(np.int64)
+
+
+def _numbers_of(texts: list[str]) -> NDArray[np.int64]:
+    """The number of each among all of them, sorted, each once.
+
+    A part at a time: numpy sorts texts, and takes lists of numbers, where Ctrl-C is not heard.
+    """
+    found, part = np.empty(len(texts), np.int64), 1 << 16
+    parts = [texts[first : first + part] for first in range(0, len(texts), part)]
+    names: set[str] = set()
+    for some in parts:
+        names.update(some)
+    numbers = {text: number for number, text in enumerate(sorted(names))}
+    for number, some in enumerate(parts):
+        found[number * part :][: len(some)] = [numbers[text] for text in some]
+    return found

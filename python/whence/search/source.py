@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from whence import _arrays, _core
 from whence._arrays import Ids
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, MismatchError, NotFiniteError, ShapeError
 from whence.search.hits import Hits, Side
 
@@ -326,15 +327,15 @@ class Source(ABC):
         Raises:
             StoreError: If they cannot be read.
         """
-        return np.stack([self.core.read(numbers) for numbers in self.numbers_of(examples)])
+        rows = [self.core.read(numbers) for numbers in self.numbers_of(examples)]
+        return interruptible(np.stack, rows)
 
     def side_by_side(
         self, examples: NDArray[np.int64], dtype: type[np.floating[Any]] = np.float32
     ) -> NDArray[Any]:
         """[examples, checkpoints · dim] the same, of all checkpoints, each times its weight."""
         weights, _ = self.weights()
-        rows = self.rows_at(examples).astype(dtype, copy=False) * weights[:, None, None]
-        return rows.swapaxes(0, 1).reshape(len(examples), -1)
+        return interruptible(_joined, self.rows_at(examples), weights, dtype)
 
     def digest(self, count: int, threads: int) -> int:
         """What tells the rows of the first `count` examples from others; reads them all.
@@ -365,3 +366,11 @@ class Source(ABC):
         if len(numbers) == 1:
             return core, None
         return core, np.arange(numbers.size, dtype=np.uint64).reshape(numbers.shape)
+
+
+def _joined(
+    rows: NDArray[np.float32], weights: NDArray[np.float32], dtype: type[np.floating[Any]]
+) -> NDArray[Any]:
+    """[examples, checkpoints · dim] of [checkpoints, examples, dim], each times its weight."""
+    weighted: NDArray[Any] = rows.astype(dtype, copy=False) * weights[:, None, None]
+    return weighted.swapaxes(0, 1).reshape(rows.shape[1], -1)
