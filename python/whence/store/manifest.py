@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from whence import _core
+from whence import _arrays, _core
 from whence.errors import StoreError
-from whence.store.files import mark, read_json, store_errors, write_json
+from whence.store.files import WRONG, mark, read_json, store_errors, write_json
 from whence.store.gone import Gone
 from whence.store.maps import StoredMap, checked_map
 from whence.store.shards import PACK, Pack, Shard, last_number, read_pack, write_pack
@@ -263,9 +263,7 @@ class Manifest:
         body = read_json(path)
         try:
             return cls.from_json(body, folder, number)
-        except StoreError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except WRONG as error:
             raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     @classmethod
@@ -354,18 +352,15 @@ class Manifest:
         if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
             raise ValueError("checkpoints must have distinct names")
         for checkpoint in self.checkpoints:
-            rate = checkpoint.learning_rate
-            if checkpoint.weights not in ("fixed", "moving") or not (
-                rate is None or (isinstance(rate, (int, float)) and 0 < rate < float("inf"))
-            ):
-                raise ValueError(f"{checkpoint} must be one that a recorder writes")
+            if checkpoint.weights not in ("fixed", "moving"):
+                raise ValueError(f"{checkpoint.name} must be one that a recorder writes")
             if checkpoint.first and (checkpoint.map is None) == self.is_preconditioned:
                 raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
-            weight = checkpoint.weight
-            if (weight is None) != (self.rows == "per_checkpoint") or not (
-                weight is None or (isinstance(weight, (int, float)) and 0 < weight < float("inf"))
-            ):
+            if (checkpoint.weight is None) != (self.rows == "per_checkpoint"):
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
+            for name in ("learning_rate", "weight"):
+                if (value := getattr(checkpoint, name)) is not None:
+                    _arrays.number(name, value, positive=True)
         if not isinstance(self.writer, (str, type(None))):
             raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
