@@ -283,6 +283,10 @@ def rewrite_shard(path, number, change):
         (lambda body: body["sketch"].pop("kind"), "sketch must say its kind and seed"),
         (lambda body: body["sketch"].pop("seed"), "sketch must say its kind and seed"),
         (lambda body: body.update(ids="bytes"), "ids"),
+        (
+            lambda body: body["checkpoints"][0].update(learning_rate=10**400),
+            "learning_rate must be a positive finite number",
+        ),
     ],
 )
 def test_a_hostile_manifest_is_refused(tmp_path, change, match):

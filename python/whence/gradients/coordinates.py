@@ -294,8 +294,10 @@ def _side(
         _fits(f"{stem}-{place}", matrix, np.float32, (end - first, matrix.shape[-1]))
         parts.append((first, end, _tensor(matrix)))
     side = Side(parts)
-    if block.has_one(name):
-        ones = arrays[f"{stem}-ones"]
+    ones = arrays.get(f"{stem}-ones")
+    if (ones is not None) != block.has_one(name):
+        raise ValueError(f"{stem}-ones must be there for a bias alone")
+    if ones is not None:
         _fits(f"{stem}-ones", ones, np.float32, (side.columns,))
         side = replace(side, ones=_tensor(ones))
     return side
