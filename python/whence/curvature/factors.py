@@ -24,7 +24,6 @@ from whence.curvature.kept import (
     read_arrays,
     read_at,
     read_directions,
-    sizes_of,
 )
 from whence.curvature.labels import LABELS
 from whence.curvature.statistics import At, BlockStatistics, Covariance, Statistics
@@ -42,6 +41,7 @@ from whence.store.files import (
     write_array,
     write_json,
 )
+from whence.store.manifest import sizes_of
 
 FORMAT = "whence factors"
 VERSION = 1

@@ -103,15 +103,6 @@ def read_arrays(path: Path, body: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def sizes_of(model: Mapping[str, Any]) -> dict[str, int]:
-    """Name -> number of values of each parameter of a model that JSON describes."""
-    _text("digest", model["digest"])
-    return {
-        _text("a parameter's name", each["name"]): math.prod(_arrays.shape_of("a", each["shape"]))
-        for each in model["parameters"]
-    }
-
-
 def read_at(
     described: Mapping[str, Any],
     stem: str,
@@ -126,7 +117,7 @@ def read_at(
         described: What `describe_at` returned.
         stem: How the names of its arrays begin.
         arrays: All that were read.
-        sizes: As `sizes_of` returns them.
+        sizes: Parameter -> how many values it has.
         rotated: Whether eigenvectors are known.
     """
     wide = _arrays.boolean("wide", described["wide"])

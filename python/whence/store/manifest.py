@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -372,9 +373,23 @@ class Manifest:
         for _, id_ in self.skipped:
             if type(id_) is not {"int64": int, "str": str}.get(self.ids or ""):
                 raise ValueError(f"skipped ids must be {self.ids}, got {id_!r:.80}")
-        for parameter in self.model["parameters"]:
-            if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
-                raise ValueError("parameters must have names and kinds")
+        sizes_of(self.model)
+
+
+def sizes_of(model: Any) -> dict[str, int]:
+    """Name -> number of values of each parameter of a model, as a manifest describes it.
+
+    Raises:
+        ValueError: If it is none; or another error of `WRONG`.
+    """
+    sizes = {}
+    for each in model["parameters"]:
+        if not isinstance(each["name"], str) or not isinstance(each["kind"], str):
+            raise ValueError("parameters must have names and kinds")
+        sizes[each["name"]] = math.prod(_arrays.shape_of(each["name"], each["shape"]))
+    if not isinstance(model["digest"], str):
+        raise ValueError(f"a model must have a digest, got {model['digest']!r:.80}")
+    return sizes
 
 
 MARKER = "committed-"
