@@ -190,9 +190,17 @@ def test_deleted_rows_stay_deleted_after_repair(tmp_path):
 
 
 def test_what_is_missing_and_what_is_no_store_is_named(tmp_path):
-    for call in (whence.verify, whence.repair, whence.info):
-        with pytest.raises(errors.StoreError, match="nowhere"):
+    def delete(path):
+        return whence.delete(path, [1])
+
+    (tmp_path / "file").write_text("x")
+    calls = (whence.open, whence.verify, whence.repair, whence.info, whence.compact, delete)
+    for call in calls:
+        with pytest.raises(errors.StoreError, match=r"path must be the folder .*, which does not"):
             call(tmp_path / "nowhere")
+        with pytest.raises(errors.StoreError, match=r"path must be the folder .* got the file"):
+            call(tmp_path / "file")
+    assert not (tmp_path / "nowhere").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.StoreError, match="no manifest"):
         whence.verify(tmp_path / "empty")
@@ -209,3 +217,16 @@ def test_info_counts_what_is_there(tmp_path):
     assert found.columns == {"label": "str"}
     assert found.bytes["rows"] == 40 * 16 + 5 * 128
     assert "19, 38 rows in 5 shards" in str(found)
+
+
+def test_info_counts_every_byte_of_a_store_once(tmp_path):
+    path = tmp_path / "s"
+    fill(path, random_rows(20), parts=4, label=list("ab") * 10)
+    whence.delete(path, [5])
+    whence.delete(path, [6])
+    for name in ("shard-00000099", "pack-00000007.json", "gone-00000077.npy"):
+        (path / name).write_bytes(b"left over")
+    files = [each for each in path.rglob("*") if each.is_file() and each.name != "lock"]
+    found = whence.info(path)
+    assert found.leftovers == 27
+    assert sum(found.bytes.values()) + found.leftovers == sum(each.stat().st_size for each in files)

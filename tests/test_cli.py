@@ -1,13 +1,15 @@
 """The commands on a store."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
-from filled import fill, random_rows
+from filled import fill, manifest, random_rows
 
 import whence
 from whence.cli import main
+from whence.store import Checkpoint, Writer
 
 
 @pytest.fixture
@@ -104,3 +106,19 @@ def test_export_and_import_make_the_same_store(store, tmp_path, capsys):
     assert np.load(tmp_path / "y.npz")["rows"].tobytes() == whence.open(store).rows().tobytes()
     status, _, error = run(capsys, "import", tmp_path / "y.npz", tmp_path / "z")
     assert (status, "export with rows='stored'" in error) == (2, True)
+
+
+def test_a_missing_writer_is_told_in_one_line(tmp_path, capsys):
+    path = tmp_path / "a\x1bstore"
+    writer = Writer(path, manifest(), "2/3")
+    writer.set_checkpoint(Checkpoint("0"))
+    writer.append(np.arange(5), random_rows(5), {})
+    writer.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, _, said = run(capsys, "merge", path, tmp_path / "out")
+    assert status == 0
+    assert said == (
+        f"whence: {tmp_path}/a\\x1bstore is without the rows of writers 1/3, 3/3, "
+        "which have confirmed nothing yet\n"
+    )

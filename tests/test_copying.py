@@ -227,6 +227,16 @@ def test_stores_that_differ_are_refused(tmp_path, what, options):
     assert not (tmp_path / "m").exists()
 
 
+def test_only_what_differs_is_shown(tmp_path):
+    def change(seed):
+        return lambda found: found.sketch.update(long="x" * 200, seed=seed)
+
+    _store(tmp_path / "a", change(7), ids=(1, 2))
+    _store(tmp_path / "b", change(8))
+    with pytest.raises(errors.MismatchError, match=r"got {'seed': 7} in .*a and {'seed': 8} in"):
+        whence.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+
+
 def test_sums_and_rows_of_their_own_do_not_mix(tmp_path):
     fill(tmp_path / "a", random_rows(2))
     writer = Writer(tmp_path / "b", replace(manifest(), rows=COMBINED))
@@ -384,8 +394,8 @@ def test_two_merges_into_one_folder_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "error", "match"),
     [
-        ("a", errors.DtypeError, "paths must be a list of paths, got str"),
-        ([], errors.DtypeError, "paths must be a list of paths"),
+        ("a", errors.DtypeError, "paths must be a non-empty list of paths, got"),
+        ([], errors.DtypeError, "paths must be a non-empty list of paths"),
         ([3], errors.DtypeError, r"paths\[0\] must be a path"),
         (["a", "./a"], errors.ArgumentError, r"paths must be distinct, got .*a twice"),
         (["a", "nowhere"], errors.StoreError, "nowhere, which does not exist"),
@@ -597,14 +607,15 @@ def test_none_of_the_new_stores_appears_if_one_cannot(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("into", "error", "match"),
     [
-        ([1, 2], errors.DtypeError, "into must be a dict of a folder to a filter, got list"),
-        ({}, errors.DtypeError, "into must be a dict"),
+        ([1, 2], errors.DtypeError, "into must be a non-empty dict of folder to filter, got"),
+        ({}, errors.DtypeError, "into must be a non-empty dict"),
         ({"a": {"label": 9}}, errors.ArgumentError, r"into\['a'\] must let an example pass"),
         ({"a": []}, errors.ArgumentError, "must let an example pass"),
-        ({"a": [99]}, errors.IdError, "where must be in the store, got 99"),
-        ({"a": {"other": 1}}, errors.ArgumentError, "where must name columns"),
+        ({"a": [99]}, errors.IdError, r"into\['a'\] must be in the store, got 99"),
+        ({"a": {"other": 1}}, errors.ArgumentError, r"into\['a'\] must name columns"),
+        ({"a": {"label": "x"}}, errors.DtypeError, r"into\['a'\]\['label'\] must be int64"),
         ({"a": [1], "s": [2]}, errors.StoreError, r"into\['.*s'\] must be a new folder, got the"),
-        ({"a": [1], "./a": [2]}, errors.LockedError, "must have one writer"),
+        ({"a": [1], "./a": [2]}, errors.ArgumentError, "into must name distinct folders, got"),
         ({3: [1]}, errors.DtypeError, "into must be a path"),
     ],
 )

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import whence
 from whence import errors
-from whence.store import COMBINED, Checkpoint, Manifest, Writer
+from whence.store import COMBINED, Checkpoint, Manifest, Writer, exchange
 from whence.store.manifest import BITS, DTYPES
 
 SUFFIXES = ["npz", "arrow", "parquet"]
@@ -283,7 +283,7 @@ def test_half_a_surrogate_pair_has_no_place_in_a_table(tmp_path):
         for suffix in ("arrow", "parquet"):
             with pytest.raises(errors.ArgumentError, match="half a surrogate pair, got '"):
                 whence.export_store(path, tmp_path / f"x.{suffix}")
-    assert not list(tmp_path.glob("x.*"))
+    assert not [*tmp_path.glob("x.*"), *tmp_path.glob("*.part")]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -460,9 +460,32 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypat
             with pytest.raises(raised if isinstance(raised, type) else KeyboardInterrupt):
                 whence.export_store(tmp_path / "s", file)
         assert file.read_bytes() == before
-        assert [each.name for each in tmp_path.glob("x.*")] == [file.name]
+        assert [each for each in tmp_path.iterdir() if each.is_file()] == [file]
     whence.export_store(tmp_path / "s", file)
     assert file.read_bytes() != before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_of_two_exports_into_one_file_the_later_one_wins(tmp_path, monkeypatch, suffix):
+    fill(tmp_path / "s", random_rows(5))
+    fill(tmp_path / "t", random_rows(5), list("abcde"))
+    file, sync = tmp_path / f"x.{suffix}", exchange.sync
+
+    def another(handle):
+        """The first export is written, and not there yet: another is made meanwhile."""
+        monkeypatch.setattr(exchange, "sync", sync)
+        whence.export_store(tmp_path / "s", file)
+        whence.import_store(file, tmp_path / "first")
+        sync(handle)
+
+    (tmp_path / f"{file.name}.part").write_text("somebody's")
+    monkeypatch.setattr(exchange, "sync", another)
+    whence.export_store(tmp_path / "t", file)
+    whence.import_store(file, tmp_path / "last")
+    check_same(tmp_path / "s", tmp_path / "first")
+    check_same(tmp_path / "t", tmp_path / "last")
+    assert (tmp_path / f"{file.name}.part").read_text() == "somebody's"
+    assert {each.name for each in tmp_path.glob("*.part")} == {f"{file.name}.part"}
 
 
 def test_no_link_is_followed_to_a_file_that_is_written_over(tmp_path):
@@ -484,7 +507,7 @@ def test_a_damaged_store_is_not_exported(tmp_path):
     for suffix in SUFFIXES:
         with pytest.raises(errors.StoreError, match=r"rows\.npy is damaged: block 0"):
             whence.export_store(tmp_path / "s", tmp_path / f"x.{suffix}")
-    assert not list(tmp_path.glob("x.*"))
+    assert not [*tmp_path.glob("x.*"), *tmp_path.glob("*.part")]
 
 
 @pytest.mark.parametrize(
@@ -552,6 +575,23 @@ def test_a_store_is_made_in_a_new_folder_only(tmp_path):
     (tmp_path / "link.npz").symlink_to(tmp_path / "x.npz")
     whence.import_store(tmp_path / "link.npz", tmp_path / "t")
     check_same(tmp_path / "s", tmp_path / "t")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(errors.StoreError, match=r"file must be .*, got .*x\.npz, which does not"):
+        whence.import_store(tmp_path / "x.npz", tmp_path / "t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_of_the_store_is_written_over(tmp_path):
+    fill(tmp_path / "s", random_rows(5))
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    before = whence.open(tmp_path / "s").rows()
+    for file in ("s/manifest-00000001.json", "link/x.npz", "s/shard-00000001/rows.npy"):
+        with pytest.raises(errors.ArgumentError, match="file must lie outside of the store, got"):
+            whence.export_store(tmp_path / "s", tmp_path / file, format="npz")
+    assert whence.verify(tmp_path / "s").is_sound
+    np.testing.assert_array_equal(whence.open(tmp_path / "s").rows(), before)
 
 
 # --- files that are not trusted -----------------------------------------------------------------

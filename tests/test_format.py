@@ -478,12 +478,26 @@ def test_a_version_that_is_no_number_is_refused(tmp_path, value):
         ({"sketch": {"kind": "sjlt", "dim": 1 << 21}}, "rows must be from 1 to 1048576 wide"),
         ({"checkpoints": []}, "rows must be of a known checkpoint"),
         ({"skipped": [[1, 5]]}, "rows must be of a known checkpoint"),
+        ({"skipped": ""}, "skipped must be a list"),
+        ({"packs": {}}, "packs must be a list"),
+        ({"model": {"digest": None, "parameters": []}}, "model must have a digest"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(tmp_path, change, match):
     entry = by_hand.shard(tmp_path, 1, np.eye(1, 13), [1.0], [1])
     by_hand.manifest(tmp_path, 1, [entry], 13, **change)
     with pytest.raises(errors.StoreError, match=match):
+        whence.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", [None, 5, "", "a\0"])
+def test_a_checkpoint_has_a_name_that_an_export_can_say(tmp_path, name):
+    entry = by_hand.shard(tmp_path, 1, np.eye(1, 13), [1.0], [1])
+    by_hand.manifest(tmp_path, 1, [entry], 13)
+    body = json.loads((tmp_path / "manifest-00000001.json").read_bytes().splitlines()[0])
+    body["checkpoints"][0]["name"] = name
+    by_hand.put(tmp_path / "manifest-00000001.json", by_hand.object_bytes(body))
+    with pytest.raises(errors.StoreError, match="a checkpoint must have a name"):
         whence.open(tmp_path)
 
 

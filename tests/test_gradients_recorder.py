@@ -1207,6 +1207,13 @@ def test_a_killed_run_may_have_moved_its_weights(tmp_path):
     assert found.weights == "moving"
 
 
+@pytest.mark.parametrize("name", ["", "a\0", 3])
+def test_a_checkpoint_has_a_name_that_an_export_can_say(tmp_path, name):
+    wrong = pytest.raises(errors.ArgumentError, match="name must be a non-empty str without NUL")
+    with record(model_of(), tmp_path / "s") as rec, wrong:
+        rec.checkpoint(name)
+
+
 def test_checkpoints_are_resumed_by_name(tmp_path):
     model, (x, y) = model_of(), data()
     with record(model, tmp_path / "s") as rec:

@@ -110,6 +110,20 @@ def test_compact_removes_what_a_killed_writer_left(tmp_path):
     assert mine.read_text() == "mine"
 
 
+def test_compact_removes_nothing_that_only_sounds_like_a_store_s(tmp_path):
+    path = tmp_path / "s"
+    fill(path, random_rows(4))
+    names = ["shard-list.csv", "shard-1", "map-of-it", "pack-1.json", "gone-away.npy", "movie.part"]
+    for name in names:
+        (path / name).mkdir()
+        (path / name / "mine").write_text("mine")
+    assert whence.verify(path).leftovers == []
+    assert whence.info(path).leftovers == 0
+    whence.delete(path, [1])
+    whence.compact(path)
+    assert [(path / name / "mine").read_text() for name in names] == ["mine"] * len(names)
+
+
 def test_a_store_that_is_written_to_is_neither_deleted_from_nor_compacted(tmp_path):
     fill(tmp_path / "s", random_rows(4))
     writer = Writer(tmp_path / "s", manifest())

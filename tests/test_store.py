@@ -405,3 +405,26 @@ def test_a_forked_child_can_neither_write_nor_let_go_of_the_store(tmp_path):
         Writer(tmp_path / "s", manifest())
     writer.close()
     assert whence.open(tmp_path / "s").ids.tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("exchanged", ["folder", "lock"])
+def test_a_writer_leaves_a_store_alone_that_lies_in_the_place_of_its_own(tmp_path, exchanged):
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    writer.append(np.arange(3), random_rows(3), {})
+    writer.commit()
+    writer.append(np.arange(3, 6), random_rows(3), {})
+    writer._write_ahead()
+    if exchanged == "folder":
+        (tmp_path / "s").rename(tmp_path / "moved")
+        fill(tmp_path / "s", random_rows(8), parts=2)  # with a shard of that name too
+    else:
+        (tmp_path / "s" / "lock").unlink()
+    before = {each: each.read_bytes() for each in (tmp_path / "s").rglob("*") if each.is_file()}
+    for call in (writer.commit, writer.close):
+        with pytest.raises(errors.StoreError, match="must keep its lock while it is written"):
+            call()
+    after = {each: each.read_bytes() for each in (tmp_path / "s").rglob("*") if each.is_file()}
+    assert after == before
+    kept = whence.open(tmp_path / ("moved" if exchanged == "folder" else "s"))
+    assert kept.ids.tolist() == [0, 1, 2]

@@ -93,7 +93,9 @@ def crc32(bytes: NDArray[np.uint8], before: int) -> int:
 def block_checksums(bytes: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """The CRC-32 of each block of bytes; none of no bytes."""
 
-def check_file(path: str | PathLike[str], length: int, checksums: NDArray[np.uint32]) -> list[int]:
+def check_file(
+    path: str | PathLike[str], length: int, checksums: NDArray[np.uint32], threads: int
+) -> list[int]:
     """The blocks of a regular file of `length` bytes that have other checksums, in order."""
 
 @final

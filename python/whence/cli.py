@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        status: int = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            status: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # What is left in the buffer goes nowhere, or Python complains about it at its end.
@@ -231,6 +234,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     results = demo.run(arguments.out, arguments.seed)
     _print(json.dumps(results, indent=2) if arguments.json else demo.summary(results))
     return 0
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """Shows a warning: what it says, and no line of ours."""
+    _print(f"whence: {message}", sys.stderr)
 
 
 def _print(text: str, file: TextIO | None = None) -> None:

@@ -40,6 +40,7 @@ from whence.gradients.structure import Structure, structure_in_store
 from whence.gradients.weights import State, digest, load, put
 from whence.sketch import Sketch
 from whence.store import COMBINED, Checkpoint, Manifest, Writer
+from whence.store.manifest import is_name
 
 
 def record_checkpoints(
@@ -94,7 +95,7 @@ def record_checkpoints(
         The path, for `whence.query(..., states=...)` and `whence.open`.
 
     Raises:
-        ArgumentError: If `writer` is given without ids.
+        ArgumentError: If `writer` is given without ids, or the name of a state has a NUL character.
         CheckpointError: If states are not those of the factors.
         WeightsError: If a state has other weights than the factors were fitted at.
         IdError: If ids repeat, or are of mixed kinds.
@@ -126,6 +127,11 @@ def record_checkpoints(
         dtype=dtype,
     )
     task = Task(loss, precondition.reduction, tokens, patterns("unbatched", unbatched))
+    for each in prepared:
+        if not is_name(each.name):
+            raise ArgumentError(
+                f"states must be named by a non-empty str without NUL, got {each.name!r}"
+            )
     loaded = _states([each.name for each in prepared], states)
     wanted = Manifest(spec, dtype, precondition.reduction, structure.describe(), rows=COMBINED)
     path = _arrays.path("path", path)

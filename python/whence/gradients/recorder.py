@@ -48,7 +48,7 @@ from whence.gradients.verify import Verified, verify
 from whence.gradients.weights import digest, signature, versions
 from whence.sketch import Sketch
 from whence.store import Checkpoint, Manifest, Writer
-from whence.store.manifest import DTYPES
+from whence.store.manifest import DTYPES, is_name
 
 DUPLICATES = ("error", "skip", "replace")
 """What can be done with an id that is recorded in the checkpoint."""
@@ -266,14 +266,15 @@ class Recorder:
                 of such rows. To go on with a checkpoint, give those that it was begun with.
 
         Raises:
-            ArgumentError: If the learning rate is not a positive number, or given beside factors.
+            ArgumentError: If the name is empty or has a NUL character, or the learning rate is not
+                a positive number, or given beside factors.
             MismatchError: If the factors make other rows than the store's.
             CheckpointError: If the checkpoint there has another learning rate.
             WhenceError: If called inside a batch.
         """
         self._check_idle("checkpoint")
-        if not isinstance(name, str) or not name:
-            raise ArgumentError(f"name must be a non-empty str, got {name!r}")
+        if not is_name(name):
+            raise ArgumentError(f"name must be a non-empty str without NUL, got {name!r}")
         if learning_rate is not None:
             learning_rate = _arrays.number("learning_rate", learning_rate, positive=True)
             if isinstance(self._map, Coordinates):

@@ -291,7 +291,10 @@ class Index:
             digest = kept.fingerprint(source, before, source.digest(before, threads))
             same = digest == kept.fingerprint(self.source, before, self._digest(threads))
         if not same:
-            raise MismatchError(f"rows must begin with those of {self.source!r}, got {source!r}")
+            raise MismatchError(
+                f"rows must begin with those of {self.source!r}, got {source!r}; where rows were "
+                "deleted or replaced, a new index must be built"
+            )
         self._grow(source, before, threads)
 
     def _digest(self, threads: int) -> int:

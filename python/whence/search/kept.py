@@ -151,7 +151,10 @@ def load(path: Path, source: Source, threads: int) -> tuple[Built, NDArray[np.bo
             0 < count <= len(source.ids)
             and body["rows"] == fingerprint(source, count, source.digest(count, threads))
         ):
-            raise MismatchError(f"rows must be those that {path} was built of, got {source!r}")
+            raise MismatchError(
+                f"rows must be those that {path} was built of, got {source!r}; where rows were "
+                "deleted or replaced, a new index must be built"
+            )
         files = {}
         for name, (length, checksums, kind, shape) in body["files"].items():
             file, written = array_name(f"{name}.npy"), Written.of((length, checksums))

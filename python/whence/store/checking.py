@@ -28,7 +28,7 @@ from whence.store.gone import GONE, write_gone
 from whence.store.lifecycle import leftovers
 from whence.store.lock import Lock
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
-from whence.store.members import members, missing
+from whence.store.members import check_there, members, missing
 from whence.store.progress import bar
 from whence.store.reader import Reader, file_of, read_ids
 from whence.store.shards import DESCRIPTION, SHARD, Description, Shard, ShardWriter, last_number
@@ -108,10 +108,7 @@ def verify(path: str | os.PathLike[str], *, progress: bool | None = None) -> Ver
         StoreError: If `path` is no folder of a store.
     """
     path = _arrays.path("path", path)
-    with store_errors(path):
-        if not path.is_dir():
-            got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
-            raise StoreError(f"path must be the folder of a store, got {got}")
+    check_there(path)
     check = _Check(path)
     folders = [path / name for name in members(path)] or [path]
     for folder in folders:
@@ -135,6 +132,7 @@ class _Check:
 
     def __init__(self, path: Path) -> None:
         self.path, self.files, self.bytes, self.rows = path, 0, 0, 0
+        self._threads = _arrays.threads(None)
         self.damage: list[Damage] = []
         self.leftovers: list[Path] = []
 
@@ -206,7 +204,7 @@ class _Check:
     def _file(self, path: Path, written: Written) -> None:
         self.files, self.bytes = self.files + 1, self.bytes + written.length
         try:
-            bad = _core.check_file(path, written.length, written.blocks)
+            bad = _core.check_file(path, written.length, written.blocks, self._threads)
         except StoreError as error:
             self._note(path, error)
             return
@@ -274,9 +272,7 @@ def repair(
     """
     path = _arrays.path("path", path)
     _arrays.boolean("undelete", undelete)
-    with store_errors(path):
-        if not path.is_dir():
-            raise StoreError(f"path must be the folder of a store, got {path}")
+    check_there(path)
     folders = [path / name for name in members(path)] or [path]
     done = [
         _repair(folder, undelete, progress)

@@ -51,7 +51,7 @@ def merge(
 
     Raises:
         ArgumentError: If a path is given twice, or `on_duplicate` is another word.
-        DtypeError: If `paths` is no list of paths.
+        DtypeError: If `paths` is no list of paths, or empty.
         IdError: If an id is in two stores at one checkpoint.
         LockedError: If another process writes to `out`.
         MismatchError: If the stores do not agree; says in what.
@@ -65,7 +65,7 @@ def merge(
     """
     _arrays.choice("on_duplicate", on_duplicate, ("error", "first"))
     if not _arrays.is_list(paths) or not len(paths):
-        raise DtypeError(f"paths must be a list of paths, got {_arrays.describe(paths)}")
+        raise DtypeError(f"paths must be a non-empty list of paths, got {_arrays.describe(paths)}")
     sources = [_arrays.path(f"paths[{index}]", path) for index, path in enumerate(paths)]
     target = _arrays.path("out", out)
     found: dict[str, Manifest] = {}
@@ -113,8 +113,9 @@ def split(
         The folders, as absolute paths. O(bytes) time for each; memory as `merge`.
 
     Raises:
-        ArgumentError: If a filter names a column that is not there, or lets no example pass.
-        DtypeError: If `into` is no dict, or a filter is something else.
+        ArgumentError: If a filter names a column that is not there, or lets no example pass, or a
+            folder is given twice.
+        DtypeError: If `into` is no dict, or empty, or a filter is something else.
         IdError: If an id is not in the store.
         LockedError: If another process writes to a new store.
         StoreError: If the store is missing or damaged, or a folder is not new or cannot be
@@ -128,19 +129,24 @@ def split(
     """
     if not isinstance(into, Mapping) or not into:
         raise DtypeError(
-            f"into must be a dict of a folder to a filter, got {_arrays.describe(into)}"
+            f"into must be a non-empty dict of folder to filter, got {_arrays.describe(into)}"
         )
     reader = Reader(path)
     whole = reader.manifest
     pieces = pieces_in(reader)
     plans = []
+    folders: set[Path] = set()
     for out, where in into.items():
-        passes = reader.eligible(where)
+        folder = _arrays.path("into", out)
+        if folder.resolve() in folders:
+            raise ArgumentError(f"into must name distinct folders, got {folder} twice")
+        folders.add(folder.resolve())
+        passes = reader.eligible(where, f"into[{str(out)!r}]")
         if not passes.any():
             raise ArgumentError(f"into[{str(out)!r}] must let an example pass, got none that does")
         left = {id_ for id_ in reader.ids[passes].tolist()} if whole.skipped else set()
         skipped = [(at, id_) for at, id_ in whole.skipped if id_ in left]
-        plans.append((_arrays.path("into", out), passes, replace(whole, skipped=skipped)))
+        plans.append((folder, passes, replace(whole, skipped=skipped)))
     total = len(plans) * sum(piece.bytes for piece in pieces)
     with bar("splitting", total, progress) as shown, ExitStack() as stack:
         made = []

@@ -51,6 +51,7 @@ def eligible(
     columns: Columns,
     kinds: Mapping[str, str],
     positions: Callable[[str, Ids], NDArray[np.int64]],
+    argument: str = "where",
 ) -> NDArray[np.bool_]:
     """[examples] whether each passes a filter.
 
@@ -61,6 +62,7 @@ def eligible(
         columns: name -> [examples].
         kinds: name -> the type of the column.
         positions: Name of the argument and ids -> the numbers of their examples.
+        argument: The name of `where`, for an error.
 
     Raises:
         ArgumentError: If a column is not there.
@@ -73,32 +75,34 @@ def eligible(
         keep = np.ones(count, np.bool_)
         for name, wanted in where.items():
             if name not in columns:
-                raise ArgumentError(f"where must name columns of {sorted(columns)}, got {name!r}")
-            keep &= np.isin(columns[name], _wanted(name, wanted, kinds[name]))
+                raise ArgumentError(
+                    f"{argument} must name columns of {sorted(columns)}, got {name!r}"
+                )
+            keep &= np.isin(columns[name], _wanted(f"{argument}[{name!r}]", wanted, kinds[name]))
         return keep
     if isinstance(where, (set, frozenset)):
         where = list(where)
     must = f"a dict of columns, [{count}] bool or a list of ids"
     try:
-        found = _arrays.column("where", where, _arrays.array("where", where).size)
+        found = _arrays.column(argument, where, _arrays.array(argument, where).size)
     except (DtypeError, ShapeError):
-        raise DtypeError(f"where must be {must}, got {describe(where)}") from None
+        raise DtypeError(f"{argument} must be {must}, got {describe(where)}") from None
     if found.dtype == np.bool_:
         if len(found) != count:
-            raise DtypeError(f"where must be {must}, got {describe(where)}")
+            raise DtypeError(f"{argument} must be {must}, got {describe(where)}")
         return found.copy()
     keep = np.zeros(count, np.bool_)
     if len(found):
-        keep[positions("where", _arrays.ids("where", _arrays.distinct(found)))] = True
+        keep[positions(argument, _arrays.ids(argument, _arrays.distinct(found)))] = True
     return keep
 
 
 def _wanted(name: str, wanted: Any, kind: str) -> NDArray[Any]:
     """The values that a filter allows in a column, in the column's type."""
-    found = _arrays.values(f"where[{name!r}]", wanted)
+    found = _arrays.values(name, wanted)
     got = _arrays.kind_of_array(found)
     if got != kind and {got, kind} != {"int64", "float64"}:
-        raise DtypeError(f"where[{name!r}] must be {kind}, got {got}")
+        raise DtypeError(f"{name} must be {kind}, got {got}")
     if got == kind:
         return found
     # A number that the column's type cannot hold equals none in it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -107,8 +108,8 @@ def export_store(
         twice; memory for some MiB of rows, and what stands beside the rows of a shard.
 
     Raises:
-        ArgumentError: If `format` or `rows` is another word, the name says no format, or the format
-            cannot hold the store.
+        ArgumentError: If `format` or `rows` is another word, the name says no format, the format
+            cannot hold the store, or the file lies in its folder.
         DtypeError: If an argument is of another type.
         MismatchError: If rows of factors are asked for as numbers.
         MissingDependencyError: If the format needs pyarrow, and it is not installed.
@@ -129,7 +130,10 @@ def export_store(
     plain = _arrays.choice("rows", rows, ("stored", "float32")) == "float32"
     if form != "npz":
         pyarrow()
-    source = _Source(Reader(path), plain=plain)
+    reader = Reader(path)
+    if reader.path.resolve() in target.resolve().parents:  # it might be one of its own files
+        raise ArgumentError(f"file must lie outside of the store, got {target}")
+    source = _Source(reader, plain=plain)
     source.check(form)
     with bar("exporting", 2 * sum(piece.bytes for piece in source.pieces), progress) as shown:
         found = _Sums(source.fields)
@@ -186,6 +190,10 @@ def import_store(
     target = _arrays.path("path", path)
     with store_errors(source):
         real = source.resolve()  # a link is the caller's own
+        if not real.exists():
+            raise StoreError(
+                f"file must be an export of a store, got {source}, which does not exist"
+            )
     with _as_damage(source), _opened(real) as (found, length):
         said = _Description.parse(source, found.description(), length)
         with (
@@ -547,9 +555,9 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         StoreError: If the system refuses.
     """
-    temporary = path.with_name(f"{path.name}.part")
+    # A name of its own: of two writers the later one wins, and no file is half of each.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     with store_errors(path):
-        temporary.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as file:  # through no link
                 yield file

@@ -11,6 +11,7 @@ from pathlib import Path
 from whence import _arrays
 from whence._plain import line
 from whence.store.files import store_errors
+from whence.store.gone import GONE
 from whence.store.lifecycle import leftovers
 from whence.store.manifest import VERSION
 from whence.store.members import parts
@@ -104,7 +105,7 @@ def info(path: str | os.PathLike[str]) -> Info:
         warnings.simplefilter("ignore")  # missing writers are among the figures
         reader = Reader(path)
     manifest = reader.manifest
-    sizes: Counter[str] = Counter(dict.fromkeys(["rows", "scales", "ids", "columns", "maps"], 0))
+    sizes: Counter[str] = Counter(dict.fromkeys((*_KINDS.values(), "manifests", "gone"), 0))
     for shard, described in reader.shards:
         for name, written in described.files.items():
             sizes[_KINDS[name.removesuffix(".npy").split("-")[0]]] += written.length
@@ -113,12 +114,16 @@ def info(path: str | os.PathLike[str]) -> Info:
         if checkpoint.map is not None:
             sizes["maps"] += sum(written.length for written in checkpoint.map.files.values())
     found = parts(path)
-    over = [(path / name, part) for name, part in found]
     with store_errors(path):
-        left = sum(_size(each) for folder, part in over for each in leftovers(folder, part))
-        sizes["manifests"] += sum(
-            each.stat().st_size for folder, _ in over for each in folder.glob("*.json")
-        )
+        strays = {path / name: leftovers(path / name, part) for name, part in found}
+        left = sum(_size(each) for lying in strays.values() for each in lying)
+        for kind, pattern in (("manifests", "*.json"), ("gone", f"{GONE}*.npy")):
+            sizes[kind] += sum(
+                _size(each)
+                for folder, lying in strays.items()
+                for each in folder.glob(pattern)
+                if each not in lying
+            )
     numbers = reader.row_numbers(missing="keep")
     rows = {
         name: int((each >= 0).sum()) for name, each in zip(reader.checkpoints, numbers, strict=True)

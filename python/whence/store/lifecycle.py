@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -68,6 +69,7 @@ def delete(path: str | os.PathLike[str], ids: Any, *, missing: str = "error") ->
         IdError: If an id is of the wrong kind, appears twice, or is not in the store; nothing is
             deleted then.
         LockedError: If a writer has the store open.
+        ShapeError: If `ids` is no list, or empty.
         StoreError: If there is no store, it is damaged, or cannot be written.
 
     Examples:
@@ -132,7 +134,7 @@ def writers(path: Path) -> Iterator[list[Writer]]:
         StoreError: If there is no store, or it is damaged.
     """
     with store_errors(path):
-        names = [name for name, _ in parts(path)] if path.is_dir() else [""]
+        names = [name for name, _ in parts(path)]
     with ExitStack() as stack:
         found = []
         for name in names:
@@ -236,6 +238,14 @@ def clear(path: Path, manifest: Manifest) -> None:
                 each.unlink()
 
 
+_NUMBER = "[0-9]{8,18}"
+_OURS = re.compile(
+    rf"({SHARD}|{MAP}){_NUMBER}|{PACK}{_NUMBER}\.json|{GONE}{_NUMBER}\.npy"
+    rf"|({PACK}|manifest-){_NUMBER}\.part"
+)
+"""What writers make; a name that only begins so is somebody else's, and not ours to remove."""
+
+
 def leftovers(path: Path, manifest: Manifest) -> list[Path]:
     """What lies in a store's folder under names of ours, and is named nowhere.
 
@@ -249,11 +259,10 @@ def leftovers(path: Path, manifest: Manifest) -> list[Path]:
     for older in manifests(path)[:-1]:
         with suppress(StoreError):
             named |= gone_in(older)
-    ours = (SHARD, MAP, PACK, GONE)
     return [
         each
         for each in sorted(path.iterdir())
-        if (each.name.startswith(ours) and each.name not in named) or each.suffix == ".part"
+        if _OURS.fullmatch(each.name) and each.name not in named
     ]
 
 

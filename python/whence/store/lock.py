@@ -27,7 +27,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "lock"
+        self._path = path = folder / "lock"
         with store_errors(path):
             # Follows no link: what a store points to is not ours to write.
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -59,6 +59,14 @@ class Lock:
     def is_held(self) -> bool:
         """Whether it was not let go."""
         return not self._file.closed
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder still has this lock: if not, others do not see that it is held."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat())
+        except OSError:
+            return False
 
     @property
     def is_ours(self) -> bool:

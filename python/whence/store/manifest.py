@@ -305,6 +305,9 @@ class Manifest:
             raise ValueError(f"number must be {number}, as in its name")
         known = {each.name for each in fields(cls)} - {"unknown"}
         unknown = {name: body.pop(name) for name in set(body) - known}
+        for name in ("checkpoints", "shards", "packs", "skipped"):
+            if not isinstance(body[name], list):
+                raise ValueError(f"{name} must be a list, got {body[name]!r:.80}")
         manifest = cls(**body, unknown=unknown)
         if (columns := body["columns"]) is not None:
             if not isinstance(columns, list):
@@ -350,9 +353,9 @@ class Manifest:
         for name, kind in (self.columns or {}).items():
             if not isinstance(name, str) or kind not in COLUMN_KINDS:
                 raise ValueError(f"column {name!r:.80} must be of a known type, got {kind!r}")
-        if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
-            raise ValueError("checkpoints must have distinct names")
         for checkpoint in self.checkpoints:
+            if not is_name(checkpoint.name):
+                raise ValueError(f"a checkpoint must have a name, got {checkpoint.name!r:.80}")
             if checkpoint.weights not in ("fixed", "moving"):
                 raise ValueError(f"{checkpoint.name} must be one that a recorder writes")
             if checkpoint.first and (checkpoint.map is None) == self.is_preconditioned:
@@ -362,6 +365,8 @@ class Manifest:
             for name in ("learning_rate", "weight"):
                 if (value := getattr(checkpoint, name)) is not None:
                     _arrays.number(name, value, positive=True)
+        if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
+            raise ValueError("checkpoints must have distinct names")
         if not isinstance(self.writer, (str, type(None))):
             raise ValueError(f"writer must be as in '3/8', got {self.writer!r:.80}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
@@ -388,8 +393,13 @@ def sizes_of(model: Any) -> dict[str, int]:
             raise ValueError("parameters must have names and kinds")
         sizes[each["name"]] = math.prod(_arrays.shape_of(each["name"], each["shape"]))
     if not isinstance(model["digest"], str):
-        raise ValueError(f"a model must have a digest, got {model['digest']!r:.80}")
+        raise ValueError(f"model must have a digest, got {model['digest']!r:.80}")
     return sizes
+
+
+def is_name(value: Any) -> bool:
+    """Whether a checkpoint can have this name: a text, of which an export can be made."""
+    return isinstance(value, str) and bool(value) and "\0" not in value
 
 
 MARKER = "committed-"

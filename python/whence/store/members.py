@@ -117,16 +117,25 @@ def warn_of_missing(path: Path, stacklevel: int) -> list[str]:
     return found
 
 
+def check_there(path: Path) -> None:
+    """Nothing, if a path is a folder.
+
+    Raises:
+        StoreError: If it is not.
+    """
+    with store_errors(path):
+        if not path.is_dir():
+            got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
+            raise StoreError(f"path must be the folder of a store, got {got}")
+
+
 def parts(path: Path) -> list[tuple[str, Manifest]]:
     """The stores that make up the one at `path`, by the names of their folders; "" for itself.
 
     Raises:
         StoreError: If there is none, or one is damaged.
     """
-    with store_errors(path):
-        if not path.is_dir():
-            got = f"the file {path}" if path.exists() else f"{path}, which does not exist"
-            raise StoreError(f"path must be the folder of a store, got {got}")
+    check_there(path)
     found = []
     for name in members(path):
         check_folder(path / name)
@@ -251,7 +260,14 @@ def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 def _same(among: str, what: str, first: str, there: Any, name: str, here: Any) -> None:
     if there != here:
+        if isinstance(there, dict) and isinstance(here, dict):  # the rest would only hide it
+            there, here = _without(there, here), _without(here, there)
         raise MismatchError(
             f"{what} must be the same for all {among}, got {there!r:.80} in {first} and "
             f"{here!r:.80} in {name}"
         )
+
+
+def _without(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The entries of one that are not in the other."""
+    return {key: each for key, each in one.items() if key not in other or other[key] != each}

@@ -275,19 +275,21 @@ class Reader:
             raise CheckpointError(f"checkpoint must be one of {self.checkpoints}, got {name!r}")
         return self.checkpoints.index(name)
 
-    def eligible(self, where: Any) -> NDArray[np.bool_]:
+    def eligible(self, where: Any, argument: str = "where") -> NDArray[np.bool_]:
         """[examples] whether each passes a filter.
 
         Args:
             where: None for all; a dict of column name to a value or a list of values, all of
                 which must hold; [examples] bool; or ids.
+            argument: The name of `where`, for an error.
 
         Raises:
             ArgumentError: If a column is not in the store.
             DtypeError: If `where` is something else.
             IdError: If an id is not in the store.
         """
-        return eligible(where, len(self), self.columns, self.manifest.columns or {}, self.positions)
+        kinds = self.manifest.columns or {}
+        return eligible(where, len(self), self.columns, kinds, self.positions, argument)
 
     def _read_examples(self, name: str) -> NDArray[Any]:
         """[examples] a column, at the first checkpoint that each example has."""

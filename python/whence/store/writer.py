@@ -268,9 +268,9 @@ class Writer:
         Raises:
             IdError: If an id is longer than `_arrays.MAX_ID`: no reader would take it.
             NotFiniteError: If a value, or the norm of a row, is not finite.
-            StoreError: If a commit that is due fails, or in a process that was forked.
+            StoreError: If a commit that is due fails; as `commit`.
         """
-        self._check_process()
+        self._check()
         if not len(ids):
             return
         if ids.dtype.kind == "U" and (longest := int(np.char.str_len(ids).max())) > MAX_ID:
@@ -425,9 +425,9 @@ class Writer:
             replaces: Whether rows of ids that are there go, with the next commit.
 
         Raises:
-            StoreError: If waiting rows cannot be committed, or in a process that was forked.
+            StoreError: If waiting rows cannot be committed; as `commit`.
         """
-        self._check_process()
+        self._check()
         if self.manifest.ids is None:
             self.manifest.ids = _arrays.kind_of_array(ids)
         if replaces:
@@ -449,10 +449,10 @@ class Writer:
         """Confirms all rows taken so far: when it returns, a crash or power cut keeps them.
 
         Raises:
-            StoreError: If it cannot; the rows stay in memory, and the next commit tries again. In
-                a process that was forked.
+            StoreError: If it cannot; the rows stay in memory, and the next commit tries again.
+                Also in a process that was forked, and where the store's folder was exchanged.
         """
-        self._check_process()
+        self._check()
         self._settle()
         before = self._state
         if not before.waiting and not before.going and not self._changed:
@@ -488,9 +488,9 @@ class Writer:
         Nothing is gone from them. What was confirmed before is removed from the disk.
 
         Raises:
-            StoreError: If it cannot; the store is then as it was. In a process that was forked.
+            StoreError: If it cannot; the store is then as it was. As `commit`.
         """
-        self._check_process()
+        self._check()
         self._settle()
         before = self._state
         number = before.number + 1
@@ -517,18 +517,24 @@ class Writer:
             self._abandon()
         self._lock.close()
 
-    def _check_process(self) -> None:
-        """Nothing, in the process that opened the store.
+    def _check(self) -> None:
+        """Nothing, if this process still is the one writer of the store.
 
-        A child that was forked has a copy of what waits: it would write that a second time.
+        A child that was forked has a copy of what waits, and would write that a second time. Where
+        the folder was moved away, another store may lie in its place.
 
         Raises:
-            StoreError: In another.
+            StoreError: If it is not.
         """
         if not self._lock.is_ours:
             raise StoreError(
                 f"{self.path} must be written by process {self._lock.process}, which opened it, "
                 f"got {os.getpid()}, which was forked since"
+            )
+        if not self._lock.is_in_place:
+            raise StoreError(
+                f"{self.path} must keep its lock while it is written, got none or another: the "
+                "folder was moved, or the lock removed"
             )
 
     def _settle(self) -> None:
@@ -604,8 +610,10 @@ class Writer:
         self._background.drain()  # first: nothing may write to a file that is closed
         ahead, self._ahead = self._ahead, None
         self._written, self._written_bytes = 0, 0
-        if ahead is not None:
+        if ahead is not None and self._lock.is_in_place:
             ahead.abandon()
+        elif ahead is not None:  # what lies there now is not ours to remove
+            ahead.close()
 
     def _write_shard(self, waiting: tuple[_Batch, ...]) -> Shard:
         """Writes rows to a folder of a name that was never used."""

@@ -5,6 +5,8 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, ScopedJoinHandle};
+use std::time::Duration;
 
 use crate::error::Error;
 use crate::stop::{Asker, Stop, Watch};
@@ -12,10 +14,13 @@ use crate::stop::{Asker, Stop, Watch};
 /// The most threads a call starts, whatever it was asked for.
 pub const MAX_THREADS: usize = 256;
 
+/// How long the calling thread sleeps, at most, while it waits for the others.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// Does the `jobs` in any order on up to `threads` threads, each with a state of its own, and
 /// returns the states of all threads.
 ///
-/// The calling thread takes part, and asks `asker` between jobs; a job of more than milliseconds
+/// The calling thread takes part, and asks `asker` between jobs and while it waits for others; a job of more than milliseconds
 /// checks its [`Watch`] now and then. Which thread does which job is not fixed: `work` must give
 /// the same result for any sharing-out.
 ///
@@ -32,6 +37,12 @@ pub fn share<S: Send>(
     let stop = Stop::new();
     let next = AtomicUsize::new(0);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let fail = |error| {
+        if let Ok(mut first) = failure.lock() {
+            first.get_or_insert(error);
+        }
+        stop.raise(); // after it: others that end because of this are not what went wrong
+    };
     let run = |ask: Option<&Asker<'_>>| {
         let mut mine = state();
         let watch = Watch::new(&stop, ask);
@@ -41,20 +52,35 @@ pub fn share<S: Send>(
                 return mine;
             }
             if let Err(error) = watch.check().and_then(|()| work(&mut mine, job, &watch)) {
-                stop.raise();
-                if let Ok(mut first) = failure.lock() {
-                    first.get_or_insert(error);
-                }
+                fail(error);
                 return mine;
             }
         }
     };
+    let (caller, running) = (thread::current(), AtomicUsize::new(0));
     let workers = threads.clamp(1, MAX_THREADS).min(jobs.max(1)) - 1;
-    let states = std::thread::scope(|scope| {
+    let states = thread::scope(|scope| {
+        let behind = || {
+            running.fetch_add(1, Ordering::Relaxed);
+            let mine = run(None);
+            running.fetch_sub(1, Ordering::Release);
+            caller.unpark();
+            mine
+        };
         // A system that will start no more threads slows the work down; it does not end it.
-        let start = |_| std::thread::Builder::new().spawn_scoped(scope, || run(None)).ok();
+        let start = |_| thread::Builder::new().spawn_scoped(scope, behind).ok();
         let others: Vec<_> = (0..workers).map_while(start).collect();
         let mut states = vec![run(Some(asker))];
+        let watch = Watch::new(&stop, Some(asker));
+        // One that has not begun yet finds no job; one that panicked is finished.
+        while running.load(Ordering::Acquire) > 0
+            && !others.iter().all(ScopedJoinHandle::is_finished)
+        {
+            if let Err(error) = watch.check() {
+                fail(error);
+            }
+            thread::park_timeout(LOOK);
+        }
         for other in others {
             match other.join() {
                 Ok(theirs) => states.push(theirs),
@@ -97,6 +123,9 @@ pub fn collect<S: Send, T: Send>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+    use std::time::Instant;
+
     use super::*;
     use crate::stop::never;
 
@@ -154,5 +183,45 @@ mod tests {
         let asker = Asker::new(&yes);
         let found = share(usize::MAX, 2, &asker, || (), |(), _, _| Ok(()));
         assert!(matches!(found, Err(Error::Stopped)));
+    }
+
+    #[test]
+    fn a_caller_who_is_done_still_asks_while_another_works() {
+        let (yes, caller, both) = (|| true, thread::current().id(), Barrier::new(2));
+        let begun = Instant::now();
+        let found = share(
+            2,
+            2,
+            &Asker::new(&yes),
+            || (),
+            |(), _, watch| {
+                both.wait(); // so that each thread has one job
+                while thread::current().id() != caller && begun.elapsed() < Duration::from_secs(20)
+                {
+                    watch.check()?;
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Ok(())
+            },
+        );
+        assert!(matches!(found, Err(Error::Stopped)));
+    }
+
+    #[test]
+    fn a_worker_that_panics_ends_the_call() {
+        let caller = thread::current().id();
+        let both = Barrier::new(2);
+        let found = share(
+            2,
+            2,
+            &Asker::new(&never),
+            || (),
+            |(), _, _| {
+                both.wait();
+                assert!(thread::current().id() == caller, "on purpose");
+                Ok(())
+            },
+        );
+        assert!(matches!(found, Err(Error::Internal(_))));
     }
 }

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use whence_core::error::Error;
 use whence_core::store::{self, Part, Stored, blocks};
 
-use crate::boundary::{compute_alone, exception, not_contiguous, values_of};
+use crate::boundary::{compute, compute_alone, exception, not_contiguous, values_of};
 use crate::sketch::rows_of;
 
 /// Unit rows and scales, into memory of the caller's; see [`store::encode_into`].
@@ -123,7 +123,8 @@ pub(crate) fn check_file(
     path: PathBuf,
     length: u64,
     checksums: PyReadonlyArray1<'_, u32>,
+    threads: usize,
 ) -> PyResult<Vec<u64>> {
     let checksums = values_of(py, "checksums", &checksums)?;
-    compute_alone(py, |watch| blocks::check_file(&path, length, checksums, watch))
+    compute(py, |asker| blocks::check_file(&path, length, checksums, threads, asker))
 }

@@ -149,11 +149,12 @@ impl InFile {
 impl Shard {
     /// `rows` rows from byte `offset` of a file to its end.
     ///
-    /// With checksums of its blocks (see [`super::blocks`]) it must not be a link to another, and each block is checked when a read first touches it: what is handed out
-    /// has been checked, or lies in a block that had been found as it should be.
+    /// With checksums of its blocks (see [`super::blocks`]) it must not be a link to another, and
+    /// each block is checked when a read first touches it: what is handed out has been checked, or
+    /// lies in a block that had been found as it should be.
     ///
     /// # Errors
-    /// [`Error::Io`] if it is not there, [`Error::Damaged`] if it is not a regular file exactly as
+    /// [`Error::Argument`] if `dim` is 0, [`Error::Io`] if it is not there, [`Error::Damaged`] if it is not a regular file exactly as
     /// long as its rows need, or has not one checksum a block.
     pub fn in_file(
         path: &Path,
@@ -163,6 +164,9 @@ impl Shard {
         kind: Kind,
         checksums: Option<Vec<u32>>,
     ) -> Result<Self, Error> {
+        if dim == 0 {
+            return Err(Error::argument("dim", "at least 1", dim));
+        }
         let (_, length) = open(path, checksums.is_none())?;
         let width = kind.row_bytes(dim);
         let needed = width
@@ -491,6 +495,8 @@ mod tests {
                 let found = Shard::in_file(&path, 0, count, dim, kind, None);
                 assert!(matches!(found, Err(Error::Damaged { .. })));
             }
+            let found = Shard::in_file(&path, 3 * width as u64, 0, 0, kind, None);
+            assert!(matches!(found, Err(Error::Argument { argument: "dim", .. })));
         }
         std::fs::remove_file(&path).unwrap();
     }

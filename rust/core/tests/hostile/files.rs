@@ -247,7 +247,8 @@ pub(super) fn check_files(choices: &mut Choices<'_>) {
     choices.spoil(&mut bytes);
     let file = File::new(0, &bytes);
     let length = choices.about(written.len() as u64);
-    let Some(bad) = fine(blocks::check_file(&file.path, length, &sums, &Watch::none())) else {
+    let found = blocks::check_file(&file.path, length, &sums, 2, &Asker::new(&never));
+    let Some(bad) = fine(found) else {
         assert!(length != bytes.len() as u64 || sums.len() != bytes.len().div_ceil(BLOCK));
         return;
     };
