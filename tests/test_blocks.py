@@ -113,6 +113,16 @@ def test_arrays_are_what_numpy_writes(tmp_path_factory, kind, shape):
     assert np.array_equal(read_array(folder / "ours.npy", written, kind, tuple(shape)), array)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("|O", (2,)), ("(,)i4, i4", (2,)), ("<f8", (-1, -2)), ("<f8", (2.0,)), (["<f8"], (2,))],
+)
+def test_arrays_of_no_known_type_or_shape_are_refused(tmp_path, kind, shape):
+    written = write(tmp_path / "a.npy", header(kind, shape), bytes(16))  # its header says the same
+    with pytest.raises(errors.StoreError, match=r"a\.npy must hold values of a known type"):
+        read_array(tmp_path / "a.npy", written, kind, shape)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2**40,), (2**62, 2**20), (1, 1, 1)])
 def test_a_header_is_as_long_for_any_shape(shape):
     assert len(header("<f4", shape)) == 128

@@ -1,5 +1,6 @@
 """Factors against their definition, computed example by example with torch.func."""
 
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -35,6 +36,8 @@ from whence import errors
 from whence.curvature.basis import Leading, bases
 from whence.curvature.factors import STAGES
 from whence.curvature.labels import DrawnLabels
+from whence.curvature.spectra import eigh
+from whence.store.files import read_json, write_array, write_json
 
 
 def fit(model, loader, loss=squares, **options):
@@ -628,7 +631,7 @@ def test_saving_never_overwrites(tmp_path):
     factors.save(tmp_path / "factors")
     with pytest.raises(errors.StoreError, match="path must be new"):
         factors.save(tmp_path / "factors")
-    with pytest.raises(errors.StoreError, match="saved factors"):
+    with pytest.raises(errors.StoreError, match=f"saved factors, got {tmp_path} without a factors"):
         whence.Factors.load(tmp_path)
     with pytest.raises(errors.StoreError, match="saved factors"):
         whence.Factors.load(tmp_path / "nothing")
@@ -664,6 +667,152 @@ def test_damaged_factors_are_named(saved, data):
 def saved(tmp_path_factory):
     model, loss, x = case("perceptron")
     return fit(model, batches(x), loss).save(tmp_path_factory.mktemp("saved") / "factors")
+
+
+def put(body, place, value):
+    """Puts a value at a place in nested lists and dicts."""
+    *holders, last = place
+    for each in holders:
+        body = body[each]
+    body[last] = value
+
+
+AT = ("checkpoints", 0)
+BLOCK = (*AT, "blocks", 0)
+LEFT = (*BLOCK, "sides", "left")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("stage",), "covariance"),
+        (("stage",), "eigenvalues"),
+        (("stage",), "soon"),
+        (("reduction",), None),
+        (("labels",), "true"),
+        (("settings", "damping"), 10**400),
+        (("settings", "leading"), 2),
+        (("settings", "unheard of"), 1),
+        (("model",), []),
+        (("model", "parameters", 0, "name"), [1]),
+        (("model", "parameters", 1, "shape"), [1, 1]),
+        (("checkpoints",), []),
+        ((*AT, "name"), 3),
+        ((*AT, "weight"), 0),
+        ((*AT, "weight"), 10**400),
+        ((*AT, "longest"), None),
+        ((*AT, "pairs"), {"0.weight": ["0.bias", "up"]}),
+        ((*AT, "pairs"), {"0.weight": [[], "left"]}),
+        ((*AT, "examples"), [9]),
+        ((*AT, "examples"), [9, -1]),
+        ((*AT, "examples"), [9, True]),
+        ((*AT, "examples"), [9, 10**400]),
+        ((*AT, "wide"), 1),
+        ((*AT, "wide"), None),
+        ((*AT, "blocks"), []),
+        ((*BLOCK, "parameter"), "0.bias"),
+        ((*BLOCK, "parameter"), []),
+        ((*BLOCK, "start"), 10**6),
+        ((*BLOCK, "kind"), "lookup"),
+        ((*BLOCK, "shape"), [3, 4, 1]),
+        ((*BLOCK, "shape"), [3.0, 4]),
+        ((*BLOCK, "bias"), None),
+        ((*BLOCK, "bias"), ["0.bias", 0, 1]),
+        ((*BLOCK, "bias"), ["0.bias", 9, 5]),
+        ((*BLOCK, "ones"), "left"),
+        ((*BLOCK, "terms"), None),
+        ((*BLOCK, "terms"), 10**400),
+        ((*BLOCK, "sides"), {}),
+        ((*LEFT, "ranges"), []),
+        ((*LEFT, "ranges"), [[0, 10**400]]),
+        ((*LEFT, "ranges"), [[0, "x"]]),
+        ((*LEFT, "ranges"), [[0, 0], [0, 5]]),
+        ((*LEFT, "ranges"), [[0, 5.0]]),
+        ((*LEFT, "ranges"), [[1, 5]]),
+        ((*LEFT, "ranges", 0), [0]),
+        ((*LEFT, "one"), 0),
+        ((*LEFT, "one"), True),
+        (("directions",), None),
+        (("directions", "total"), 0),
+        (("directions", "examples"), 1),
+        (("directions", "widest"), 10**400),
+        (("arrays", "directions-0", 0), "(,)i4, i4"),
+        (("arrays", "directions-0", 1), [-1, -1]),
+    ],
+    ids=repr,
+)
+def test_what_no_fit_describes_is_refused(tmp_path, saved, place, value):
+    path = shutil.copytree(saved, tmp_path / "factors") / "factors.json"
+    body = read_json(path)
+    put(body, place, value)
+    write_json(path, body)
+    with pytest.raises(errors.StoreError, match=r"factors\.json is damaged|must hold values of a"):
+        whence.Factors.load(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("0-squares", np.nan, r"block-0-squares\.npy must be finite, got nan at \[0, 1\]"),
+        ("0-left-0", -np.inf, r"block-0-left-0\.npy must be finite, got -inf at \[0, 1\]"),
+        ("1-kronecker", -1.0, r"block-1-kronecker\.npy must be at least 0, got -1\.0"),
+    ],
+)
+def test_values_that_no_fit_finds_are_named_by_their_file(tmp_path, saved, name, value, match):
+    path = change_array(shutil.copytree(saved, tmp_path / "factors"), name, 1, value)
+    with pytest.raises(errors.StoreError, match=match):
+        whence.Factors.load(path)
+
+
+def change_array(path, name, place, value):
+    """Puts a value into an array of the first checkpoint, and makes its checksum fit."""
+    name = f"checkpoint-0-block-{name}"
+    array = np.load(path / f"{name}.npy")
+    array.flat[place] = value
+    body = read_json(path / "factors.json")
+    body["files"][name] = write_array(path / f"{name}.npy", array)
+    write_json(path / "factors.json", body)
+    return path
+
+
+def test_eigenvectors_that_overflow_are_an_error_of_ours(tmp_path):
+    model, loss, x = case("perceptron")
+    model, x = model.float(), x.float()
+    fit(model, batches(x), loss, path=tmp_path / "fit")
+    change_array(tmp_path / "fit" / "checkpoint-0000-eigenvalues", "0-left-vectors-0", 0, 3e38)
+    with pytest.raises(errors.NotFiniteError, match="products of sampled rows must be finite, got"):
+        fit(model, batches(x), loss, path=tmp_path / "fit")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "match"),
+    [
+        (torch.full((1, 1), torch.nan), r"^it must be finite, got nan at \[0, 0\]"),
+        (torch.full((2, 2), torch.inf), r"^it must be finite, got inf at \[0, 0\]"),
+        (torch.full((9, 9), torch.nan), r"^it must be finite, got nan at \[0, 0\]"),
+        (torch.full((40, 40), 3e38), r"^eigenvalues of it must be finite, got inf at \[39\]"),
+    ],
+)
+def test_eigenvalues_that_are_not_finite_are_named(matrix, match):
+    with pytest.raises(errors.NotFiniteError, match=match):
+        eigh("it", matrix)
+
+
+def test_eigenvalues_that_are_not_found_are_an_error_of_ours(monkeypatch):
+    def lost(matrix):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", lost)
+    with pytest.raises(errors.NotFiniteError, match="eigenvalues of it must be finite, got none"):
+        eigh("it", torch.eye(2))
+
+
+def test_a_folder_begun_by_something_else_is_refused(tmp_path):
+    model, loss, x = case("perceptron")
+    (tmp_path / "fit").mkdir()
+    write_json(tmp_path / "fit" / "fit.json", ["longest"])
+    with pytest.raises(errors.StoreError, match=r"fit\.json must hold a JSON object"):
+        fit(model, batches(x), loss, path=tmp_path / "fit")
 
 
 def test_a_killed_fit_goes_on(tmp_path):
@@ -750,6 +899,13 @@ def in_several_places():
 def frozen(layer, which=1):
     list(layer.parameters())[which].requires_grad_(False)
     return layer
+
+
+@pytest.mark.parametrize("name", in_several_places())
+def test_saved_factors_of_shared_parameters_are_read_as_they_were(tmp_path, name):
+    model, loss, x = in_several_places()[name]
+    factors = fit(model, batches(x), loss, uncovered="functional", longest=2)
+    assert same(whence.Factors.load(factors.save(tmp_path / "factors")), factors)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from whence import errors, evaluate
 from whence.evaluate.ranks import average_ranks, subset_sums
+from whence.store.files import read_json, write_json
 
 
 def normal(*shape, seed=0):
@@ -537,6 +538,15 @@ def test_a_damaged_result_is_named(tmp_path):
     file.write_bytes(file.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
     with pytest.raises(errors.StoreError, match=r"subset-000000-seed-0\.json is damaged"):
         evaluate.retrain(train, chosen, 1, outputs_of, tmp_path)
+
+
+@pytest.mark.parametrize("outputs", [[10**400, 1, 2], [None] * 3, ["1", "2", "3"], [], 1, [[1]]])
+def test_what_no_model_gave_is_refused(tmp_path, outputs):
+    evaluate.retrain(train, evaluate.subsets(20, 2), 1, outputs_of, tmp_path)
+    file = tmp_path / "subset-000000-seed-0.json"
+    write_json(file, {**read_json(file), "outputs": outputs})
+    with pytest.raises(errors.StoreError, match=r"subset-000000-seed-0\.json is damaged"):
+        evaluate.retrain(train, evaluate.subsets(20, 2), 1, outputs_of, tmp_path)
 
 
 def test_results_can_be_read_by_people(tmp_path):

@@ -32,6 +32,7 @@ from torch import nn
 import whence
 from whence import errors
 from whence.gradients.blocks import Block
+from whence.gradients.coordinates import from_arrays, to_arrays
 from whence.sketch import KINDS
 from whence.store import Writer
 
@@ -881,6 +882,39 @@ def test_hostile_manifests_of_preconditioned_rows_are_refused(tmp_path, staged, 
     newest.write_bytes(text + f"\n{zlib.crc32(text):08x}\n".encode())
     with pytest.raises(errors.StoreError, match="damaged"):
         whence.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda blocks, arrays: blocks[0].update(kind="unheard of"),
+        lambda blocks, arrays: blocks[0].update(shape=[3.5, 4]),
+        lambda blocks, arrays: blocks[0].update(bias=None),
+        lambda blocks, arrays: blocks[0]["sides"].pop("left"),
+        lambda blocks, arrays: blocks[0]["sides"].update(left=[[0, 10**6]]),
+        lambda blocks, arrays: blocks[0]["sides"].update(left=[[0, "x"]]),
+        lambda blocks, arrays: arrays.update({"block-0-left-0": np.zeros((1, 2), np.float32)}),
+        lambda blocks, arrays: arrays.update({"block-0-right-ones": np.zeros(1, np.float32)}),
+        lambda blocks, arrays: arrays.update({"block-0-rows": arrays["block-0-rows"] + 99}),
+        lambda blocks, arrays: arrays.update({"block-0-columns": arrays["block-0-columns"] - 1}),
+        lambda blocks, arrays: arrays.update({"block-0-scales": np.zeros(1, np.float32)}),
+        lambda blocks, arrays: arrays.update(basis=np.zeros((1, 2), np.float32)),
+    ],
+)
+def test_coordinates_that_do_not_fit_together_are_refused(change):
+    blocks, arrays = to_arrays(fitted("perceptron").maps[0])
+    assert len(from_arrays(blocks, arrays).choices) == len(blocks)
+    change(blocks, arrays)
+    with pytest.raises(errors.MismatchError, match="coordinates must be of this version of whence"):
+        from_arrays(blocks, arrays)
+
+
+def test_rows_of_a_table_that_do_not_rise_are_refused():
+    blocks, arrays = to_arrays(fitted("embedding").maps[0])
+    number = next(at for at, block in enumerate(blocks) if block["kind"] == "lookup")
+    arrays[f"block-{number}-columns"] = arrays[f"block-{number}-columns"][::-1]
+    with pytest.raises(errors.MismatchError, match=f"block-{number}-columns must rise"):
+        from_arrays(blocks, arrays)
 
 
 def files_of(path):

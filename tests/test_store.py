@@ -283,6 +283,12 @@ def rewrite_shard(path, number, change):
         (lambda body: body["sketch"].pop("kind"), "sketch must say its kind and seed"),
         (lambda body: body["sketch"].pop("seed"), "sketch must say its kind and seed"),
         (lambda body: body.update(ids="bytes"), "ids"),
+        (lambda body: body["model"].pop("digest"), "digest"),
+        (lambda body: body["model"].update(parameters=[{"name": "a", "kind": "b"}]), "shape"),
+        (
+            lambda body: body["checkpoints"][0].update(learning_rate=10**400),
+            "learning_rate must be a positive finite number",
+        ),
     ],
 )
 def test_a_hostile_manifest_is_refused(tmp_path, change, match):

@@ -144,7 +144,7 @@ def vouch(folder: Path) -> None:
     for path in sorted(folder.rglob("*.json"), key=lambda each: -len(each.parts)):
         if path.name.startswith(("manifest-", "pack-")):
             continue
-        with suppress(ValueError, IndexError, TypeError, AttributeError):
+        with suppress(ValueError, LookupError, TypeError, AttributeError):
             body = load(path)
             files = body["files"] if isinstance(body, dict) and "files" in body else {}
             for name, known in list(files.items()):
@@ -155,7 +155,7 @@ def vouch(folder: Path) -> None:
             store_json(path, body)
     for prefix in ("pack-", "manifest-"):
         for path in folder.rglob(f"{prefix}*.json"):
-            with suppress(ValueError, IndexError, TypeError, AttributeError):
+            with suppress(ValueError, LookupError, TypeError, AttributeError):
                 body = load(path)
                 vouch_for(path.parent, body)
                 store_json(path, body)

@@ -250,7 +250,8 @@ class Sound:
 def named(fault: Fault) -> set[str]:
     """Words one of which an error must have."""
     names = {Path(name).name for name in (fault.file, fault.other) if name}
-    if "folder" in fault.kind or "manifest.json" in names:  # of an index, which has only that one
+    alone = {"manifest.json", "factors.json"}  # of an index or factors, which have only that one
+    if "folder" in fault.kind or names & alone:
         names |= {Path(name).parent.name for name in (fault.file, fault.other) if name}
         names |= {"writers " + name.split("-")[1] + "/" for name in names if "writer-" in name}
     return names

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence._interrupts import interruptible
+from whence.curvature.spectra import eigh
 from whence.errors import ArgumentError
 
 NEGLIGIBLE = 1e-5
@@ -81,6 +82,9 @@ class Leading:
         """Takes in [examples, coordinates] rows of each checkpoint.
 
         O(n (widest + n) · coordinates) for n = `ALONE` examples at first, 2 · widest after that.
+
+        Raises:
+            NotFiniteError: If their products are not finite.
         """
         self._waiting.append(samples)
         while sum(len(each[0]) for each in self._waiting) >= self._enough:
@@ -109,6 +113,7 @@ class Leading:
 
         Raises:
             ArgumentError: If all rows are zero.
+            NotFiniteError: If their products are not finite.
         """
         if self._waiting:
             self._take()
@@ -151,7 +156,7 @@ def _folded(
         above = torch.cat([torch.diag(old), beside], 1)
         gram = torch.cat([above, torch.cat([beside.T, gram], 1)])
     # In float32, which tells leading directions from each other and takes half the time.
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh("products of sampled rows", gram)
     values, vectors = values.flip(0)[:widest], vectors.flip(1)[:, :widest]
     above_rounding = int((values > NEGLIGIBLE * values[0]).sum()) if float(values[0]) > 0 else 0
     mixed = vectors[:, :above_rounding].T
@@ -176,6 +181,7 @@ def bases(directions: Directions, dim: int, turn: int | None) -> list[NDArray[np
 
     Raises:
         ArgumentError: If there are not so many.
+        NotFiniteError: If the second moment is not finite.
     """
     if dim > directions.widest:
         raise ArgumentError(
@@ -199,7 +205,8 @@ def _turned(
     after = torch.eye(dim, dtype=torch.float64)
     if moment is not None:
         moment = moment[:dim, :dim].double()
-        values, vectors = torch.linalg.eigh(torch.nn.functional.pad(moment, (0, empty, 0, empty)))
+        padded = torch.nn.functional.pad(moment, (0, empty, 0, empty))
+        values, vectors = eigh("second moment of drawn labels' rows", padded)
         values = values.clamp(min=0)
         squares = float(values.square().sum())
         ridge = float((values**3).sum()) / squares if squares > 0 else 1.0

@@ -18,31 +18,34 @@ from torch import Tensor
 from whence import _arrays
 from whence._plain import line
 from whence.curvature.basis import Directions, bases
-from whence.curvature.statistics import BlockStatistics, Covariance, Statistics
-from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError, WhenceError
-from whence.gradients.blocks import LOOKUP, Block, Side
-from whence.gradients.coordinates import (
-    Choice,
-    Coordinates,
-    describe,
-    described_block,
-    to_arrays,
+from whence.curvature.kept import (
+    describe_at,
+    describe_directions,
+    read_arrays,
+    read_at,
+    read_directions,
 )
+from whence.curvature.labels import LABELS
+from whence.curvature.statistics import At, BlockStatistics, Covariance, Statistics
+from whence.errors import ArgumentError, DtypeError, MismatchError, StoreError
+from whence.gradients.blocks import LOOKUP, Block, Side
+from whence.gradients.coordinates import Choice, Coordinates, to_arrays
 from whence.gradients.preconditioned import LAYOUT, Prepared
+from whence.gradients.reduction import REDUCTIONS
 from whence.sketch import Sketch
 from whence.store.files import (
-    Written,
-    array_name,
-    read_array,
+    WRONG,
     read_json,
     store_errors,
     sync_directory,
     write_array,
     write_json,
 )
+from whence.store.manifest import sizes_of
 
 FORMAT = "whence factors"
 VERSION = 1
+DESCRIPTION = "factors.json"
 ENOUGH = 0.75
 """The share of unit rows' energy that a default basis holds."""
 
@@ -71,22 +74,26 @@ class Settings:
     corrected: bool = True
     residuals: str = "averaged"
 
+    @classmethod
+    def of(
+        cls, damping: Any, coordinates: Any, leading: Any, corrected: Any, residuals: Any
+    ) -> Settings:
+        """Settings that nobody has looked at yet.
 
-@dataclass(eq=False)
-class At:
-    """Factors at one checkpoint.
-
-    Attributes:
-        name: Of the checkpoint.
-        digest: Of its weights.
-        weight: Of the checkpoint in a combined score.
-        statistics: What was gathered of each block.
-    """
-
-    name: str
-    digest: str
-    weight: float
-    statistics: Statistics
+        Raises:
+            ArgumentError: If one is out of range.
+            DtypeError: If one is of another type.
+        """
+        found = cls(
+            _arrays.number("damping", damping, positive=True),
+            _arrays.integer("coordinates", coordinates, 1),
+            _arrays.number("leading", leading, positive=True),
+            _arrays.boolean("corrected", corrected),
+            _arrays.choice("residuals", residuals, ("averaged", "own")),
+        )
+        if found.leading > 1:
+            raise ArgumentError(f"leading must be at most 1, got {leading}")
+        return found
 
 
 class Factors:
@@ -162,7 +169,39 @@ class Factors:
         """The coordinates of largest Λ / (Λ + damping)."""
         known = self.checkpoints[checkpoint].statistics.known
         damped = self.damped(checkpoint)
-        shares, allowed = [], []
+        shares = self._shares(checkpoint, damped)
+        every = torch.cat([share.flatten() for share in shares])
+        taken = torch.zeros(len(every), dtype=torch.bool)
+        leading = torch.sort(every, descending=True, stable=True).indices
+        taken[leading[: self._count(shares)]] = True
+        masks = torch.split(taken, [share.numel() for share in shares])
+        return Coordinates(
+            [
+                _choice(known[key].block, values, damping, mask.reshape(values.shape))
+                for (key, (values, damping)), mask in zip(damped.items(), masks, strict=True)
+            ]
+        )
+
+    def width(self, checkpoint: int = 0) -> int:
+        """How many coordinates are kept at a checkpoint.
+
+        Raises:
+            ArgumentError: If fitting did not go so far, or none is above zero.
+        """
+        return self._count(self._shares(checkpoint, self.damped(checkpoint)))
+
+    def _count(self, shares: list[Tensor]) -> int:
+        found = sum(int((share > 0).sum()) for share in shares)
+        if not found:
+            raise ArgumentError("factors must have eigenvalues above zero, got none")
+        return min(self.settings.coordinates, found)
+
+    def _shares(
+        self, checkpoint: int, damped: Mapping[tuple[str, int, str], tuple[Tensor, float]]
+    ) -> list[Tensor]:
+        """[left, right] Λ / (Λ + damping) of each block; -1 of coordinates that may not be used."""
+        known = self.checkpoints[checkpoint].statistics.known
+        shares = []
         for key, (values, damping) in damped.items():
             share = values / (values + damping) if damping > 0 else torch.zeros_like(values)
             within = torch.ones_like(share, dtype=torch.bool)
@@ -170,20 +209,8 @@ class Factors:
                 for axis, covariance in enumerate((known[key].left, known[key].right)):
                     leading = _leading(covariance, self.settings.leading)
                     within &= leading[:, None] if axis == 0 else leading[None]
-            shares.append(torch.where(within, share, -1.0).flatten())
-            allowed.append(share.numel())
-        every = torch.cat(shares)
-        count = min(self.settings.coordinates, int((every > 0).sum()))
-        if not count:
-            raise ArgumentError("factors must have eigenvalues above zero, got none")
-        taken = torch.zeros(len(every), dtype=torch.bool)
-        taken[torch.sort(every, descending=True, stable=True).indices[:count]] = True
-        choices = []
-        for (key, (values, damping)), mask in zip(
-            damped.items(), torch.split(taken, allowed), strict=True
-        ):
-            choices.append(_choice(known[key].block, values, damping, mask.reshape(values.shape)))
-        return Coordinates(choices)
+            shares.append(torch.where(within, share, -1.0))
+        return shares
 
     def check(self, model: Mapping[str, Any], reduction: str) -> None:
         """Nothing, if they are of these layers and this reduction; see `Preconditioner`.
@@ -211,6 +238,7 @@ class Factors:
         Raises:
             ArgumentError: If `dim` is more than was kept or the sample spans, or fitting did not go
                 so far.
+            NotFiniteError: If what is left in the basis is not finite.
         """
         weights = [at.weight for at in self.checkpoints]
         spec: dict[str, Any] = {"layout": LAYOUT, "method": self.method, **asdict(self.settings)}
@@ -393,6 +421,8 @@ class Progress:
         if not there:
             write_json(description, asked)
         elif (found := read_json(description)) != asked:
+            if not isinstance(found, dict):
+                raise StoreError(f"{description} must hold a JSON object, got {found!r:.80}")
             odd = [name for name in asked if found.get(name, ...) != asked[name]]
             raise MismatchError(f"path must be new or of the same {', '.join(odd)}, got {path}")
         self._path = path
@@ -580,16 +610,10 @@ def save(factors: Factors, path: Path) -> Path:
     temporary = path.with_name(path.name + ".part")
     arrays: dict[str, Tensor] = {}
     described = [
-        _describe_at(at, f"checkpoint-{number}", arrays)
+        describe_at(at, f"checkpoint-{number}", arrays)
         for number, at in enumerate(factors.checkpoints)
     ]
-    found = factors.directions
-    if found is not None:
-        arrays["directions-values"] = found.values
-        for number, matrix in enumerate(found.matrices):
-            arrays[f"directions-{number}"] = matrix
-        if found.moment is not None:
-            arrays["directions-moment"] = found.moment
+    directions = describe_directions(factors.directions, arrays)
     with store_errors(path):
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -607,66 +631,26 @@ def save(factors: Factors, path: Path) -> Path:
             "settings": asdict(factors.settings),
             "stage": factors.stage,
             "checkpoints": described,
-            "directions": None
-            if found is None
-            else {"total": found.total, "examples": found.examples, "widest": found.widest},
+            "directions": directions,
             "files": files,
             "arrays": {
-                name: [_KINDS[array.dtype], list(array.shape)] for name, array in arrays.items()
+                name: [array.numpy().dtype.str, list(array.shape)] for name, array in arrays.items()
             },
         }
-        write_json(temporary / "factors.json", body)
+        write_json(temporary / DESCRIPTION, body)
         temporary.rename(path)
         sync_directory(path.parent)
     return path
 
 
-_KINDS = {torch.float64: "<f8", torch.float32: "<f4"}
-
-
-def _describe_at(at: At, prefix: str, arrays: dict[str, Tensor]) -> dict[str, Any]:
-    """A checkpoint's factors for JSON; what is long goes to `arrays`."""
-    blocks = []
-    for number, known in enumerate(at.statistics.known.values()):
-        stem = f"{prefix}-block-{number}"
-        sides: dict[str, Any] = {}
-        for name in ("left", "right"):
-            covariance: Covariance | None = getattr(known, name)
-            if covariance is None:
-                continue
-            sides[name] = {"ranges": [list(each) for each in covariance.ranges]}
-            sides[name]["one"] = covariance.one
-            for place, total in enumerate(covariance.sums):
-                arrays[f"{stem}-{name}-{place}"] = total
-            side: Side | None = getattr(known.block, name)
-            if side is not None:
-                for place, (_, _, matrix) in enumerate(side.parts):
-                    arrays[f"{stem}-{name}-vectors-{place}"] = matrix
-                if side.ones is not None:
-                    arrays[f"{stem}-{name}-ones"] = side.ones
-        for name in ("kronecker", "squares"):
-            if getattr(known, name) is not None:
-                arrays[f"{stem}-{name}"] = getattr(known, name)
-        blocks.append({**describe(known.block), "sides": sides, "terms": known.terms})
-    statistics = at.statistics
-    return {
-        "name": at.name,
-        "digest": at.digest,
-        "weight": at.weight,
-        "longest": statistics.longest,
-        "pairs": {name: list(pair) for name, pair in statistics.pairs.items()},
-        "examples": statistics.examples,
-        "wide": statistics.dtype == torch.float64,
-        "blocks": blocks,
-    }
-
-
 def load(path: Path) -> Factors:
     """See `Factors.load`."""
-    description = path / "factors.json"
+    description = path / DESCRIPTION
     with store_errors(path):
         if not description.is_file():
-            raise StoreError(f"path must be a folder of saved factors, got {path} without any")
+            raise StoreError(
+                f"path must be a folder of saved factors, got {path} without a {DESCRIPTION}"
+            )
     body = read_json(description)
     try:
         if body["format"] != FORMAT:
@@ -676,76 +660,38 @@ def load(path: Path) -> Factors:
                 f"{description}: version must be {VERSION}, got {body['version']!r:.80}; fit the "
                 "factors again"
             )
-        arrays = {
-            name: torch.from_numpy(
-                np.array(
-                    read_array(
-                        path / array_name(f"{name}.npy"),
-                        Written.of(body["files"][name]),
-                        kind,
-                        tuple(shape),
-                    )
-                )
-            )
-            for name, (kind, shape) in body["arrays"].items()
-        }
-        checkpoints = [
-            _read_at(each, f"checkpoint-{number}", arrays)
-            for number, each in enumerate(body["checkpoints"])
-        ]
-        directions = None
-        if body["directions"] is not None:
-            directions = Directions(
-                arrays["directions-values"],
-                [arrays[f"directions-{number}"] for number in range(len(checkpoints))],
-                **body["directions"],
-                moment=arrays.get("directions-moment"),
-            )
-        return Factors(
-            body["model"],
-            body["reduction"],
-            body["labels"],
-            Settings(**body["settings"]),
-            checkpoints,
-            body["stage"],
-            directions,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, WhenceError):
-            raise
+        return _read(body, read_arrays(path, body))
+    except WRONG as error:
         raise StoreError(f"{description} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _read_at(each: Mapping[str, Any], prefix: str, arrays: Mapping[str, Tensor]) -> At:
-    known = {}
-    for number, described in enumerate(each["blocks"]):
-        stem = f"{prefix}-block-{number}"
-        covariances: dict[str, Covariance] = {}
-        sides: dict[str, Side] = {}
-        for name, side in described["sides"].items():
-            ranges = [(first, end) for first, end in side["ranges"]]
-            sums = [arrays[f"{stem}-{name}-{place}"] for place in range(len(ranges))]
-            covariances[name] = Covariance(ranges, sums, side["one"])
-            if f"{stem}-{name}-vectors-0" in arrays:
-                parts = [
-                    (first, end, arrays[f"{stem}-{name}-vectors-{place}"])
-                    for place, (first, end) in enumerate(ranges)
-                ]
-                sides[name] = Side(parts, arrays.get(f"{stem}-{name}-ones"))
-        block = described_block(described, sides.get("left"), sides.get("right"))
-        known[block.key] = BlockStatistics(
-            block,
-            covariances.get("left"),
-            covariances.get("right"),
-            described["terms"],
-            arrays.get(f"{stem}-kronecker"),
-            arrays.get(f"{stem}-squares"),
-        )
-    statistics = Statistics(
-        each["longest"],
-        {name: (bias, side) for name, (bias, side) in each["pairs"].items()},
-        known,
-        list(each["examples"]),
-        torch.float64 if each["wide"] else torch.float32,
+def _read(body: Mapping[str, Any], arrays: dict[str, Tensor]) -> Factors:
+    """Factors from what files hold of them, once it is what `save` can have written.
+
+    Raises:
+        ValueError: If it is not; or another error of `WRONG`.
+    """
+    stage = _arrays.choice("stage", body["stage"], STAGES)
+    sizes = sizes_of(body["model"])
+    checkpoints = [
+        read_at(each, f"checkpoint-{number}", arrays, sizes, rotated=stage != STAGES[0])
+        for number, each in enumerate(body["checkpoints"])
+    ]
+    if not checkpoints or len({at.name for at in checkpoints}) < len(checkpoints):
+        raise ValueError("checkpoints must be at least one, with distinct names")
+    factors = Factors(
+        body["model"],
+        _arrays.choice("reduction", body["reduction"], REDUCTIONS),
+        _arrays.choice("labels", body["labels"], LABELS),
+        Settings.of(**body["settings"]),
+        checkpoints,
+        stage,
     )
-    return At(each["name"], each["digest"], each["weight"], statistics)
+    if (body["directions"] is None) == (stage == "basis"):
+        raise ValueError(f"directions must be there at the stage 'basis' alone, got {stage!r}")
+    if body["directions"] is not None:
+        widths = [factors.width(number) for number in range(len(checkpoints))]
+        factors.directions = read_directions(body["directions"], arrays, widths)
+    if arrays:
+        raise ValueError(f"arrays must be those of blocks and directions, got {min(arrays)!r:.80}")
+    return factors

@@ -20,9 +20,9 @@ from whence._core import MAX_DIM
 from whence._interrupts import interruptible
 from whence._plain import line
 from whence.curvature.basis import Leading
-from whence.curvature.factors import STAGES, At, Factors, Progress, Settings
-from whence.curvature.labels import DrawnLabels, Mixture
-from whence.curvature.statistics import Statistics
+from whence.curvature.factors import STAGES, Factors, Progress, Settings
+from whence.curvature.labels import LABELS, DrawnLabels, Mixture
+from whence.curvature.statistics import At, Statistics
 from whence.errors import ArgumentError, CheckpointError, DtypeError, MismatchError
 from whence.gradients.capture import Capture, not_finite
 from whence.gradients.coordinates import Coordinates
@@ -41,9 +41,6 @@ from whence.gradients.reduction import REDUCTIONS
 from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_of
 from whence.gradients.weights import State, digest, load, put
-
-LABELS = ("sampled", "empirical")
-"""Whose gradients the curvature is made of."""
 
 MAX_SEED = (1 << 63) - 2
 """The largest seed whose successor torch takes."""
@@ -137,7 +134,7 @@ def fit_factors(
         CheckpointError: If a state does not fit the model.
         LayerError: If labels cannot be drawn for the loss.
         CoverageError: If a later pass reaches layers that the first did not.
-        NotFiniteError: If a gradient is NaN or infinite.
+        NotFiniteError: If a gradient is NaN or infinite, or so large that their products are.
         MismatchError: If `start`, or what is at `path`, is of another model or setting.
 
     Examples:
@@ -175,19 +172,9 @@ def fit_factors(
         uncovered == "error",
         progress,
     )
-    settings = Settings(
-        _arrays.number("damping", damping, positive=True),
-        _arrays.integer("coordinates", coordinates, 1),
-        _arrays.number("leading", leading, positive=True),
-        _arrays.boolean("corrected", corrected),
-        _arrays.choice(
-            "residuals",
-            ("averaged" if labels == "sampled" else "own") if residuals is None else residuals,
-            ("averaged", "own"),
-        ),
-    )
-    if settings.leading > 1:
-        raise ArgumentError(f"leading must be at most 1, got {leading}")
+    if residuals is None:
+        residuals = "averaged" if labels == "sampled" else "own"
+    settings = Settings.of(damping, coordinates, leading, corrected, residuals)
     _arrays.choice("until", until, STAGES)
     if states is not None and (not isinstance(states, Mapping) or not states):
         raise DtypeError(

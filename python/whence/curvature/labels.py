@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 from whence.errors import LayerError
 from whence.gradients.residuals import Calls
 
+LABELS = ("sampled", "empirical")
+"""Whose gradients the curvature is made of."""
+
 
 class DrawnLabels(TorchFunctionMode):
     """While it is entered, losses of torch see labels that are drawn from their input.

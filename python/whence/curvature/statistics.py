@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whence._interrupts import interruptible
+from whence.curvature.spectra import eigh
 from whence.gradients.blocks import (
     LOOKUP,
     OUTER,
@@ -78,11 +78,15 @@ class Covariance:
                 total[size, :size] += sums
                 total[size, size] += len(values) if weights is None else weights.double().sum()
 
-    def side(self, dtype: torch.dtype) -> tuple[Side, Tensor]:
-        """Eigenvectors, largest first in each stretch, and [columns] float64 eigenvalues."""
+    def side(self, name: str, dtype: torch.dtype) -> tuple[Side, Tensor]:
+        """Eigenvectors, largest first in each stretch, and [columns] float64 eigenvalues.
+
+        Raises:
+            NotFiniteError: If the covariance, which is called `name`, is not finite.
+        """
         parts, values, ones = [], [], []
         for (first, end), total in zip(self.ranges, self.sums, strict=True):
-            eigenvalues, vectors = interruptible(torch.linalg.eigh, total)
+            eigenvalues, vectors = eigh(name, total)
             values.append(eigenvalues.flip(0).clamp(min=0))
             vectors = vectors.flip(1)
             size = end - first
@@ -116,14 +120,19 @@ class BlockStatistics:
     squares: Tensor | None = None
 
     def rotate(self, examples: int, dtype: torch.dtype) -> BlockStatistics:
-        """The same with eigenvectors, and room for second moments."""
+        """The same with eigenvectors, and room for second moments.
+
+        Raises:
+            NotFiniteError: If a covariance is not finite.
+        """
+        name = f"covariance of {self.block.parameter}"
         first = second = None
         values: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.left is not None:
-            first, left_values = self.left.side(dtype)
+            first, left_values = self.left.side(name, dtype)
             values = (left_values, None)
         if self.right is not None:
-            second, right_values = self.right.side(dtype)
+            second, right_values = self.right.side(name, dtype)
             values = (values[0], right_values)
         block = replace(self.block, left=first, right=second)
         kronecker = None
@@ -205,11 +214,10 @@ class Statistics(BlockMap):
         elif bias is not None and not self._has(bias[0], bias[2]):
             pair = (bias[0], bias[2], shape[0])
         block = Block(name, start, OUTER, shape, pair, ones)
-        one = [pair is not None and ones == side for side in ("left", "right")]
         self._take(
             block,
-            Covariance.of(shape[0], self.longest, one=one[0]),
-            Covariance.of(shape[1], self.longest, one=one[1]),
+            Covariance.of(shape[0], self.longest, one=block.has_one("left")),
+            Covariance.of(shape[1], self.longest, one=block.has_one("right")),
         )
         return block
 
@@ -240,6 +248,23 @@ class Statistics(BlockMap):
     def _take(self, block: Block, left: Covariance | None, right: Covariance | None) -> None:
         self.append(block)
         self.known[block.key] = BlockStatistics(block, left, right)
+
+
+@dataclass(eq=False)
+class At:
+    """Factors at one checkpoint.
+
+    Attributes:
+        name: Of the checkpoint.
+        digest: Of its weights.
+        weight: Of the checkpoint in a combined score.
+        statistics: What was gathered of each block.
+    """
+
+    name: str
+    digest: str
+    weight: float
+    statistics: Statistics
 
 
 class _Covariances(BlockAccumulator):

@@ -16,7 +16,7 @@ from whence.errors import ArgumentError, DtypeError, MismatchError, ShapeError, 
 from whence.evaluate.checks import function, numbers, subsets_of
 from whence.evaluate.measures import fraction
 from whence.hashing.families import MAX_SEED
-from whence.store.files import read_json, store_errors, write_json
+from whence.store.files import WRONG, read_json, store_errors, write_json
 
 VERSION = 0
 """Of the files of results."""
@@ -205,12 +205,10 @@ class Results:
             if body["version"] != VERSION:
                 raise MismatchError(f"{file} must be of version {VERSION}, got {body['version']}")
             number, seed, digest = body["subset"], body["seed"], body["digest"]
-            outputs = np.array(body["outputs"], np.float64)
+            outputs = numbers("outputs", body["outputs"], "queries").astype(np.float64)
             if any(type(each) is not int or each < 0 for each in (number, seed)):
                 raise ValueError(f"subset and seed must be numbers, got {number!r}, {seed!r:.80}")
-            if outputs.ndim != 1:
-                raise ValueError(f"outputs must be a list of numbers, got {outputs.ndim} axes")
-        except (KeyError, TypeError, ValueError) as error:
+        except WRONG as error:
             raise StoreError(f"{file} is damaged: {type(error).__name__}: {error}") from None
         if number >= self._count:  # of an earlier call with more subsets
             return

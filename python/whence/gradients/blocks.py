@@ -117,6 +117,18 @@ class Block:
         return self.parameter.rpartition(".")[0] or self.parameter
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """Name -> number of values of each side that can have eigenvectors."""
+        rows, columns = self.shape
+        if self.kind == OUTER:
+            return {"left": rows, "right": columns}
+        return {"left": columns if self.kind == LOOKUP else rows}
+
+    def has_one(self, side: str) -> bool:
+        """Whether a constant one stands for the bias after the values of a side."""
+        return self.bias is not None and self.ones == side
+
+    @property
     def sides(self) -> tuple[Side, Side]:
         """Both sides of a weight."""
         if self.left is None or self.right is None:

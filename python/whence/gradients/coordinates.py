@@ -12,7 +12,7 @@ A row is z, or z V for a basis V learnt from the training data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from whence import _arrays
 from whence.errors import MismatchError
-from whence.gradients.blocks import LOOKUP, OUTER, Block, BlockAccumulator, BlockMap, Side
+from whence.gradients.blocks import LOOKUP, OUTER, VECTOR, Block, BlockAccumulator, BlockMap, Side
 from whence.sketch import Sketch
+from whence.store.files import WRONG
 
 FORMED_VALUES = 1 << 24
 """Products of both sides are formed for as many samples at a time as fit in 64 MiB."""
@@ -222,34 +224,30 @@ def describe(block: Block) -> dict[str, Any]:
     }
 
 
-def described_block(
-    each: Mapping[str, Any], left: Side | None = None, right: Side | None = None
-) -> Block:
-    """The block that `describe` described.
+def described_block(each: Mapping[str, Any]) -> Block:
+    """The block that `describe` described, still without eigenvectors.
 
     Raises:
-        MismatchError: If it is of another version.
+        ValueError: If it cannot have been; or another error of `whence.store.files.WRONG`.
     """
-    try:
-        bias, (rows, columns) = each["bias"], each["shape"]
-        if each["kind"] == OUTER and (left is None) != (right is None):
-            raise ValueError("a weight must have two sides")
-        if each["kind"] == LOOKUP and right is not None:
-            raise ValueError("a table must have one side")
-        return Block(
-            each["parameter"],
-            each["start"],
-            each["kind"],
-            (rows, columns),
-            None if bias is None else (bias[0], bias[1], bias[2]),
-            each["ones"],
-            left,
-            right,
-        )
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise MismatchError(
-            f"blocks must be of this version of whence, got {type(error).__name__}: {error}"
-        ) from None
+    (rows, columns), bias = (_arrays.integer("shape", size, 1) for size in each["shape"]), None
+    kind = _arrays.choice("kind", each["kind"], (OUTER, LOOKUP, VECTOR))
+    ones = _arrays.choice("ones", each["ones"], ("left", "right"))
+    names = [each["parameter"]]
+    if each["bias"] is not None:
+        name, first, length = each["bias"]
+        bias = name, _arrays.integer("bias", first, 0), _arrays.integer("bias", length, 1)
+        names.append(name)
+        if kind != OUTER or length != (columns if ones == "left" else rows):
+            raise ValueError(f"a bias must be of a side of a weight, got {length} values")
+    if not all(isinstance(name, str) for name in names) or (kind == VECTOR and columns != 1):
+        raise ValueError(f"a block must be of a parameter, got {names!r:.80}, {columns} columns")
+    start = _arrays.integer("start", each["start"], 0)
+    block = Block(names[0], start, kind, (rows, columns), bias, ones)
+    given, wanted = set(each["sides"]), set(block.lengths)
+    if given != wanted and (kind != VECTOR or given):  # a long vector has none
+        raise ValueError(f"{block.parameter} must have the sides {wanted}, got {given!r:.80}")
+    return block
 
 
 def from_arrays(
@@ -263,24 +261,69 @@ def from_arrays(
     choices = []
     try:
         for number, each in enumerate(described):
-            sides: dict[str, Side] = {}
-            for name, ranges in each["sides"].items():
-                parts = [
-                    (first, end, _tensor(arrays[f"block-{number}-{name}-{place}"]))
-                    for place, (first, end) in enumerate(ranges)
-                ]
-                ones = arrays.get(f"block-{number}-{name}-ones")
-                sides[name] = Side(parts, None if ones is None else _tensor(ones))
-            block = described_block(each, sides.get("left"), sides.get("right"))
-            rows, columns, scales = (
-                _tensor(arrays[f"block-{number}-{name}"]) for name in ("rows", "columns", "scales")
-            )
-            choices.append(Choice(block, rows, columns, scales))
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+            stem, block = f"block-{number}", described_block(each)
+            sides = {
+                name: _side(block, name, ranges, f"{stem}-{name}", arrays)
+                for name, ranges in each["sides"].items()
+            }
+            block = replace(block, left=sides.get("left"), right=sides.get("right"))
+            choices.append(_choice(block, stem, arrays))
+        basis = arrays.get("basis")
+        if basis is not None and basis.shape[0] != sum(map(len, choices)):
+            raise ValueError(f"basis must be of the coordinates, got {_arrays.describe(basis)}")
+        return Coordinates(choices, basis)
+    except WRONG as error:
         raise MismatchError(
             f"coordinates must be of this version of whence, got {type(error).__name__}: {error}"
         ) from None
-    return Coordinates(choices, arrays.get("basis"))
+
+
+def _side(
+    block: Block, name: str, ranges: Any, stem: str, arrays: Mapping[str, NDArray[Any]]
+) -> Side:
+    """A side of a block, once its stretches follow each other and its arrays fit them.
+
+    Raises:
+        ValueError: If they do not; or another error of `WRONG`.
+    """
+    parts, before = [], 0
+    for place, (first, end) in enumerate(ranges):
+        first = _arrays.integer("ranges", first, before)
+        before = _arrays.integer("ranges", end, first + 1, block.lengths[name])
+        matrix = arrays[f"{stem}-{place}"]
+        _fits(f"{stem}-{place}", matrix, np.float32, (end - first, matrix.shape[-1]))
+        parts.append((first, end, _tensor(matrix)))
+    side = Side(parts)
+    ones = arrays.get(f"{stem}-ones")
+    if (ones is not None) != block.has_one(name):
+        raise ValueError(f"{stem}-ones must be there for a bias alone")
+    if ones is not None:
+        _fits(f"{stem}-ones", ones, np.float32, (side.columns,))
+        side = replace(side, ones=_tensor(ones))
+    return side
+
+
+def _choice(block: Block, stem: str, arrays: Mapping[str, NDArray[Any]]) -> Choice:
+    """What is kept of a block, once it is there.
+
+    Raises:
+        ValueError: If it is not; or another error of `WRONG`.
+    """
+    rows, columns, scales = (arrays[f"{stem}-{name}"] for name in ("rows", "columns", "scales"))
+    _fits(f"{stem}-scales", scales, np.float32, (scales.size,))
+    for name, places, count in zip(("rows", "columns"), (rows, columns), block.values, strict=True):
+        _fits(f"{stem}-{name}", places, np.int64, scales.shape)
+        if ((places < 0) | (places >= count)).any():
+            raise ValueError(f"{stem}-{name} must be places from 0 to {count - 1}")
+    if block.kind == LOOKUP and (np.diff(columns) < 0).any():
+        raise ValueError(f"{stem}-columns must rise")
+    return Choice(block, *map(_tensor, (rows, columns, scales)))
+
+
+def _fits(name: str, array: NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        got = _arrays.describe(array)
+        raise ValueError(f"{name} must be {np.dtype(dtype)} of shape {list(shape)}, got {got}")
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -27,6 +27,7 @@ from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
 from whence.search.basis import Basis
 from whence.search.source import Source
 from whence.store.files import (
+    WRONG,
     Written,
     array_name,
     checksum_of,
@@ -43,8 +44,6 @@ VERSION = 1
 MANIFEST = "manifest.json"
 
 GONE = "gone"
-WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What a manifest whose parts do not fit together ends in."""
 
 PLANES = ("upper", "lower")
 GRAPH = ("graph-norms", "graph-links", "graph-entries")

@@ -36,6 +36,12 @@ PIECE = 4 << 20
 SYNCS = 8
 """How many files are synced at a time: one journal commit of the file system serves several."""
 
+KINDS = ("|b1", "|i1", "|u1", "<u2", "<u4", "<i8", "<f2", "<f4", "<f8")
+"""What `.npy` calls the types of values."""
+
+WRONG = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What Python ends in where JSON holds other things than were written there."""
+
 NO_HEADER = (SyntaxError, TokenError, TypeError, ValueError)
 """What numpy's parser ends in where there is no header of a `.npy` file."""
 
@@ -509,8 +515,12 @@ def read_array(path: Path, written: Written, kind: str, shape: tuple[int, ...]) 
     """The array of a checked `.npy` file.
 
     Raises:
-        StoreError: If it is damaged, or of another type or shape than asked for.
+        StoreError: If it is damaged, or of another type or shape than asked for, or than can be.
     """
+    if kind not in KINDS or any(type(size) is not int or size < 0 for size in shape):
+        raise StoreError(
+            f"{path} must hold values of a known type and shape, got {kind!r:.80} and {shape!r:.80}"
+        )
     content = read(path, written)
     offset = check_header(path, content, kind, shape)
     size = math.prod(shape) * np.dtype(kind).itemsize

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from whence import _core
+from whence import _arrays, _core
 from whence.errors import StoreError
-from whence.store.files import mark, read_json, store_errors, write_json
+from whence.store.files import WRONG, mark, read_json, store_errors, write_json
 from whence.store.gone import Gone
 from whence.store.maps import StoredMap, checked_map
 from whence.store.shards import PACK, Pack, Shard, last_number, read_pack, write_pack
@@ -263,9 +264,7 @@ class Manifest:
         body = read_json(path)
         try:
             return cls.from_json(body, folder, number)
-        except StoreError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except WRONG as error:
             raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     @classmethod
@@ -357,17 +356,15 @@ class Manifest:
         for checkpoint in self.checkpoints:
             if not is_name(checkpoint.name):
                 raise ValueError(f"a checkpoint must have a name, got {checkpoint.name!r:.80}")
-            if checkpoint.weights not in ("fixed", "moving") or not (
-                checkpoint.learning_rate is None or _is_positive(checkpoint.learning_rate)
-            ):
-                raise ValueError(f"{checkpoint} must be one that a recorder writes")
+            if checkpoint.weights not in ("fixed", "moving"):
+                raise ValueError(f"{checkpoint.name} must be one that a recorder writes")
             if checkpoint.first and (checkpoint.map is None) == self.is_preconditioned:
                 raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
-            weight = checkpoint.weight
-            if (weight is None) != (self.rows == "per_checkpoint") or not (
-                weight is None or _is_positive(weight)
-            ):
+            if (checkpoint.weight is None) != (self.rows == "per_checkpoint"):
                 raise ValueError(f"{checkpoint.name} must have a weight if rows are combined")
+            for name in ("learning_rate", "weight"):
+                if (value := getattr(checkpoint, name)) is not None:
+                    _arrays.number(name, value, positive=True)
         if len({checkpoint.name for checkpoint in self.checkpoints}) < len(self.checkpoints):
             raise ValueError("checkpoints must have distinct names")
         if not isinstance(self.writer, (str, type(None))):
@@ -381,20 +378,28 @@ class Manifest:
         for _, id_ in self.skipped:
             if type(id_) is not {"int64": int, "str": str}.get(self.ids or ""):
                 raise ValueError(f"skipped ids must be {self.ids}, got {id_!r:.80}")
-        if not isinstance(self.model["digest"], str):
-            raise ValueError(f"model must have a digest, got {self.model['digest']!r:.80}")
-        for parameter in self.model["parameters"]:
-            if not isinstance(parameter["name"], str) or not isinstance(parameter["kind"], str):
-                raise ValueError("parameters must have names and kinds")
+        sizes_of(self.model)
+
+
+def sizes_of(model: Any) -> dict[str, int]:
+    """Name -> number of values of each parameter of a model, as a manifest describes it.
+
+    Raises:
+        ValueError: If it is none; or another error of `WRONG`.
+    """
+    sizes = {}
+    for each in model["parameters"]:
+        if not isinstance(each["name"], str) or not isinstance(each["kind"], str):
+            raise ValueError("parameters must have names and kinds")
+        sizes[each["name"]] = math.prod(_arrays.shape_of(each["name"], each["shape"]))
+    if not isinstance(model["digest"], str):
+        raise ValueError(f"model must have a digest, got {model['digest']!r:.80}")
+    return sizes
 
 
 def is_name(value: Any) -> bool:
     """Whether a checkpoint can have this name: a text, of which an export can be made."""
     return isinstance(value, str) and bool(value) and "\0" not in value
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 MARKER = "committed-"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from whence.errors import StoreError
 from whence.store.files import (
+    WRONG,
     NewFile,
     Written,
     array_name,
@@ -94,17 +95,15 @@ def read_map(path: Path, stored: StoredMap) -> tuple[Any, dict[str, NDArray[Any]
         body = read_json(folder / "map.json", stored.files["map.json"])
         arrays = {}
         for name, (kind, shape) in body["arrays"].items():
-            if kind not in _KINDS or not all(type(size) is int and size >= 0 for size in shape):
-                raise ValueError(f"{name} must be an array of a known type, got {kind} {shape}")
+            if kind not in _KINDS:
+                raise ValueError(f"{name} must be an array of a known type, got {kind!r:.80}")
             file = f"{name}.npy"
             arrays[name] = read_array(folder / file, stored.files[file], kind, tuple(shape))
         for name, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(f"{name} must be finite")
         return body["map"], arrays
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, StoreError):
-            raise
+    except WRONG as error:
         raise StoreError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from whence import _arrays
 from whence.errors import StoreError
 from whence.store.files import (
+    WRONG,
     NewFile,
     Written,
     array_name,
@@ -156,7 +157,7 @@ class Description:
             if error is not None and not (isinstance(error, (int, float)) and 0 <= error <= 1):
                 raise ValueError(f"error must be from 0 to 1, got {error!r:.80}")
             return cls(checkpoint, rows, files, error)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except WRONG as error:
             raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
