@@ -22,7 +22,11 @@ def average_ranks(values: NDArray[Any]) -> NDArray[np.float64]:
     Returns:
         The same shape. O(values · log rows).
     """
-    order = interruptible(np.argsort, values, axis=0, kind="stable")
+    return interruptible(_average_ranks, values)
+
+
+def _average_ranks(values: NDArray[Any]) -> NDArray[np.float64]:
+    order = np.argsort(values, axis=0, kind="stable")
     ordered = np.take_along_axis(values, order, axis=0)
     rows = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
     differs = ordered[1:] != ordered[:-1]
@@ -70,6 +74,10 @@ def pearson(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
     Returns:
         [columns] from -1 to 1. O(values).
     """
+    return interruptible(_correlation, one, other)
+
+
+def _correlation(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
     return _cosine(_centred(one), _centred(other))
 
 
@@ -109,7 +117,7 @@ def subset_sums(subsets: list[NDArray[np.int64]], scores: NDArray[Any]) -> NDArr
     member = np.zeros((len(subsets), examples), np.bool_)
     for number, places in enumerate(subsets):
         member[number, places] = True
-    step = max(1, BLOCK // queries)
+    step = max(1, BLOCK // max(queries, len(subsets)))
     parts = [scores[start : start + step] for start in range(0, examples, step)]
     largest = np.max([np.abs(part.astype(np.float64)).max(axis=0) for part in parts], axis=0)
     _, exponents = np.frexp(largest)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._interrupts import interruptible
 from whence.errors import DtypeError, ShapeError
 from whence.evaluate.checks import function, numbers, rising, table
 from whence.evaluate.retraining import Outputs, Results, Train, retrain, seeds_of, watched
@@ -221,4 +222,8 @@ def removal_curve(
 
 def _by_score(values: NDArray[Any]) -> NDArray[np.int64]:
     """[examples, queries] places, the largest score first; of equal ones the earlier."""
+    return interruptible(_falling, values)
+
+
+def _falling(values: NDArray[Any]) -> NDArray[np.int64]:
     return np.argsort(-values.astype(np.float64), axis=0, kind="stable")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, DtypeError, MismatchError, ShapeError, StoreError
 from whence.evaluate.checks import function, numbers, subsets_of
 from whence.evaluate.measures import fraction
@@ -57,7 +58,7 @@ def subsets(examples: int, count: int, share: float = 0.5, seed: int = 0) -> NDA
         )
     places = np.arange(examples)
     drawn = [_core.shuffled(places, seed, f"evaluate.subset.{j}")[:size] for j in range(count)]
-    return np.sort(np.stack(drawn), axis=1)
+    return interruptible(np.stack, [np.sort(each) for each in drawn])
 
 
 def leave_one_out_subsets(examples: int, left_out: Any = None) -> NDArray[np.bool_]:

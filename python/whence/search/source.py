@@ -244,10 +244,7 @@ class Source(ABC):
         core, numbers = (self.core, self.numbers) if held is None else held
         reaches, excluded, examples = self.reaches, question.excluded, None
         if question.keep is not None:
-            examples = np.flatnonzero(question.keep)
-            picked = examples[None] if numbers is None else numbers[:, examples]
-            numbers = np.ascontiguousarray(picked, np.uint64)
-            reaches = None if reaches is None else reaches[examples]
+            examples, numbers, reaches = interruptible(_kept, question.keep, numbers, reaches)
             excluded = [np.searchsorted(examples, listed).tolist() for listed in excluded]
         sides = core.ends(
             numbers,
@@ -374,3 +371,13 @@ def _joined(
     """[examples, checkpoints · dim] of [checkpoints, examples, dim], each times its weight."""
     weighted: NDArray[Any] = rows.astype(dtype, copy=False) * weights[:, None, None]
     return weighted.swapaxes(0, 1).reshape(rows.shape[1], -1)
+
+
+def _kept(
+    keep: NDArray[np.bool_], numbers: NDArray[np.uint64] | None, reaches: NDArray[Any] | None
+) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[Any] | None]:
+    """The examples that are kept, the numbers of their rows, and how far their scores reach."""
+    examples = np.flatnonzero(keep)
+    picked = examples[None] if numbers is None else numbers[:, examples]
+    chosen = None if reaches is None else reaches[examples]
+    return examples, np.ascontiguousarray(picked, np.uint64), chosen

@@ -113,7 +113,7 @@ class Vocabulary:
                 known = map(self._numbers.get, found)
                 tokens.extend([number for number in known if number is not None])
             starts.append(len(tokens))
-        return np.array(tokens, np.uint32), np.array(starts, np.uint64)
+        return np.frombuffer(tokens, np.uint32), np.frombuffer(starts, np.uint64)
 
 
 def _tokens_of(name: str, number: int, text: Any) -> tuple[str | None, Any]:
