@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._core import MAX_DIM
@@ -41,6 +39,7 @@ from whence.gradients.reduction import REDUCTIONS
 from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_of
 from whence.gradients.weights import State, digest, load, put
+from whence.store.progress import checked, say, watched
 
 LABELS = ("sampled", "empirical")
 """Whose gradients the curvature is made of."""
@@ -75,7 +74,7 @@ def fit_factors(
     start: Factors | None = None,
     until: str = "basis",
     path: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Factors:
     """The curvature of a loss at one or several checkpoints, by which gradients are preconditioned.
 
@@ -127,7 +126,8 @@ def fit_factors(
         until: "covariance", "eigenvalues" or "basis": where to end.
         path: A folder to save each checkpoint's factors in as they are found, and to go on from
             where an earlier call with the same arguments was killed; None for none.
-        progress: Whether to show a bar, and to say at the end what was chosen and why.
+        progress: Whether to show a bar, and to say at the end what was chosen and why; None means
+            if standard error is a terminal.
 
     Returns:
         Factors, for `record(..., precondition=...)`.
@@ -154,7 +154,6 @@ def fit_factors(
     sample = _arrays.integer("sample", sample, 2)
     widest = _arrays.integer("widest", widest, 1, MAX_DIM)
     seed = _arrays.integer("seed", seed, 0, MAX_SEED)
-    progress = _arrays.boolean("progress", progress)
     fitting = _Fitting(
         model,
         reread("loader", loader),
@@ -173,7 +172,7 @@ def fit_factors(
         examples,
         sample,
         uncovered == "error",
-        progress,
+        checked(progress),
     )
     settings = Settings(
         _arrays.number("damping", damping, positive=True),
@@ -223,8 +222,7 @@ def fit_factors(
     factors = Factors(described, reduction, labels, settings, found, stage)
     if until == "basis":
         factors = fitting.basis(factors, loaded, widest)
-    if progress:
-        tqdm.write(factors.explain(), file=sys.stderr)
+    say(factors.explain, progress)
     return factors
 
 
@@ -292,7 +290,7 @@ class _Fitting:
         examples: int | None,
         sample: int,
         strict: bool,
-        progress: bool,
+        progress: bool | None,
     ) -> None:
         self.model = model
         self.structure = structure
@@ -507,10 +505,7 @@ class _Fitting:
             return sum(1 for _ in self._loader)
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
-        shown: Iterable[Any] = tqdm(
-            batches, desc=line(name), unit="batch", leave=False, disable=not self._progress
-        )
-        return shown
+        return watched(batches, line(name), self._progress, "batch", leave=False)
 
     @staticmethod
     def _refuse_bad(capture: Capture) -> None:
