@@ -38,6 +38,7 @@ from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS
 from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_of
+from whence.gradients.verify import arguments_of
 from whence.gradients.weights import State, digest, load, put
 from whence.store.progress import checked, say, watched
 
@@ -428,7 +429,7 @@ class _Fitting:
         """Runs the loss of batches, without gradients."""
         for number, batch in self._batches(what, group):
             with torch.no_grad(), mode(number):
-                self._task.loss(*_arguments(batch))
+                self._task.loss(*arguments_of(batch))
 
     def _groups(self, factors: Factors) -> Iterator[list[tuple[int, Any]]]:
         """Numbered batches of the sample, `TOGETHER` examples or a few more at a time."""
@@ -512,7 +513,3 @@ class _Fitting:
         if capture.bad:
             names = [f"example {index} of a batch" for index in range(capture.batch)]
             raise not_finite(names, capture.bad)
-
-
-def _arguments(batch: Any) -> Any:
-    return batch if isinstance(batch, (tuple, list)) else (batch,)

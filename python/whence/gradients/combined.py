@@ -36,6 +36,7 @@ from whence.gradients.preconditioned import FittedPreconditioner
 from whence.gradients.recorder import patterns
 from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_in_store
+from whence.gradients.verify import arguments_of
 from whence.gradients.weights import State, digest, load, put
 from whence.sketch import Sketch
 from whence.store import COMBINED, Checkpoint, Manifest, Writer
@@ -209,7 +210,7 @@ class _Keys:
 
     def of(self, batch: Any, count: int) -> tuple[Ids, dict[str, NDArray[Any]]]:
         """[count] ids of a batch, and its columns."""
-        arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+        arguments = arguments_of(batch)
         first, self._at = self._at, self._at + count
         if self._function is not None:
             ids = _arrays.ids("ids", self._function(*arguments))
@@ -336,7 +337,7 @@ class _Recording:
             if residuals is not None:
                 for place, _, _ in kept:
                     batch, share = batches[place], checkpoint.weight or 1.0
-                    arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+                    arguments = arguments_of(batch)
                     with torch.no_grad(), residuals.collecting(place, share):
                         self._task.loss(*arguments)
             yield rows

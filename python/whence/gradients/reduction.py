@@ -19,7 +19,8 @@ def refuse_tokens(reduction: str, tokens: Any) -> None:
     """
     if reduction != "token_mean" and tokens is not None:
         raise ArgumentError(
-            f"tokens must be None for reduction={reduction!r}, got {_arrays.describe(tokens)}"
+            f"tokens must be None for reduction={reduction!r}, and is no name for a column, got "
+            f"{_arrays.describe(tokens)}"
         )
 
 
