@@ -6,8 +6,9 @@ from typing import Any
 
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError
+from whence.store import manifest
 
-REDUCTIONS = ("mean", "sum", "token_mean")
+REDUCTIONS = manifest.REDUCTIONS
 """How a loss combines its examples."""
 
 
