@@ -60,7 +60,7 @@ def test_repair_lists_what_is_lost(store, capsys):
 def test_delete_and_compact(store, capsys):
     assert "2 rows deleted" in run(capsys, "delete", store, "3", "4")[1]
     assert whence.open(store).ids.tolist() == [each for each in range(20) if each not in (3, 4)]
-    assert "18 rows in 1 shards (were 2); 2 rows removed" in run(capsys, "compact", store)[1]
+    assert "18 rows in 1 shard (were 2); 2 rows removed" in run(capsys, "compact", store)[1]
 
 
 @pytest.mark.parametrize("id_", ["99", "three"])
@@ -92,7 +92,7 @@ def test_merge_makes_one_store_of_two(store, tmp_path, capsys):
         capsys, "merge", "--on-duplicate", "first", store, tmp_path / "b", tmp_path / "m"
     )
     assert status == 0
-    assert "23, 23 rows in 1 shards" in out
+    assert "23, 23 rows in 1 shard" in out
     assert whence.open(tmp_path / "m").ids.tolist() == list(range(23))
 
 
@@ -122,3 +122,37 @@ def test_a_missing_writer_is_told_in_one_line(tmp_path, capsys):
         f"whence: {tmp_path}/a\\x1bstore is without the rows of writers 1/3, 3/3, "
         "which have confirmed nothing yet\n"
     )
+
+
+def test_split_by_columns(tmp_path, capsys):
+    path = tmp_path / "s"
+    columns = {"label": np.arange(6) % 3, "kind=of": list("abcabc"), "odd": np.arange(6) % 2 == 1}
+    fill(path, random_rows(6), **columns)
+    split = ("split", path, tmp_path / "t", "--where", "label=1", "--where", "label=2")
+    assert "2, 2 rows" in run(capsys, *split, "--where", "odd=true")[1]
+    assert whence.open(tmp_path / "t").ids.tolist() == [1, 5]
+    run(capsys, "split", path, tmp_path / "u", "--where", "kind=of=a")
+    assert whence.open(tmp_path / "u").ids.tolist() == [0, 3]
+
+
+def test_one_row_is_told_as_one(store, capsys):
+    assert run(capsys, "delete", store, "--skip-missing", "4", "99")[1].startswith("1 row deleted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--where", "label"], "--where must be COLUMN=VALUE, got 'label'"),
+        (["--where", "label=cat"], "--where label must be int64, got 'cat'"),
+        (["--where", "size=1"], "must name columns of ['label'], got 'size'"),
+    ],
+)
+def test_a_filter_that_cannot_be_is_named(store, capsys, arguments, says):
+    status, _, error = run(capsys, "split", store, store.parent / "t", *arguments)
+    assert (status, says in error) == (2, True), error
+
+
+def test_export_takes_a_format_where_the_name_says_none(store, tmp_path, capsys):
+    assert "or format be given" in run(capsys, "export", store, tmp_path / "x")[2]
+    assert run(capsys, "export", store, tmp_path / "x", "--format", "npz")[0] == 0
+    assert len(np.load(tmp_path / "x")["ids"]) == 20

@@ -484,3 +484,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.mkdtemp", refused)
     with pytest.raises(errors.StoreError, match="Permission denied"):
         whence.estimate(model_of(), 10, 16, path=tmp_path / "store")
+
+
+def test_a_tensor_is_a_batch_of_one_argument():
+    model, (x, _) = model_of(), data(10)
+    found = foretold(model, closure=lambda x: model(x).mean(), batch=x)
+    assert found["train"].seconds > 0

@@ -576,7 +576,7 @@ def test_results_can_be_read_by_people(tmp_path):
         ({"masks": [[-1]]}, errors.ArgumentError, "at least 0, got -1"),
         ({"path": __file__}, errors.StoreError, "path must be a folder, got the file"),
         ({"path": 3}, errors.DtypeError, "path must be a path"),
-        ({"progress": 1}, errors.DtypeError, "progress must be True or False"),
+        ({"progress": 1}, errors.DtypeError, "progress must be a bool or None"),
     ],
 )
 def test_what_cannot_be_retrained_is_refused(change, error, match):

@@ -465,6 +465,11 @@ def test_a_version_that_is_no_number_is_refused(tmp_path, value):
         whence.open(tmp_path)
 
 
+def model_of(**changes):
+    parameter = {"name": "w", "shape": [2], "kind": "linear", "places": ["w"], **changes}
+    return {"digest": "0", "parameters": [parameter]}
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -481,12 +486,45 @@ def test_a_version_that_is_no_number_is_refused(tmp_path, value):
         ({"skipped": ""}, "skipped must be a list"),
         ({"packs": {}}, "packs must be a list"),
         ({"model": {"digest": None, "parameters": []}}, "model must have a digest"),
+        ({"model": 5}, "model must be an object"),
+        ({"model": {"digest": ""}}, "it has no 'parameters'"),
+        ({"model": model_of(shape=[2.5])}, "w must have a shape and places"),
+        ({"model": model_of(places="w")}, "w must have a shape and places"),
+        ({"reduction": 3}, "reduction must be one of"),
+        ({"sketch": {"kind": "sjlt", "dim": 13.5, "seed": 0}}, "dim must be a whole number"),
+        ({"sketch": {"kind": "sjlt", "dim": 13, "seed": "0"}}, "seed must be a whole number"),
+        ({"sketch": {"kind": 7, "dim": 13, "seed": 0}}, "kind must be a text"),
+        ({"skipped": [3]}, "skipped must be a list of pairs"),
+        ({"columns": [["a"]]}, "columns must be a list of pairs"),
+        ({"packs": [3]}, "a value in it is of a type"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(tmp_path, change, match):
     entry = by_hand.shard(tmp_path, 1, np.eye(1, 13), [1.0], [1])
     by_hand.manifest(tmp_path, 1, [entry], 13, **change)
     with pytest.raises(errors.StoreError, match=match):
+        whence.open(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["packs", "gone", "writer", "sketch", "requires"])
+def test_a_key_that_is_not_there_is_named(tmp_path, key):
+    by_hand.manifest(tmp_path, 1, [], 13)
+    path = tmp_path / "manifest-00000001.json"
+    body = json.loads(path.read_bytes().splitlines()[0])
+    del body[key]
+    by_hand.put(path, by_hand.object_bytes(body))
+    with pytest.raises(errors.StoreError, match=f"json is damaged: it has no '{key}'"):
+        whence.open(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["first", "last"])
+def test_digests_of_weights_are_texts(tmp_path, key):
+    by_hand.manifest(tmp_path, 1, [], 13)
+    path = tmp_path / "manifest-00000001.json"
+    body = json.loads(path.read_bytes().splitlines()[0])
+    body["checkpoints"][0][key] = [1]
+    by_hand.put(path, by_hand.object_bytes(body))
+    with pytest.raises(errors.StoreError, match="must have digests"):
         whence.open(tmp_path)
 
 

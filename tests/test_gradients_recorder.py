@@ -1318,3 +1318,44 @@ def test_positions_of_a_batch_of_one_are_positions(tmp_path):
     exact = whence.Sketch(dim=64)({n: g[None] for n, g in zip(names, gradients, strict=True)})
     assert np.allclose(batch.rows, exact, rtol=1e-4, atol=1e-6)
     whence.query(model, tmp_path / "s", lambda: F.cross_entropy(model(x[:1]), y[:1]))
+
+
+def test_columns_cannot_have_the_names_of_arguments(tmp_path):
+    model, (x, y) = model_of(), data(4)
+    with record(model, tmp_path / "s") as rec:
+        with pytest.raises(errors.ArgumentError, match="'ids', 'tokens' and 'scale', which are"):
+            rec.batch([0, 1, 2, 3], ids=[4, 5, 6, 7]).__enter__()
+        with pytest.raises(errors.ArgumentError, match="None for reduction='mean', and is no name"):
+            rec.batch([0, 1, 2, 3], tokens=["a", "b", "c", "d"]).__enter__()
+        with rec.batch(ids=[0, 1, 2, 3], label=y):
+            F.cross_entropy(model(x), y).backward()
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 1, 2, 3]
+
+
+def test_columns_are_those_of_the_store_when_it_is_gone_on_with(tmp_path):
+    model, (x, y) = model_of(), data(4)
+    with record(model, tmp_path / "s") as rec:
+        fill(rec, model, x, y)
+    with record(model, tmp_path / "s") as rec:
+        said = r"columns must be \['label'\] as in the first batch of the store, got \['group'\]"
+        with pytest.raises(errors.ArgumentError, match=said):
+            rec.batch([9], group=[1]).__enter__()
+
+
+def test_a_closed_recorder_confirms_nothing(tmp_path):
+    with record(model_of(), tmp_path / "s") as rec:
+        rec.commit()
+    with pytest.raises(errors.WhenceError, match="commit must be called inside"):
+        rec.commit()
+
+
+def test_the_kind_of_a_sketch_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(errors.ArgumentError, match="sketch must be one of"):
+        record(model_of(), tmp_path / "s", sketch="gauss")
+
+
+def test_a_learning_rate_beyond_float32_is_refused(tmp_path):
+    with record(model_of(), tmp_path / "s") as rec:
+        rec.checkpoint("a", learning_rate=3.4e38)
+        with pytest.raises(errors.ArgumentError, match="learning_rate must be at most 3"):
+            rec.checkpoint("b", learning_rate=1e308)

@@ -183,3 +183,50 @@ def test_a_store_of_several_writers_is_deleted_from_and_compacted(tmp_path):
     assert whence.delete(tmp_path / "s", [11, 20]) == 2
     whence.compact(tmp_path / "s")
     assert whence.open(tmp_path / "s").ids.tolist() == [10, 12, 13, 21, 22, 23]
+
+
+def test_examples_are_deleted_by_a_filter(tmp_path):
+    fill(tmp_path / "s", random_rows(6), user=np.array([1, 2, 1, 2, 3, 3]))
+    assert whence.delete(tmp_path / "s", where={"user": [2, 3]}) == 4
+    assert whence.open(tmp_path / "s").ids.tolist() == [0, 2]
+    assert whence.delete(tmp_path / "s", where={"user": 9}) == 0
+    assert whence.delete(tmp_path / "s", where=[False, True]) == 1
+    assert whence.open(tmp_path / "s").ids.tolist() == [0]
+
+
+def test_of_an_empty_list_nothing_is_deleted(tmp_path):
+    fill(tmp_path / "s", random_rows(2))
+    assert whence.delete(tmp_path / "s", []) == 0
+    with pytest.raises(errors.StoreError, match="does not exist"):
+        whence.delete(tmp_path / "t", [])
+
+
+def test_what_to_delete_is_said_once(tmp_path):
+    fill(tmp_path / "s", random_rows(2))
+    for given, got in (({}, "neither"), ({"ids": [1], "where": [1]}, "both")):
+        with pytest.raises(errors.ArgumentError, match=f"ids and where must be given, got {got}"):
+            whence.delete(tmp_path / "s", **given)
+    with pytest.raises(errors.ArgumentError, match="missing must be 'error' with where"):
+        whence.delete(tmp_path / "s", where=[1], missing="skip")
+
+
+@pytest.mark.parametrize("writer", [None, "2/3"])
+def test_who_holds_a_store_that_has_nothing_confirmed_is_named(tmp_path, writer):
+    held = Writer(tmp_path / "s", manifest(), writer)
+    for call in (
+        lambda: whence.delete(tmp_path / "s", [0]),
+        lambda: whence.compact(tmp_path / "s"),
+    ):
+        with pytest.raises(errors.LockedError, match="this process"):
+            call()
+    held.close()
+    with pytest.raises(errors.StoreError, match="nothing was ever confirmed"):
+        whence.compact(tmp_path / "s")
+
+
+def test_a_file_named_lock_of_something_else_stays_as_it_is(tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(errors.StoreError, match="no manifest"):
+        whence.compact(tmp_path)
+    assert (tmp_path / "lock").read_text() == "mine"

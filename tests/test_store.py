@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import shutil
+import sys
+import warnings
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -428,3 +430,83 @@ def test_a_writer_leaves_a_store_alone_that_lies_in_the_place_of_its_own(tmp_pat
     assert after == before
     kept = whence.open(tmp_path / ("moved" if exchanged == "folder" else "s"))
     assert kept.ids.tolist() == [0, 1, 2]
+
+
+def test_a_closed_store_says_so(tmp_path):
+    rows = random_rows(4)
+    fill(tmp_path / "s", rows, label=np.arange(4))
+    with whence.open(tmp_path / "s", memory_map=True) as store:
+        hits = store.search(rows[:1], k=2)
+    assert store.closed
+    assert "closed" in repr(store)
+    for use in (
+        lambda: store.search(rows[:1]),
+        lambda: store.ids,
+        lambda: store.columns["label"],
+        lambda: store.rows([1]),
+        lambda: len(store),
+        lambda: 1 in store,
+        lambda: store.self_influence(),
+        lambda: store.__enter__(),
+    ):
+        with pytest.raises(errors.StoreError, match="store must be open, got"):
+            use()
+    store.close()
+    assert hits.columns["label"].tolist() == [0, 1, 2, 3]
+
+
+def test_closing_lets_go_of_the_rows(tmp_path):
+    fill(tmp_path / "s", random_rows(4))
+    store = whence.open(tmp_path / "s", memory_map=True)
+    store.rows()
+    core = store.core
+    before = sys.getrefcount(core)
+    store.close()
+    assert sys.getrefcount(core) == before - 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "others"), [([3, 5], [4, "3", True, 3.0, None, [3]]), (["a", "b"], ["c", 0])]
+)
+def test_an_id_is_in_the_store_or_not(tmp_path, ids, others):
+    store = fill(tmp_path / "s", random_rows(2), ids)
+    assert all(id_ in store for id_ in ids)
+    assert np.array(ids)[0] in store
+    assert not any(id_ in store for id_ in others)
+
+
+def test_names_with_a_point_in_front_are_nobodys(tmp_path):
+    for name in ("s", "merged", "imported"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".DS_Store").write_bytes(b"x")
+    fill(tmp_path / "s", random_rows(2))
+    whence.merge([tmp_path / "s"], tmp_path / "merged")
+    whence.export_store(tmp_path / "s", tmp_path / "x.npz")
+    whence.import_store(tmp_path / "x.npz", tmp_path / "imported")
+    whence.compact(tmp_path / "s")
+    for name in ("s", "merged", "imported"):
+        assert len(whence.open(tmp_path / name)) == 2
+        assert (tmp_path / name / ".DS_Store").read_bytes() == b"x"
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    fill(tmp_path / "s", random_rows(2))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(errors.StoreError, match="path must be a folder, got the link to nothing"):
+        Writer(tmp_path / "dangling", manifest())
+    with pytest.raises(errors.StoreError, match="out must be a new folder, got the link to"):
+        whence.merge([tmp_path / "s"], tmp_path / "dangling")
+
+
+def test_a_learning_rate_beyond_float32_is_named(tmp_path):
+    store = fill(tmp_path / "s", random_rows(2), rate=1e308)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(errors.NotFiniteError, match="learning_rate must be finite in float32"):
+            store.search(random_rows(1))
+
+
+def test_one_thing_is_told_as_one(tmp_path):
+    store = fill(tmp_path / "s", random_rows(1))
+    assert "1 example, 1 checkpoint ['0']" in repr(store)
+    assert "1, 1 row in 1 shard\n" in str(whence.info(tmp_path / "s"))

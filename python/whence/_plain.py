@@ -62,5 +62,10 @@ def cell(text: str) -> str:
     return _FORMULA.sub(r"\1'\2", line(text))
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """The count with its noun, whose plural has an s unless it is given: 1 query, 1,400 rows."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def _written_out(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")

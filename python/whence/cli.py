@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from whence import store
-from whence._plain import clean, line
-from whence.errors import IdError, MissingDependencyError, WhenceError
+from whence._plain import clean, counted, line
+from whence.errors import ArgumentError, IdError, MissingDependencyError, WhenceError
 
 # As a shell reports them: a store that is not sound, wrong use or an error, Ctrl-C, and output
 # that nobody reads any more.
@@ -111,6 +111,15 @@ def _parser() -> argparse.ArgumentParser:
         default="error",
         help="what to do with an id of two stores (default: %(default)s)",
     )
+    split = _on_store(commands, "split", "make a new store of the examples that pass", _split)
+    split.add_argument("out", type=Path, metavar="OUT", help="the new store's folder")
+    split.add_argument(
+        "--where",
+        action="append",
+        required=True,
+        metavar="COLUMN=VALUE",
+        help="examples of this value; again for another column, or another value of one",
+    )
     export = _on_store(commands, "export", "write a store into one file", _export)
     export.add_argument("file", type=Path, metavar="FILE", help="a .npz, .arrow or .parquet file")
     export.add_argument(
@@ -119,10 +128,15 @@ def _parser() -> argparse.ArgumentParser:
         default="stored",
         help="float32 for numbers, which cannot be imported again (default: %(default)s)",
     )
+    export.add_argument(
+        "--format",
+        choices=("npz", "arrow", "parquet"),
+        help="of the file (default: what its name ends in)",
+    )
     imports = _command(commands, "import", "make a new store of an exported file", _import)
     imports.add_argument("file", type=Path, metavar="FILE", help="what whence export wrote")
     imports.add_argument("store", type=Path, metavar="STORE", help="the new store's folder")
-    for command in (demo, info, verify, repair, compact, delete, merge, export, imports):
+    for command in (demo, info, verify, repair, compact, delete, merge, split, export, imports):
         command.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
@@ -182,6 +196,38 @@ def _compact(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _where(arguments: argparse.Namespace) -> dict[str, list[Any]]:
+    """The filter that `--where` says, its values in the types of the store's columns.
+
+    Raises:
+        ArgumentError: If a text is none of its column's type, or has no equals sign.
+    """
+    kinds = store.Reader(arguments.store).manifest.columns or {}
+    found: dict[str, list[Any]] = {}
+    for text in arguments.where:
+        # A column's name may have an equals sign too: the longest that there is.
+        parts = text.split("=")
+        names = ["=".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+        if not names:
+            raise ArgumentError(f"--where must be COLUMN=VALUE, got {text!r:.80}")
+        name = next((each for each in names if each in kinds), names[-1])
+        kind, value = kinds.get(name, "str"), text[len(name) + 1 :]
+        try:
+            found.setdefault(name, []).append(_READ[kind](value))
+        except (ValueError, KeyError):
+            raise ArgumentError(f"--where {name} must be {kind}, got {value!r:.80}") from None
+    return found
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "bool": {"true": True, "false": False}.__getitem__,
+    "int64": int,
+    "float64": float,
+    "str": str,
+}
+"""Type of a column -> a text to a value of it."""
+
+
 def _delete(arguments: argparse.Namespace) -> int:
     ids: list[Any] = arguments.ids
     if store.Reader(arguments.store).manifest.ids == "int64":
@@ -194,7 +240,7 @@ def _delete(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print(json.dumps({"rows": rows}))
     else:
-        _print(f"{rows:,} rows deleted; whence compact takes their bytes off the disk")
+        _print(f"{counted(rows, 'row')} deleted; whence compact takes their bytes off the disk")
     return 0
 
 
@@ -204,13 +250,21 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _split(arguments: argparse.Namespace) -> int:
+    (out,) = store.split(arguments.store, {arguments.out: _where(arguments)})
+    _show(store.info(out), arguments)
+    return 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    file = store.export_store(arguments.store, arguments.file, rows=arguments.rows)
+    file = store.export_store(
+        arguments.store, arguments.file, format=arguments.format, rows=arguments.rows
+    )
     size = file.stat().st_size
     if arguments.json:
         _print(json.dumps({"file": str(file), "bytes": size}))
     else:
-        _print(f"{file}: {size:,} bytes")
+        _print(f"{file}: {counted(size, 'byte')}")
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from whence._plain import line
 from whence.attribution import query
@@ -44,6 +42,7 @@ from whence.report.html import (
     write_page,
 )
 from whence.search import Hits, Store
+from whence.store.progress import bar
 
 TRAIN = 1400
 FLIPPED = 140
@@ -235,7 +234,7 @@ def train_and_record(digits: Digits, path: Path, seed: int) -> Trained:
     states, losses = {}, []
     with (
         record(model, path, dim=DIM, seed=seed, weight_gradients=False) as recorder,
-        _progress("training and recording", EPOCHS) as progress,
+        bar("training and recording", EPOCHS, None, "epoch") as progress,
     ):
         for epoch in range(1, EPOCHS + 1):
             for batch in _batches(torch.randperm(TRAIN), BATCH):
@@ -626,11 +625,6 @@ def _write_results(out: Path, results: dict[str, Any]) -> None:
 
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 96)
-
-
-def _progress(what: str, total: int) -> Any:
-    # disable=None: no bar where nobody watches, as in a log file.
-    return tqdm(total=total, desc=what, file=sys.stderr, disable=None, unit="epoch")
 
 
 @contextmanager

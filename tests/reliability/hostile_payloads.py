@@ -299,6 +299,7 @@ def bars(text, folder):
             lambda x, y: torch.nn.functional.cross_entropy(model(x), y),
             states=states,
             labels="empirical",
+            progress=True,
         )
     # A bar draws itself over itself, as often as it has time to: what differs is put together.
     drawn = errors.getvalue().replace("\x1b[A", "").replace("\n", "\r").split("\r")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._core import MAX_DIM
@@ -21,6 +20,7 @@ from whence.gradients.coordinates import from_arrays, to_arrays
 from whence.search import Store
 from whence.store import COMBINED, Checkpoint, Manifest, Writer, read_map
 from whence.store.files import Written
+from whence.store.progress import bar, checked
 
 CHUNK = 1024
 """Examples that are read, summed and written at a time."""
@@ -36,7 +36,7 @@ def compress(
     sample: int = 16384,
     seed: int = 0,
     missing: str = "error",
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Path:
     """One row an example, of coordinates that were recorded at several checkpoints.
 
@@ -54,7 +54,7 @@ def compress(
         seed: Of the turn that spreads a row's energy evenly, for rows of few bits.
         missing: What to do with an example that lacks a checkpoint: "error", or "drop" to leave it
             out.
-        progress: Whether to show a bar.
+        progress: Whether to show a bar; None means if standard error is a terminal.
 
     Returns:
         The path. O((sample + examples) · dim · coordinates · checkpoints).
@@ -93,7 +93,7 @@ def compress(
         raise ArgumentError(
             f"dim must be at most {most}, the examples that the basis is learnt from, got {dim}"
         )
-    progress = _arrays.boolean("progress", progress)
+    checked(progress)
     turn = None if dtype in ("float16", "float32") else seed
     matrices = _bases(source, numbers, complete, names, shares, dim, sample, turn)
     spec = {
@@ -191,18 +191,18 @@ def _write(
     numbers: NDArray[np.int64],
     complete: NDArray[np.int64],
     matrices: list[NDArray[Any]],
-    progress: bool,
+    progress: bool | None,
 ) -> None:
     """The rows of all examples that are not written yet."""
     columns = {name: source.columns[name] for name in source.columns}
-    for first in tqdm(
-        range(0, len(complete), CHUNK), desc="compressing", unit_scale=CHUNK, disable=not progress
-    ):
-        chosen = complete[first : first + CHUNK]
-        chosen = chosen[~writer.has(source.ids[chosen])]
-        if len(chosen):
-            total = np.zeros((len(chosen), matrices[0].shape[1]), np.float32)
-            for rows, matrix in zip(numbers, matrices, strict=True):
-                total += _read(source, rows[chosen]) @ matrix
-            kept = {name: column[chosen] for name, column in columns.items()}
-            writer.append(source.ids[chosen], total, writer.check_columns(kept))
+    with bar("compressing", len(complete), progress, "example") as shown:
+        for first in range(0, len(complete), CHUNK):
+            part = complete[first : first + CHUNK]
+            chosen = part[~writer.has(source.ids[part])]
+            if len(chosen):
+                total = np.zeros((len(chosen), matrices[0].shape[1]), np.float32)
+                for rows, matrix in zip(numbers, matrices, strict=True):
+                    total += _read(source, rows[chosen]) @ matrix
+                kept = {name: column[chosen] for name, column in columns.items()}
+                writer.append(source.ids[chosen], total, writer.check_columns(kept))
+            shown.update(len(part))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._core import MAX_DIM
@@ -40,7 +38,9 @@ from whence.gradients.recorder import patterns
 from whence.gradients.reduction import REDUCTIONS
 from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_of
+from whence.gradients.verify import arguments_of
 from whence.gradients.weights import State, digest, load, put
+from whence.store.progress import checked, say, watched
 
 MAX_SEED = (1 << 63) - 2
 """The largest seed whose successor torch takes."""
@@ -72,7 +72,7 @@ def fit_factors(
     start: Factors | None = None,
     until: str = "basis",
     path: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Factors:
     """The curvature of a loss at one or several checkpoints, by which gradients are preconditioned.
 
@@ -124,7 +124,8 @@ def fit_factors(
         until: "covariance", "eigenvalues" or "basis": where to end.
         path: A folder to save each checkpoint's factors in as they are found, and to go on from
             where an earlier call with the same arguments was killed; None for none.
-        progress: Whether to show a bar, and to say at the end what was chosen and why.
+        progress: Whether to show a bar, and to say at the end what was chosen and why; None means
+            if standard error is a terminal.
 
     Returns:
         Factors, for `record(..., precondition=...)`.
@@ -151,7 +152,6 @@ def fit_factors(
     sample = _arrays.integer("sample", sample, 2)
     widest = _arrays.integer("widest", widest, 1, MAX_DIM)
     seed = _arrays.integer("seed", seed, 0, MAX_SEED)
-    progress = _arrays.boolean("progress", progress)
     fitting = _Fitting(
         model,
         reread("loader", loader),
@@ -170,7 +170,7 @@ def fit_factors(
         examples,
         sample,
         uncovered == "error",
-        progress,
+        checked(progress),
     )
     if residuals is None:
         residuals = "averaged" if labels == "sampled" else "own"
@@ -210,8 +210,7 @@ def fit_factors(
     factors = Factors(described, reduction, labels, settings, found, stage)
     if until == "basis":
         factors = fitting.basis(factors, loaded, widest)
-    if progress:
-        tqdm.write(factors.explain(), file=sys.stderr)
+    say(factors.explain, progress)
     return factors
 
 
@@ -279,7 +278,7 @@ class _Fitting:
         examples: int | None,
         sample: int,
         strict: bool,
-        progress: bool,
+        progress: bool | None,
     ) -> None:
         self.model = model
         self.structure = structure
@@ -417,7 +416,7 @@ class _Fitting:
         """Runs the loss of batches, without gradients."""
         for number, batch in self._batches(what, group):
             with torch.no_grad(), mode(number):
-                self._task.loss(*_arguments(batch))
+                self._task.loss(*arguments_of(batch))
 
     def _groups(self, factors: Factors) -> Iterator[list[tuple[int, Any]]]:
         """Numbered batches of the sample, `TOGETHER` examples or a few more at a time."""
@@ -494,17 +493,10 @@ class _Fitting:
             return sum(1 for _ in self._loader)
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
-        shown: Iterable[Any] = tqdm(
-            batches, desc=line(name), unit="batch", leave=False, disable=not self._progress
-        )
-        return shown
+        return watched(batches, line(name), self._progress, "batch", leave=False)
 
     @staticmethod
     def _refuse_bad(capture: Capture) -> None:
         if capture.bad:
             names = [f"example {index} of a batch" for index in range(capture.batch)]
             raise not_finite(names, capture.bad)
-
-
-def _arguments(batch: Any) -> Any:
-    return batch if isinstance(batch, (tuple, list)) else (batch,)

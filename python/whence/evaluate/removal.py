@@ -13,8 +13,9 @@ from whence import _arrays, _core
 from whence._interrupts import interruptible
 from whence.errors import DtypeError, ShapeError
 from whence.evaluate.checks import function, numbers, rising, table
-from whence.evaluate.retraining import Outputs, Results, Train, retrain, seeds_of, watched
+from whence.evaluate.retraining import Outputs, Results, Train, retrain, seeds_of
 from whence.hashing.families import MAX_SEED
+from whence.store.progress import watched
 
 KS = tuple(range(20, 181, 20))
 """How many examples `brittleness` removes unless told otherwise."""
@@ -88,7 +89,7 @@ def brittleness(
     ks: Sequence[int] = KS,
     seed: int = 0,
     path: Any = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Brittleness:
     """The smallest number of removals, most helpful first, that change a query's prediction.
 
@@ -142,7 +143,7 @@ def brittleness(
     results = Results(path, 1 + queries * len(ks), subset)
     whole = results.get(0, seed, train, classes)
     smallest = np.full(queries, np.inf)
-    for query in watched(range(queries), "brittleness", progress):
+    for query in watched(range(queries), "brittleness", progress, "query"):
         for step, k in enumerate(ks):
             now = results.get(1 + query * len(ks) + step, seed, train, classes)
             if now[query] != whole[query]:
@@ -161,7 +162,7 @@ def removal_curve(
     draws: int = 1,
     seed: int = 0,
     path: Any = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> RemovalCurve:
     """What removing the most helpful, the most harmful and random examples does to the loss.
 

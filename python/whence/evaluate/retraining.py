@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +17,7 @@ from whence.evaluate.checks import function, numbers, subsets_of
 from whence.evaluate.measures import fraction
 from whence.hashing.families import MAX_SEED
 from whence.store.files import WRONG, read_json, store_errors, write_json
+from whence.store.progress import watched
 
 VERSION = 0
 """Of the files of results."""
@@ -99,7 +99,7 @@ def retrain(
     outputs: Outputs,
     path: Any = None,
     *,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> NDArray[np.float64]:
     """Trains a model on each subset with each seed, and returns what the models give.
 
@@ -116,7 +116,7 @@ def retrain(
             not written whole is made again. Several processes may fill one folder, each with
             seeds of its own. The folder knows the subsets, and cannot know whether `train` or the
             data have changed. None keeps nothing.
-        progress: Whether to show a bar, where somebody watches.
+        progress: Whether to show a bar; None means if standard error is a terminal.
 
     Returns:
         [subsets, seeds, queries] float64. O(subsets · seeds) trainings.
@@ -135,7 +135,7 @@ def retrain(
     chosen = subsets_of("masks", masks)
     results = Results(path, len(chosen), chosen.__getitem__)
     tasks = [(number, seed) for seed in drawn for number in range(len(chosen))]
-    for number, seed in watched(tasks, "retraining", progress):
+    for number, seed in watched(tasks, "retraining", progress, "model"):
         results.get(number, seed, train, outputs)
     return np.stack(
         [[results.held[number, seed] for seed in drawn] for number in range(len(chosen))]
@@ -240,15 +240,6 @@ def seeds_of(value: int | Sequence[int]) -> list[int]:
     if not found or len(set(found)) < len(found):
         raise ArgumentError(f"seeds must be distinct, at least one, got {found}")
     return found
-
-
-def watched(tasks: Sequence[Any], what: str, progress: bool) -> Iterable[Any]:
-    """The tasks, with a bar that says how many are done."""
-    from tqdm.auto import tqdm  # which takes longer to import than all of whence
-
-    # disable=None: no bar where nobody watches, as in a log file.
-    off = None if _arrays.boolean("progress", progress) else True
-    return tqdm(tasks, desc=what, file=sys.stderr, disable=off, unit="model")  # type: ignore[no-any-return]
 
 
 def _digest(subset: NDArray[np.int64]) -> str:

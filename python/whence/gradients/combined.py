@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._arrays import Ids
@@ -37,10 +36,12 @@ from whence.gradients.preconditioned import FittedPreconditioner
 from whence.gradients.recorder import patterns
 from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_in_store
+from whence.gradients.verify import arguments_of
 from whence.gradients.weights import State, digest, load, put
 from whence.sketch import Sketch
 from whence.store import COMBINED, Checkpoint, Manifest, Writer
 from whence.store.manifest import is_name
+from whence.store.progress import checked, watched
 
 
 def record_checkpoints(
@@ -61,7 +62,7 @@ def record_checkpoints(
     unbatched: Sequence[str] = (),
     nonfinite: str = "error",
     writer: str | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Path:
     """Records each example once, its preconditioned rows summed over the checkpoints of a run.
 
@@ -89,7 +90,7 @@ def record_checkpoints(
         unbatched: See tokens.
         nonfinite: As in `record`.
         writer: As in `record`; then with ids, for numbers from 0 on would be of every writer.
-        progress: Whether to show a bar.
+        progress: Whether to show a bar; None means if standard error is a terminal.
 
     Returns:
         The path, for `whence.query(..., states=...)` and `whence.open`.
@@ -105,6 +106,7 @@ def record_checkpoints(
     """
     loader = reread("loader", loader)
     _arrays.choice("nonfinite", nonfinite, ("error", "skip"))
+    checked(progress)
     if writer is not None and ids is None:
         raise ArgumentError(f"ids must be given with writer={writer!r:.80}, got None")
     keys = _Keys(ids, columns)
@@ -208,7 +210,7 @@ class _Keys:
 
     def of(self, batch: Any, count: int) -> tuple[Ids, dict[str, NDArray[Any]]]:
         """[count] ids of a batch, and its columns."""
-        arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+        arguments = arguments_of(batch)
         first, self._at = self._at, self._at + count
         if self._function is not None:
             ids = _arrays.ids("ids", self._function(*arguments))
@@ -252,7 +254,7 @@ class _Recording:
         self._nonfinite = nonfinite
         self._hooks = Hooks(model, structure, strict=False)
 
-    def run(self, loader: Iterable[Any], keys: _Keys, progress: bool) -> None:
+    def run(self, loader: Iterable[Any], keys: _Keys, progress: bool | None) -> None:
         """Records what is not recorded yet."""
         together: list[Any] = []
         counted = 0
@@ -260,7 +262,7 @@ class _Recording:
         with evaluating(self._model, weights=moved):
             self._hooks.install()
             try:
-                for batch in tqdm(loader, desc="recording", unit="batch", disable=not progress):
+                for batch in watched(loader, "recording", progress, "batch"):
                     together.append(batch)
                     counted += length_of(batch)
                     if counted >= TOGETHER:
@@ -335,7 +337,7 @@ class _Recording:
             if residuals is not None:
                 for place, _, _ in kept:
                     batch, share = batches[place], checkpoint.weight or 1.0
-                    arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+                    arguments = arguments_of(batch)
                     with torch.no_grad(), residuals.collecting(place, share):
                         self._task.loss(*arguments)
             yield rows

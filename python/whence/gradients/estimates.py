@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from whence import _arrays
 from whence._arrays import Ids
+from whence._plain import counted
 from whence.errors import ArgumentError, DtypeError, WeightsError
 from whence.gradients.hooks import kept_gradients, without_compiled_code
 from whence.gradients.maps import stored_arrays
@@ -154,7 +155,7 @@ def estimate(
     *,
     checkpoints: int = 1,
     closure: Callable[..., Tensor] | None = None,
-    batch: Sequence[Any] | None = None,
+    batch: Any = None,
     tokens: Any = None,
     ids: Any = None,
     columns: Mapping[str, Any] | None = None,
@@ -188,6 +189,7 @@ def estimate(
         checkpoints: Among how many checkpoints the rows are divided.
         closure: (*batch) -> loss, in the way the training loop computes it, and nothing else.
         batch: Its arguments; tensors, or containers of tensors, of a batch as large as yours are.
+            What is no tuple or list is its one argument.
         tokens: [batch] counted tokens, for reduction="token_mean".
         ids: Some of your keys, whose lengths are taken for those of all; None for whole numbers.
         columns: Name -> some of its values, whose lengths are taken for those of all; None for no
@@ -304,14 +306,14 @@ def _estimate(
                 float(write),
                 round(write_bytes),
                 round(disk),
-                f"files, in {_counted(commits, 'commit')}",
+                f"files, in {counted(commits, 'commit')}",
             ),
             Stage(
                 "search",
                 float(search),
                 round(held) + CORE_BYTES * rows,
                 0,
-                f"one search for {_counted(queries, 'query', 'queries')}, every row scored",
+                f"one search for {counted(queries, 'query', 'queries')}, every row scored",
             ),
         ),
     )
@@ -349,7 +351,7 @@ def _passes(
     recorder: Recorder,
     model: nn.Module,
     closure: Callable[..., Tensor],
-    batch: Sequence[Any],
+    batch: Any,
     tokens: Any,
     sample: _Sample,
 ) -> _Passes:
@@ -657,7 +659,3 @@ def _duration(seconds: float | None) -> str:
     if size < 7200:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:,.1f} h"
-
-
-def _counted(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -16,7 +16,7 @@ from whence.gradients.coordinates import Coordinates, from_arrays, random_basis,
 from whence.gradients.divided import Divided, divided_arrays, divided_from
 from whence.gradients.preconditioned import Preconditioner, Prepared
 from whence.gradients.structure import Structure
-from whence.sketch import LAYOUTS, Sketch
+from whence.sketch import KINDS, LAYOUTS, Sketch
 from whence.store import SECOND_MOMENTS, Checkpoint, Manifest, read_map
 
 FACTORS = ("linear", "conv1d_transposed")
@@ -61,7 +61,7 @@ def map_of(
                 )
     elif sketch is None or isinstance(sketch, str):
         sketch = Sketch(
-            "chunked_sjlt" if sketch is None else sketch,
+            "chunked_sjlt" if sketch is None else _arrays.choice("sketch", sketch, KINDS),
             dim=4096 if dim is None else dim,
             seed=0 if seed is None else seed,
             layout="global" if layout is None else layout,
@@ -214,6 +214,8 @@ def prepared_maps(
         raise DtypeError(
             f"sketch must be the name of a kind or a Sketch, got {_arrays.describe(sketch)}"
         )
+    elif sketch is not None:
+        _arrays.choice("sketch", sketch, KINDS)
     if seed is not None:
         seed = _arrays.integer("seed", seed, 0)
     turned = dtype not in ("float16", "float32")

@@ -23,6 +23,7 @@ from whence.errors import ArgumentError, DtypeError, LayerError
 from whence.gradients.capture import Capture
 from whence.gradients.hooks import Draws, Hooks
 from whence.gradients.reduction import own_loss_factor
+from whence.gradients.verify import arguments_of
 from whence.gradients.weights import preserved
 
 TOGETHER = 4096
@@ -109,7 +110,7 @@ class Task:
             mode: Entered while the loss runs, with a place of its own in what it gives; if it has a
                 `check`, that is called afterwards.
         """
-        arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+        arguments = arguments_of(batch)
         if any(isinstance(each, Tensor) and each.shape[:1] == (0,) for each in arguments):
             raise ArgumentError("loader must give batches of at least one example, got one of none")
 

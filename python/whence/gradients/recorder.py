@@ -50,6 +50,9 @@ from whence.sketch import Sketch
 from whence.store import Checkpoint, Manifest, Writer
 from whence.store.manifest import DTYPES, is_name
 
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest learning rate, by which scores are multiplied."""
+
 DUPLICATES = ("error", "skip", "replace")
 """What can be done with an id that is recorded in the checkpoint."""
 
@@ -267,7 +270,7 @@ class Recorder:
 
         Raises:
             ArgumentError: If the name is empty or has a NUL character, or the learning rate is not
-                a positive number, or given beside factors.
+                a positive number of float32, or given beside factors.
             MismatchError: If the factors make other rows than the store's.
             CheckpointError: If the checkpoint there has another learning rate.
             WhenceError: If called inside a batch.
@@ -277,6 +280,11 @@ class Recorder:
             raise ArgumentError(f"name must be a non-empty str without NUL, got {name!r}")
         if learning_rate is not None:
             learning_rate = _arrays.number("learning_rate", learning_rate, positive=True)
+            if learning_rate > LARGEST:
+                raise ArgumentError(
+                    f"learning_rate must be at most {LARGEST:g}, the largest float32, in which "
+                    f"scores are, got {learning_rate:g}"
+                )
             if isinstance(self._map, Coordinates):
                 raise ArgumentError(
                     "learning_rate must be None for preconditioned rows, whose scores have the "
@@ -306,12 +314,17 @@ class Recorder:
         """Confirms all rows so far: when it returns, a crash or power cut keeps them.
 
         Rows are confirmed on their own every ten seconds or 64 MiB, and at the end.
+
+        Raises:
+            StoreError: If they cannot be written; they stay, and the next commit tries again.
+            WhenceError: If called inside a batch, or on a closed recorder.
         """
         self._check_idle("commit")
+        self._check_open("commit")
         self._writer.commit()
 
     def verify(
-        self, closure: Callable[..., torch.Tensor], batch: Sequence[Any], *, tokens: Any = None
+        self, closure: Callable[..., torch.Tensor], batch: Any, *, tokens: Any = None
     ) -> Verified:
         """Compares recorded rows of two examples with their exact gradients. Stores nothing.
 
@@ -323,7 +336,7 @@ class Recorder:
         Args:
             closure: (*batch) -> loss, in the way the training loop computes it.
             batch: Its arguments; tensors, or containers of tensors, with at least two examples in
-                dimension 0. The first two are used.
+                dimension 0. The first two are used. What is no tuple or list is its one argument.
             tokens: Counted tokens of the first two examples, for reduction="token_mean".
 
         Returns:
@@ -349,7 +362,8 @@ class Recorder:
     @contextmanager
     def batch(
         self,
-        ids: Any,
+        ids: Any = None,
+        /,
         loss: Any = None,
         label: Any = None,
         group: Any = None,
@@ -377,7 +391,7 @@ class Recorder:
                 reduction="token_mean".
             scale: What the loss was multiplied with on top (1 / accumulation steps, the factor of
                 a GradScaler); rows are divided by it.
-            **columns: See loss.
+            **columns: See loss. Named otherwise than `ids`, `tokens` and `scale`.
 
         Yields:
             The batch; its `rows` are filled at the end.
@@ -391,9 +405,13 @@ class Recorder:
             WeightsError: If weights moved where they must not.
         """
         self._check_idle("batch")
-        if not self._open:
-            raise WhenceError(
-                "batch must be called inside `with whence.record(...)`, got a closed recorder"
+        self._check_open("batch")
+        if ids is None:
+            ids = columns.pop("ids", None)
+        if "ids" in columns:
+            raise ArgumentError(
+                "columns must have other names than 'ids', 'tokens' and 'scale', which are taken, "
+                "got 'ids'"
             )
         array = _arrays.ids("ids", ids)
         given = {"loss": loss, "label": label, "group": group, **columns}
@@ -523,6 +541,12 @@ class Recorder:
     def _check_idle(self, call: str) -> None:
         if self._busy:
             raise WhenceError(f"{call} must not be called inside a batch, got one that is open")
+
+    def _check_open(self, call: str) -> None:
+        if not self._open:
+            raise WhenceError(
+                f"{call} must be called inside `with whence.record(...)`, got a closed recorder"
+            )
 
     def _refuse_changes(self) -> None:
         """Nothing, if the model is what it was when recording began.

@@ -6,8 +6,9 @@ from typing import Any
 
 from whence import _arrays
 from whence.errors import ArgumentError, DtypeError
+from whence.store import manifest
 
-REDUCTIONS = ("mean", "sum", "token_mean")
+REDUCTIONS = manifest.REDUCTIONS
 """How a loss combines its examples."""
 
 
@@ -19,7 +20,8 @@ def refuse_tokens(reduction: str, tokens: Any) -> None:
     """
     if reduction != "token_mean" and tokens is not None:
         raise ArgumentError(
-            f"tokens must be None for reduction={reduction!r}, got {_arrays.describe(tokens)}"
+            f"tokens must be None for reduction={reduction!r}, and is no name for a column, got "
+            f"{_arrays.describe(tokens)}"
         )
 
 

@@ -180,13 +180,18 @@ def loss_of(closure: Callable[..., Tensor], batch: Sequence[Any]) -> Tensor:
     Raises:
         DtypeError: If it is not a tensor without dimensions.
     """
-    loss = closure(*batch)
+    loss = closure(*arguments_of(batch))
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise DtypeError(
             "closure must return the loss, a tensor without dimensions, got "
             f"{_arrays.describe(loss)}"
         )
     return loss
+
+
+def arguments_of(batch: Any) -> Sequence[Any]:
+    """What a closure is called with: a batch that is no tuple or list is its one argument."""
+    return batch if isinstance(batch, (tuple, list)) else (batch,)
 
 
 def sliced(value: Any, start: int, end: int) -> Any:

@@ -13,6 +13,7 @@ from whence import _arrays
 from whence.curvature import Factors, fit_factors
 from whence.errors import ArgumentError, CheckpointError
 from whence.gradients.residuals import Residuals
+from whence.gradients.verify import arguments_of
 from whence.methods.method import Closure, Method
 from whence.methods.products import (
     Products,
@@ -244,7 +245,7 @@ def averaged_residuals(
     for name, share in zip(run.states, shares, strict=True):
         with run.at(name), torch.no_grad():
             for number, batch, _ in run.batches(chosen, f"{name}: residuals"):
-                arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+                arguments = arguments_of(batch)
                 with kept.collecting(number, share):
                     run.task.loss(*arguments)
     return kept

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from whence import _arrays
 from whence._arrays import Ids
@@ -27,6 +26,7 @@ from whence.gradients.residuals import Calls
 from whence.gradients.structure import structure_of
 from whence.gradients.weights import State, load, put
 from whence.sketch import Sketch
+from whence.store.progress import checked, watched
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Run:
         layers: As in `record`, with uncovered and unbatched.
         uncovered: See layers.
         unbatched: See layers.
-        progress: Whether to show bars.
+        progress: Whether to show bars; None means if standard error is a terminal.
 
     Raises:
         ArgumentError: If an argument is out of range.
@@ -82,7 +82,7 @@ class Run:
         layers: str | Sequence[str] | None = None,
         uncovered: str = "error",
         unbatched: Sequence[str] = (),
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> None:
         self.model = model
         self.loader = reread("loader", loader)
@@ -110,7 +110,7 @@ class Run:
         self.layers = layers
         self.uncovered = uncovered
         self.structure = structure_of(model, layers, uncovered)
-        self.progress = progress
+        self.progress = checked(progress)
         self._ids = None if ids is None else _arrays.ids("ids", ids)
         self._hooks = Hooks(model, self.structure, strict=uncovered == "error")
         self.examples = 0
@@ -184,7 +184,7 @@ class Run:
         """(number, batch, [batch] numbers of its examples), of those that are chosen."""
         first = 0
         for number, batch in enumerate(
-            tqdm(self.loader, desc=what, leave=False, disable=not self.progress)
+            watched(self.loader, what, self.progress, "batch", leave=False)
         ):
             examples = np.arange(first, first + length_of(batch))
             first += len(examples)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from whence._files import write_text
-from whence._plain import clean, line
+from whence._plain import clean, counted, line
 from whence.report import png, style
 from whence.report.chart import bar
 from whence.report.safe import Html, escape, join, signed, tag, value
-from whence.report.text import QUERIES_SHOWN, RANKS_SHOWN, counted, left_out
+from whence.report.text import QUERIES_SHOWN, RANKS_SHOWN, left_out
 from whence.search import Hits, Show, Side
 
 _EXCERPT = 280  # characters of a text that a card shows before it is opened

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from whence._plain import line
+from whence._plain import counted, line
 from whence.report.safe import signed, value
 from whence.search import Hits, Side
 
@@ -48,11 +48,6 @@ def left_out(hits: Hits) -> list[str]:
     if queries > 0:
         lines.append(f"and {counted(queries, 'more query', 'more queries')}")
     return lines
-
-
-def counted(count: int, one: str, many: str) -> str:
-    """The count with its noun: 1 query, 1,400 examples."""
-    return f"{count:,} {one if count == 1 else many}"
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from whence._plain import line
-from whence.errors import CheckpointError
+from whence._plain import counted, line
+from whence.errors import CheckpointError, NotFiniteError
 from whence.factored import Factored
 from whence.search.hits import COSINE, METHOD, Hits
 from whence.search.source import Source
@@ -36,8 +37,20 @@ RATIO = "a pure number: the product of two gradients, value by value over the op
 class Store(Reader, Source):
     """A store, open for reading: a snapshot of what was committed when it was opened.
 
-    See `whence.open`.
+    See `whence.open`. Used with `with`, it is closed at the end.
     """
+
+    def __enter__(self) -> Store:
+        _ = self.manifest  # a closed store has none
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -54,19 +67,24 @@ class Store(Reader, Source):
         )
 
     def __repr__(self) -> str:
+        if self.closed:
+            return line(f"<whence store {str(self.path)!r}, closed>")
         sketch = self.manifest.sketch
         names = [checkpoint.name for checkpoint in self.manifest.checkpoints]
         combined = self.manifest.rows == COMBINED
         what = "factored"
         if self.manifest.is_preconditioned:
-            what = f"preconditioned dim {sketch['dim']} of {sketch['coordinates']} coordinates"
+            what = (
+                f"preconditioned dim {sketch['dim']} of at most {sketch['coordinates']:,} "
+                "coordinates"
+            )
         elif not self.manifest.is_factored:
             what = f"{sketch['kind']} dim {sketch['dim']} seed {sketch['seed']}"
         error = self.quantisation_error
         lost = "" if error is None else f", relative error {error:.3f}"
         return line(
-            f"<whence store {str(self.path)!r}: {len(self)} examples, "
-            f"{len(names)} checkpoints {names}{' combined' * combined}, {what}, "
+            f"<whence store {str(self.path)!r}: {counted(len(self), 'example')}, "
+            f"{counted(len(names), 'checkpoint')} {names}{' combined' * combined}, {what}, "
             f"{self.manifest.dtype}{lost}>"
         )
 
@@ -198,6 +216,7 @@ class Store(Reader, Source):
 
         Raises:
             CheckpointError: If some checkpoints have a learning rate and others not.
+            NotFiniteError: If a learning rate is too large for float32, in which scores are.
         """
         if self.manifest.rows == COMBINED:
             return np.ones(1, np.float32), INFLUENCE
@@ -221,11 +240,16 @@ class Store(Reader, Source):
             raise CheckpointError(
                 f"learning_rate must be given for all checkpoints or none, got {named}"
             )
+        with np.errstate(over="ignore"):
+            found = np.array(rates, np.float32)
+        if not np.isfinite(found).all():
+            large = np.array(rates)[~np.isfinite(found)][0]
+            raise NotFiniteError(f"learning_rate must be finite in float32, got {large:g}")
         if divided:
-            return np.array(rates, np.float32), f"{RATIO}, each times its learning rate"
+            return found, f"{RATIO}, each times its learning rate"
         if normalized:
-            return np.array(rates, np.float32), f"{COSINE}, each times its learning rate"
-        return np.array(rates, np.float32), (
+            return found, f"{COSINE}, each times its learning rate"
+        return found, (
             "loss: what one step of gradient descent on the example at each checkpoint's learning "
             "rate takes off the query's loss, to first order"
         )
@@ -255,5 +279,7 @@ def open(path: str | os.PathLike[str], *, memory_map: bool = False) -> Store:
     Examples:
         >>> store = whence.open("runs/digits")  # doctest: +SKIP
         >>> store.search(rows, k=10).helpful.ids  # doctest: +SKIP
+        >>> 17 in store  # doctest: +SKIP
+        >>> store.close()  # or: with whence.open("runs/digits") as store  # doctest: +SKIP
     """
     return Store(path, memory_map=memory_map)

@@ -104,7 +104,8 @@ def export_store(
         progress: Whether to show a bar; None means if standard error is a terminal.
 
     Returns:
-        `file`, as an absolute path. It appears when it is whole. O(bytes) time, reading the store
+        `file`, as an absolute path. It appears when it is whole, and is until then beside it, as
+        `.whence-….part`. O(bytes) time, reading the store
         twice; memory for some MiB of rows, and what stands beside the rows of a shard.
 
     Raises:
@@ -556,7 +557,7 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
         StoreError: If the system refuses.
     """
     # A name of its own: of two writers the later one wins, and no file is half of each.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    temporary = path.with_name(f".whence-{secrets.token_hex(8)}.part")
     with store_errors(path):
         try:
             with temporary.open("xb") as file:  # through no link

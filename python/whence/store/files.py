@@ -240,6 +240,15 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number in JSON")
 
 
+def reason(error: Exception) -> str:
+    """What is wrong with what was read, as a reader of it would say, not as Python does."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, ValueError):
+        return str(error)
+    return "a value in it is of a type that it cannot be of"
+
+
 def unfinished(path: Path) -> Path:
     """Where a file of JSON lies until it is whole."""
     return path.with_suffix(".part")

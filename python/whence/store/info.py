@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from whence import _arrays
-from whence._plain import line
+from whence._plain import counted, line
 from whence.store.files import store_errors
 from whence.store.gone import GONE
 from whence.store.lifecycle import leftovers
@@ -69,7 +69,9 @@ class Info:
         lines = {
             "store": repr(str(self.path)),
             "format": f"version {self.version}",
-            "examples": f"{self.examples:,}, {self.rows:,} rows in {self.shards:,} shards",
+            "examples": (
+                f"{self.examples:,}, {counted(self.rows, 'row')} in {counted(self.shards, 'shard')}"
+            ),
             "checkpoints": names or "none",
             "sketch": f"{self.sketch}, dim {self.dim:,}, {self.dtype}",
             "columns": columns or "none",
@@ -77,10 +79,11 @@ class Info:
         }
         if self.gone or self.leftovers:
             lines["compact"] = (
-                f"would remove {self.gone:,} rows, {self.leftovers:,} bytes left over"
+                f"would remove {counted(self.gone, 'row')}, "
+                f"{counted(self.leftovers, 'byte')} left over"
             )
         if self.skipped:
-            lines["skipped"] = f"{self.skipped:,} examples whose gradient was not finite"
+            lines["skipped"] = f"{counted(self.skipped, 'example')} whose gradient was not finite"
         if self.writers > 1:
             lacking = f"; nothing yet of {', '.join(self.missing_writers)}"
             lines["writers"] = f"{self.writers:,}{lacking if self.missing_writers else ''}"

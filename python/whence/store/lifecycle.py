@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,16 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays
-from whence.errors import IdError, StoreError
+from whence._plain import counted
+from whence.errors import ArgumentError, IdError, StoreError
 from whence.store.files import store_errors
 from whence.store.gone import GONE, kept_rows
+from whence.store.lock import Lock
 from whence.store.manifest import DTYPES, Manifest, gone_in, last_committed, manifests
 from whence.store.maps import PREFIX as MAP
-from whence.store.members import parts
+from whence.store.members import members, parts
 from whence.store.progress import bar
-from whence.store.reader import read_columns, read_ids, read_scales, stored_rows
+from whence.store.reader import Reader, read_columns, read_ids, read_scales, stored_rows
 from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
-from whence.store.writer import SHARD_BYTES, Writer
+from whence.store.writer import OURS, SHARD_BYTES, Writer
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,15 @@ class Compacted:
 
     def __str__(self) -> str:
         return (
-            f"{self.rows:,} rows in {self.shards[1]:,} shards (were {self.shards[0]:,}); "
-            f"{self.removed:,} rows removed, {self.freed:,} bytes freed"
+            f"{counted(self.rows, 'row')} in {counted(self.shards[1], 'shard')} "
+            f"(were {self.shards[0]:,}); {counted(self.removed, 'row')} removed, "
+            f"{counted(self.freed, 'byte')} freed"
         )
 
 
-def delete(path: str | os.PathLike[str], ids: Any, *, missing: str = "error") -> int:
+def delete(
+    path: str | os.PathLike[str], ids: Any = None, *, where: Any = None, missing: str = "error"
+) -> int:
     """Deletes examples: their rows at all checkpoints are hidden at once.
 
     Their bytes stay on the disk until `compact` writes the store anew without them; a request to
@@ -58,27 +64,43 @@ def delete(path: str | os.PathLike[str], ids: Any, *, missing: str = "error") ->
 
     Args:
         path: The store's folder.
-        ids: Of the examples; distinct.
-        missing: What to do with an id that is not in the store: "error" or "skip".
+        ids: Of the examples; distinct. Of an empty list none is deleted.
+        where: In their place, which examples: a dict of columns, or [examples] bool, as `where` in
+            `Store.search`. If none passes, none is deleted.
+        missing: What to do with one of `ids` that is not in the store: "error" or "skip".
 
     Returns:
         How many rows were deleted. O(rows) time.
 
     Raises:
-        ArgumentError: If `missing` is another word.
+        ArgumentError: If not one of `ids` and `where` is given, `missing` is another word, or
+            `where` names a column that is not there.
+        DtypeError: If `where` is something else.
         IdError: If an id is of the wrong kind, appears twice, or is not in the store; nothing is
             deleted then.
         LockedError: If a writer has the store open.
-        ShapeError: If `ids` is no list, or empty.
+        ShapeError: If `ids` is no list.
         StoreError: If there is no store, it is damaged, or cannot be written.
 
     Examples:
         >>> whence.delete("runs/digits", ["user-17/0", "user-17/1"])  # doctest: +SKIP
+        >>> whence.delete("runs/digits", where={"user": 17})  # doctest: +SKIP
         >>> whence.compact("runs/digits")  # doctest: +SKIP
     """
     _arrays.choice("missing", missing, ("error", "skip"))
-    array = _arrays.ids("ids", ids)
-    with writers(_arrays.path("path", path)) as found:
+    if (ids is None) == (where is None):
+        got = "neither" if ids is None else "both"
+        raise ArgumentError(f"one of ids and where must be given, got {got}")
+    if where is not None and missing != "error":
+        raise ArgumentError(f"missing must be 'error' with where, got {missing!r}")
+    path = _arrays.path("path", path)
+    none = _arrays.is_list(ids) and not len(ids)
+    array = None if where is not None or none else _arrays.ids("ids", ids)
+    with writers(path) as found:
+        if where is not None:
+            array = _passing(path, where)
+        if array is None or not len(array):
+            return 0
         held = [writer.holds(array) for writer in found]
         lacking = ~np.any(held, axis=0)
         if missing == "error" and lacking.any():
@@ -89,6 +111,14 @@ def delete(path: str | os.PathLike[str], ids: Any, *, missing: str = "error") ->
                 removed += writer.delete(array[here])
                 writer.commit()
     return removed
+
+
+def _passing(path: Path, where: Any) -> NDArray[Any]:
+    """The ids of a store's examples that pass a filter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # writers that have confirmed nothing have nothing to go
+        reader = Reader(path)
+    return reader.ids[reader.eligible(where)]
 
 
 def compact(path: str | os.PathLike[str], *, progress: bool | None = None) -> Compacted:
@@ -134,7 +164,11 @@ def writers(path: Path) -> Iterator[list[Writer]]:
         StoreError: If there is no store, or it is damaged.
     """
     with store_errors(path):
-        names = [name for name, _ in parts(path)]
+        try:
+            names = [name for name, _ in parts(path)]
+        except StoreError:
+            _refuse_held(path)
+            raise
     with ExitStack() as stack:
         found = []
         for name in names:
@@ -142,6 +176,21 @@ def writers(path: Path) -> Iterator[list[Writer]]:
             stack.callback(writer.release)
             found.append(writer)
         yield found
+
+
+def _refuse_held(path: Path) -> None:
+    """Nothing, unless a writer that has confirmed nothing yet has a folder open.
+
+    Raises:
+        LockedError: If one has; says which.
+    """
+    if not path.is_dir():
+        return
+    for folder in (path, *(path / name for name in members(path))):
+        # In a folder of something else a file of this name is not for us to open.
+        ours = all(each.name.startswith((".", *OURS)) for each in folder.iterdir())
+        if ours and (folder / "lock").is_file() and not Manifest.exists(folder):
+            Lock(folder).close()
 
 
 def _compact(writer: Writer, shown: Any) -> Compacted:

@@ -12,7 +12,7 @@ from typing import Any
 
 from whence import _arrays, _core
 from whence.errors import StoreError
-from whence.store.files import WRONG, mark, read_json, store_errors, write_json
+from whence.store.files import WRONG, mark, read_json, reason, store_errors, write_json
 from whence.store.gone import Gone
 from whence.store.maps import StoredMap, checked_map
 from whence.store.shards import PACK, Pack, Shard, last_number, read_pack, write_pack
@@ -30,6 +30,9 @@ KEPT = 1
 
 PACKED = 1000
 """Shards whose entries go into a pack, so that a commit does not write those of all again."""
+
+REDUCTIONS = ("mean", "sum", "token_mean")
+"""How a loss combines its examples."""
 
 DTYPES = {
     "float16": "<f2",
@@ -265,7 +268,7 @@ class Manifest:
         try:
             return cls.from_json(body, folder, number)
         except WRONG as error:
-            raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+            raise StoreError(f"{path} is damaged: {reason(error)}") from None
 
     @classmethod
     def exists(cls, folder: Path) -> bool:
@@ -308,10 +311,15 @@ class Manifest:
         for name in ("checkpoints", "shards", "packs", "skipped"):
             if not isinstance(body[name], list):
                 raise ValueError(f"{name} must be a list, got {body[name]!r:.80}")
+        for name in sorted(known):
+            _ = body[name]  # a key that is missing is named
+        for name in ("sketch", "model"):
+            if not isinstance(body[name], dict):
+                raise ValueError(f"{name} must be an object, got {body[name]!r:.80}")
         manifest = cls(**body, unknown=unknown)
         if (columns := body["columns"]) is not None:
-            if not isinstance(columns, list):
-                raise ValueError(f"columns must be a list, got {columns!r:.80}")
+            if not _are_pairs(columns):
+                raise ValueError(f"columns must be a list of pairs, got {columns!r:.80}")
             manifest.columns = dict(columns)
             if len(manifest.columns) < len(columns):
                 raise ValueError("columns must have distinct names")
@@ -325,6 +333,8 @@ class Manifest:
         manifest.gone = None if body["gone"] is None else Gone.of(body["gone"])
         entries = [each for pack in manifest.packs for each in read_pack(folder, pack)]
         manifest.shards = [Shard.of(each) for each in [*entries, *body["shards"]]]
+        if not _are_pairs(body["skipped"]):
+            raise ValueError(f"skipped must be a list of pairs, got {body['skipped']!r:.80}")
         manifest.skipped = [(checkpoint, id_) for checkpoint, id_ in body["skipped"]]
         manifest._check()
         return manifest
@@ -339,6 +349,10 @@ class Manifest:
             raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
         if self.is_quantised and self.is_factored:
             raise ValueError(f"dtype must be a float for rows of factors, got {self.dtype!r}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r:.80}")
+        if not self.is_factored and type(dim := self.sketch["dim"]) is not int:
+            raise ValueError(f"dim must be a whole number, got {dim!r:.80}")
         if not 1 <= self.dim <= _core.MAX_DIM:
             raise ValueError(f"rows must be from 1 to {_core.MAX_DIM} wide, got {self.dim}")
         if self.is_preconditioned and not {"basis", "coordinates"} <= set(self.sketch):
@@ -346,6 +360,10 @@ class Manifest:
         is_map = not self.is_factored and not self.is_preconditioned
         if is_map and not {"kind", "seed"} <= set(self.sketch):
             raise ValueError("sketch must say its kind and seed")
+        if is_map and not isinstance(self.sketch["kind"], str):
+            raise ValueError(f"kind must be a text, got {self.sketch['kind']!r:.80}")
+        if is_map and type(self.sketch["seed"]) is not int:
+            raise ValueError(f"seed must be a whole number, got {self.sketch['seed']!r:.80}")
         if self.rows not in ("per_checkpoint", COMBINED):
             raise ValueError(f"rows must be per_checkpoint or combined, got {self.rows!r:.80}")
         if self.ids not in (None, "int64", "str"):
@@ -358,6 +376,9 @@ class Manifest:
                 raise ValueError(f"a checkpoint must have a name, got {checkpoint.name!r:.80}")
             if checkpoint.weights not in ("fixed", "moving"):
                 raise ValueError(f"{checkpoint.name} must be one that a recorder writes")
+            for digest in (checkpoint.first, checkpoint.last):
+                if not isinstance(digest, (str, type(None))):
+                    raise ValueError(f"{checkpoint.name} must have digests, got {digest!r:.80}")
             if checkpoint.first and (checkpoint.map is None) == self.is_preconditioned:
                 raise ValueError(f"{checkpoint.name} must have a map if rows are preconditioned")
             if (checkpoint.weight is None) != (self.rows == "per_checkpoint"):
@@ -391,6 +412,8 @@ def sizes_of(model: Any) -> dict[str, int]:
     for each in model["parameters"]:
         if not isinstance(each["name"], str) or not isinstance(each["kind"], str):
             raise ValueError("parameters must have names and kinds")
+        if not _is_list_of(int, each["shape"]) or not _is_list_of(str, each["places"]):
+            raise ValueError(f"{each['name']} must have a shape and places")
         sizes[each["name"]] = math.prod(_arrays.shape_of(each["name"], each["shape"]))
     if not isinstance(model["digest"], str):
         raise ValueError(f"model must have a digest, got {model['digest']!r:.80}")
@@ -400,6 +423,14 @@ def sizes_of(model: Any) -> dict[str, int]:
 def is_name(value: Any) -> bool:
     """Whether a checkpoint can have this name: a text, of which an export can be made."""
     return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is kind for each in value)
+
+
+def _are_pairs(value: Any) -> bool:
+    return _is_list_of(list, value) and all(len(each) == 2 for each in value)
 
 
 MARKER = "committed-"

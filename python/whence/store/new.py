@@ -196,13 +196,15 @@ def _check(name: str, path: Path) -> None:
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():
-        raise StoreError(f"{name} must be a new folder, got the file {path}")
+        got = "the link to nothing" if path.is_symlink() and not path.exists() else "the file"
+        raise StoreError(f"{name} must be a new folder, got {got} {path}")
     if Manifest.exists(path) or members(path):
         raise StoreError(f"{name} must be a new folder, got the store {path}")
     mark = unfinished(Manifest.path(path, FIRST)).name
     names = {each.name for each in path.iterdir()}
     ours = (SHARD, MAP, PACK) if mark in names else ()
-    strangers = sorted(each for each in names - {mark, "lock"} if not each.startswith(ours))
+    # Names with a point in front are nobody's: a file manager leaves them behind.
+    strangers = sorted(each for each in names - {mark, "lock"} if not each.startswith((".", *ours)))
     if strangers:
         raise StoreError(f"{name} must be a new folder, got {path} with {strangers[0]!r} in it")
 

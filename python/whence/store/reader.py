@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from whence import _arrays, _core
 from whence._arrays import Ids
 from whence._interrupts import interruptible
 from whence.errors import (
+    ArgumentError,
     CheckpointError,
     IdError,
     MismatchError,
@@ -55,6 +57,7 @@ class Reader:
         parts: The stores that make it up, each what it says about itself, by the names of their
             folders: one for each writer that has confirmed something, or "" for itself.
         missing_writers: Of a store of several writers, those that have confirmed nothing yet.
+        closed: Whether `close` was called.
 
     Raises:
         StoreError: If there is no store, or it is damaged.
@@ -64,6 +67,8 @@ class Reader:
     Warns:
         MissingWritersWarning: If some of its writers have confirmed nothing yet.
     """
+
+    closed = False
 
     def __init__(self, path: str | os.PathLike[str], *, memory_map: bool = False) -> None:
         self.path = path = _arrays.path("path", path)
@@ -95,6 +100,32 @@ class Reader:
         if len(found) > 1:
             _ = self._order  # an id that two writers have recorded is refused at once
 
+    def close(self) -> None:
+        """Lets go of maps of files and of all that was read; other calls are an error from then on.
+
+        Hits that were found keep their columns. Closed again, it does nothing.
+        """
+        if self.closed:
+            return
+        columns = self.__dict__.get("columns")
+        if columns is not None:
+            columns.leave()
+        path = self.path
+        self.__dict__.clear()
+        self.path, self.closed = path, True
+
+    if not TYPE_CHECKING:  # which would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """What a closed store has no more.
+
+            Raises:
+                StoreError: If it is closed.
+            """
+            if self.closed:
+                raise StoreError(f"store must be open, got {self.path}, which was closed")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def dim(self) -> int:
         """The width of a row."""
@@ -112,6 +143,15 @@ class Reader:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __contains__(self, id_: object) -> bool:
+        """Whether an example has this id; one of another kind than the store's is not there."""
+        places = self._places
+        try:
+            places.of("id", _arrays.ids("id", [id_]))
+        except ArgumentError:
+            return False
+        return True
 
     @cached_property
     def ids(self) -> Ids:
@@ -398,6 +438,13 @@ class Columns(Mapping[str, NDArray[Any]]):
         if name not in self._found:
             self._found[name] = self._reader._read_examples(name)
         return self._found[name]
+
+    def leave(self) -> None:
+        """Reads on by itself, for those who keep it, when the reader is closed."""
+        self._reader = copy(self._reader)
+        # It holds neither itself nor maps of files, nor what only searches need.
+        for name in ("columns", "core", "scales", "row_norms", "_places"):
+            self._reader.__dict__.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reader.manifest.columns or {})

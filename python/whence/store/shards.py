@@ -31,6 +31,7 @@ from whence.store.files import (
     json_bytes,
     names_of,
     read_json,
+    reason,
     store_errors,
     string_arrays,
     sync_all,
@@ -158,7 +159,7 @@ class Description:
                 raise ValueError(f"error must be from 0 to 1, got {error!r:.80}")
             return cls(checkpoint, rows, files, error)
         except WRONG as error:
-            raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+            raise StoreError(f"{path} is damaged: {reason(error)}") from None
 
 
 @dataclass(frozen=True)

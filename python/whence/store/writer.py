@@ -46,7 +46,7 @@ COMMIT_SECONDS = 10.0
 """... or when so much time has passed since the last commit."""
 
 OURS = (SHARD, MAP, PACK, GONE, MARKER, MEMBER, "manifest-", "lock")
-"""How the names in a store begin."""
+"""How the names in a store begin; those with a point in front are nobody's."""
 
 
 _Floats = NDArray[np.float32]
@@ -110,6 +110,8 @@ class Writer:
             if path.exists() and not path.is_dir():
                 raise StoreError(f"path must be a folder, got the file {path}")
             self.path = path = _own_folder(path, writer)
+            if path.is_symlink() and not path.exists():
+                raise StoreError(f"path must be a folder, got the link to nothing {path}")
             if wanted is not None:
                 path.mkdir(parents=True, exist_ok=True)
                 sync_directory(path.parent)
@@ -235,15 +237,16 @@ class Writer:
         wanted = self.manifest.columns
         if wanted is None:
             return columns
+        first = "first batch of the store"
         if set(columns) != set(wanted):
             raise ArgumentError(
-                f"columns must be {sorted(wanted)} as in the first batch, got {sorted(columns)}"
+                f"columns must be {sorted(wanted)} as in the {first}, got {sorted(columns)}"
             )
         found = {}
         for name, there in wanted.items():
             kind = _arrays.kind_of_array(columns[name])
             if kind != there and not (kind == "int64" and there == "float64"):
-                raise DtypeError(f"{name} must be {there} as in the first batch, got {kind}")
+                raise DtypeError(f"{name} must be {there} as in the {first}, got {kind}")
             found[name] = columns[name].astype(np.float64) if kind != there else columns[name]
         return found
 
@@ -724,7 +727,7 @@ def _check_empty(path: Path) -> None:
             manifest may.
     """
     names = sorted(each.name for each in path.iterdir())
-    strangers = [name for name in names if not name.startswith(OURS)]
+    strangers = [name for name in names if not name.startswith((".", *OURS))]
     if strangers:
         raise StoreError(
             f"path must be a store or an empty folder, got {path} with {strangers[0]!r} in it"
