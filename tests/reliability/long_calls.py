@@ -799,7 +799,10 @@ scoring("gauss_newton", lambda methods, *_: methods.GaussNewton(damping=0.1), (3
 scoring("ekfac", lambda methods, *_: methods.Ekfac())
 scoring("ekfac_rank", lambda methods, *_: methods.Ekfac(rank=2), (256, 512, 10), 4)
 scoring("ekfac_stored", lambda methods, model, path: methods.EkfacStored(path, 256))
-scoring("two_stage", lambda methods, model, path: methods.TwoStage(methods.EkfacStored(path, 256)))
+scoring(
+    "two_stage",
+    lambda methods, model, path: methods.TwoStage(methods.EkfacStored(path, 256), methods.Ekfac()),
+)
 scoring("damped_gram", lambda methods, *_: methods.DampedGram(2048))
 scoring("trak", lambda methods, *_: methods.Trak(2048))
 scoring(

@@ -12,11 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from whence import _arrays
 from whence._core import MAX_DIM
+from whence._interrupts import interruptible
 from whence.curvature.basis import Directions
 from whence.curvature.statistics import At, BlockStatistics, Covariance, Statistics
 from whence.gradients.blocks import OUTER, Side
@@ -99,7 +101,7 @@ def read_arrays(path: Path, body: Mapping[str, Any]) -> dict[str, Tensor]:
         file = path / array_name(f"{name}.npy")
         array = read_array(file, Written.of(body["files"][name]), kind, tuple(shape))
         _arrays.finite(str(file), array)
-        found[name] = torch.from_numpy(array.copy())
+        found[name] = torch.from_numpy(interruptible(np.copy, array))
     return found
 
 

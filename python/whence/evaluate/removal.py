@@ -138,7 +138,7 @@ def brittleness(
         if number == 0:
             return places
         query, step = divmod(number - 1, len(ks))
-        return np.setdiff1d(places, order[: ks[step], query])
+        return _without(examples, order[: ks[step], query])
 
     results = Results(path, 1 + queries * len(ks), subset)
     whole = results.get(0, seed, train, classes)
@@ -199,7 +199,7 @@ def removal_curve(
     harmful = _by_score(-values.reshape(examples, -1).astype(np.float64))
     random = [_core.shuffled(places, seed, f"evaluate.removal.{draw}") for draw in range(draws)]
     orders = [*helpful.T, *harmful.T, *random]
-    subsets = [places, *(np.setdiff1d(places, order[:k]) for order in orders for k in ks)]
+    subsets = [places, *(_without(examples, order[:k]) for order in orders for k in ks)]
     found = retrain(train, subsets, seeds, outputs, path, progress=progress).mean(axis=1)
     changes = (found[1:] - found[0]).reshape(len(orders), len(ks), -1)  # [orders, ks, queries]
     rankings = helpful.shape[1]
@@ -219,6 +219,13 @@ def removal_curve(
         read(changes[rankings : 2 * rankings]),
         changes[2 * rankings :].mean(axis=0),
     )
+
+
+def _without(examples: int, removed: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The places of all examples but some."""
+    kept = np.ones(examples, np.bool_)
+    kept[removed] = False
+    return np.flatnonzero(kept)
 
 
 def _by_score(values: NDArray[Any]) -> NDArray[np.int64]:

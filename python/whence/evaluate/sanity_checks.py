@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._interrupts import interruptible
 from whence.errors import ArgumentError, DtypeError, MismatchError
 from whence.evaluate.checks import function, table
 from whence.evaluate.ranks import spearman
@@ -239,10 +240,16 @@ class Asked:
             threads=self.threads,
         )
         side = self.source.scan(question).helpful
-        found = np.empty(side.scores.shape, np.float32)
-        places = np.searchsorted(self.candidates, side.positions)
-        np.put_along_axis(found, places, side.scores, axis=1)
-        return found
+        return interruptible(_by_candidate, self.candidates, side.positions, side.scores)
+
+
+def _by_candidate(
+    candidates: NDArray[np.int64], positions: NDArray[np.int64], scores: Scores
+) -> Scores:
+    """[queries, candidates] scores in the order of candidates, of those in falling order."""
+    found = np.empty(scores.shape, np.float32)
+    np.put_along_axis(found, np.searchsorted(candidates, positions), scores, axis=1)
+    return found
 
 
 def stored_queries(source: Source, examples: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -296,7 +303,7 @@ def same_label(
     k = min(k, len(labels) - 1)
     ranking = scores.astype(np.float64)
     np.put_along_axis(ranking, own, -np.inf, axis=1)
-    best = np.argsort(-ranking, axis=1, kind="stable")[:, :k]
+    best = interruptible(np.argsort, -ranking, axis=1, kind="stable")[:, :k]
     agree = (labels[best] == labels[own]).mean(axis=1)
     chance = (counts[labels[own[:, 0]]] - 1) / (len(labels) - 1)
     excess = agree - chance

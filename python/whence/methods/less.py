@@ -50,14 +50,14 @@ class Less(Method):
             rows = Divided(self._sketch, moments.whole, moments.factored)
             with run.at(name):
                 found = [seen.capture.rows(seen.factor)[0] for seen in run.training(rows)]
-            self._rows[name] = _unit(np.concatenate(found))
+            self._rows[name] = interruptible(_unit, np.concatenate(found))
 
     def _scores(self, closure: Closure) -> NDArray[np.float32]:
         total = np.zeros(())
         for name, rows in self._rows.items():
             with self.run.at(name):
                 seen = self.run.queries(self._sketch, closure)
-            queries = _unit(seen.capture.rows(seen.factor)[0])
+            queries = interruptible(_unit, seen.capture.rows(seen.factor)[0])
             cosines = interruptible(np.matmul, queries, rows.T).astype(np.float64)
             total = total + self.run.learning_rates[name] * cosines
         return total.astype(np.float32)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whence._interrupts import interruptible
 from whence.curvature.statistics import Statistics
 from whence.errors import ArgumentError
 from whence.gradients.blocks import LOOKUP, OUTER, Block, BlockAccumulator
@@ -157,7 +158,7 @@ class Products(Whole):
 
 def _cut(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """[queries, rows, rank] and [queries, columns, rank] whose product is nearest."""
-    left, singular, right = torch.linalg.svd(values, full_matrices=False)
+    left, singular, right = interruptible(torch.linalg.svd, values, full_matrices=False)
     return left[:, :, :rank] * singular[:, None, :rank], right[:, :rank].mT
 
 

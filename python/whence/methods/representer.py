@@ -68,10 +68,16 @@ class RepresenterPoints(Method):
         with self.run.at(self.run.last):
             seen = self.run.queries(_Factors(self._weight), closure)
             left, right = _factors_of(seen.capture.accumulator)
-        alignment = interruptible(torch.matmul, left * seen.factor, self._left.T)
-        shared = interruptible(torch.matmul, right, self._right.T)
-        found: NDArray[np.float32] = (alignment * shared).numpy()
-        return found / np.float32(2 * self._decay * len(self._left))
+        unit = 2 * self._decay * len(self._left)
+        return interruptible(_products, left * seen.factor, right, self._left, self._right, unit)
+
+
+def _products(
+    left: Tensor, right: Tensor, its_left: Tensor, its_right: Tensor, unit: float
+) -> NDArray[np.float32]:
+    """[queries, examples] of products of outer products, in a unit."""
+    found: NDArray[np.float32] = ((left @ its_left.T) * (right @ its_right.T)).numpy()
+    return found / np.float32(unit)
 
 
 class _Factors(BlockMap):
