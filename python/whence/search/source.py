@@ -266,16 +266,12 @@ class Source(ABC):
         margins: NDArray[np.float32] | None = None,
     ) -> Hits:
         """What was found, with ids; `examples` are those that found numbers count, if not all."""
-
-        def side(numbers: NDArray[np.uint64], scores: NDArray[np.float32]) -> Side:
-            positions = numbers.astype(np.int64) if examples is None else examples[numbers]
-            return Side(self.ids[positions], scores, positions)
-
+        helpful, harmful = (interruptible(_side, self.ids, *side, examples) for side in sides)
         exact = np.full(len(question.eligible), margins is None)
         _, unit, _ = self._rates
         return Hits(
-            side(*sides[0]),
-            side(*sides[1]),
+            helpful,
+            harmful,
             question.eligible,
             self.method,
             unit,
@@ -381,3 +377,14 @@ def _kept(
     picked = examples[None] if numbers is None else numbers[:, examples]
     chosen = None if reaches is None else reaches[examples]
     return examples, np.ascontiguousarray(picked, np.uint64), chosen
+
+
+def _side(
+    ids: Ids,
+    numbers: NDArray[np.uint64],
+    scores: NDArray[np.float32],
+    examples: NDArray[np.int64] | None,
+) -> Side:
+    """One end of the ranking, of numbers of examples; or of places among `examples`."""
+    positions = numbers.astype(np.int64) if examples is None else examples[numbers]
+    return Side(ids[positions], scores, positions)
