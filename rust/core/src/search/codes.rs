@@ -78,9 +78,9 @@ pub struct Codes {
     digest: Digest,
 }
 
-/// The next number of 16 bits that is not below a number that is not negative.
+/// The next number of 16 bits that is not below a number that is not negative; NaN of any NaN.
 fn up(value: f64) -> bf16 {
-    let bits = up_f32(value).to_bits();
+    let bits = up_f32(value).abs().to_bits(); // a NaN can have a sign
     bf16::from_bits(((bits + 0xFFFF) >> 16) as u16)
 }
 
