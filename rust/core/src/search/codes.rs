@@ -628,3 +628,17 @@ impl CodedQuery {
         Self { segments, norm: norm(&values), error: up_f32(rounded_up(lost).sqrt()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_of_no_number_is_no_number_whatever_its_bits() {
+        for bits in [0x7FC0_0000, 0xFFC0_0000, 0x7FFF_FFFF, 0xFFFF_FFFF] {
+            assert!(up(f64::from(f32::from_bits(bits))).is_nan());
+        }
+        assert_eq!(up(f64::INFINITY), bf16::INFINITY);
+        assert_eq!(up(0.0), bf16::ZERO);
+    }
+}
