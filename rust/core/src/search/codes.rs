@@ -80,7 +80,10 @@ pub struct Codes {
 
 /// The next number of 16 bits that is not below a number that is not negative; NaN of any NaN.
 fn up(value: f64) -> bf16 {
-    let bits = up_f32(value).abs().to_bits(); // a NaN can have a sign
+    if value.is_nan() {
+        return bf16::NAN; // whose bits, whatever they are, must not be rounded to those of 0
+    }
+    let bits = up_f32(value).to_bits();
     bf16::from_bits(((bits + 0xFFFF) >> 16) as u16)
 }
 
