@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays, _core
+from whence._interrupts import interruptible
 from whence.errors import NotFiniteError, StoreError
 from whence.search import Hits, Numbered
 from whence.store.files import stamp
@@ -175,7 +176,6 @@ class Imported(Numbered):
                 rows[:, first : first + step], max(1, len(self)), side="helpful", threads=threads
             )
             side = self.scan(asked).helpful
-            np.put_along_axis(
-                found[:, first : first + step], side.positions.T, side.scores.T, axis=0
-            )
+            here = found[:, first : first + step]
+            interruptible(np.put_along_axis, here, side.positions.T, side.scores.T, axis=0)
         return found

@@ -50,7 +50,7 @@ class Less(Method):
             rows = Divided(self._sketch, moments.whole, moments.factored)
             with run.at(name):
                 found = [seen.capture.rows(seen.factor)[0] for seen in run.training(rows)]
-            self._rows[name] = interruptible(_unit, np.concatenate(found))
+            self._rows[name] = interruptible(_unit, interruptible(np.concatenate, found))
 
     def _scores(self, closure: Closure) -> NDArray[np.float32]:
         total = np.zeros(())

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
@@ -432,19 +433,22 @@ def _is_gone(path: Path) -> StoreError:
 def read_part(path: Path, handle: int, offset: int, length: int) -> bytes:
     """Bytes of an open file.
 
+    They grow as they are read: whatever length is asked for, there is memory for what is there.
+
     Raises:
         StoreError: If they are not there.
     """
     with store_errors(path):
-        parts, done = [], 0
+        found, done = BytesIO(), 0  # whose value is taken without a copy, which nothing interrupts
         while done < length:
             os.lseek(handle, offset + done, os.SEEK_SET)
             part = os.read(handle, min(length - done, PIECE))
             if not part:
                 raise StoreError(f"{path} is damaged: it ends at byte {offset + done}")
-            parts.append(part)
-            done += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+            if len(part) == length:
+                return part
+            done += found.write(part)
+    return found.getvalue()
 
 
 def read(path: Path, written: Written) -> bytes:

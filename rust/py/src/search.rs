@@ -381,12 +381,18 @@ type Answers<'py> = (Side<'py>, Side<'py>, Bound<'py, PyArray1<u64>>, Bound<'py,
 fn side<'py>(
     py: Python<'py>,
     found: &[Ends],
-    pick: impl Fn(&Ends) -> &Vec<Hit>,
+    pick: impl Fn(&Ends) -> &Vec<Hit> + Sync,
 ) -> PyResult<Side<'py>> {
     let width = found.iter().map(|ends| pick(ends).len()).min().unwrap_or(0);
-    let hits = || found.iter().flat_map(|ends| &pick(ends)[..width]);
-    let examples: Vec<u64> = hits().map(|hit| hit.example).collect();
-    let scores: Vec<f32> = hits().map(|hit| hit.score).collect();
+    let (examples, scores) = compute_alone(py, |watch| {
+        let room = found.len() * width;
+        let mut sides: (Vec<u64>, Vec<f32>) = (Vec::with_capacity(room), Vec::with_capacity(room));
+        for ends in found {
+            watch.check()?;
+            sides.extend(pick(ends)[..width].iter().map(|hit| (hit.example, hit.score)));
+        }
+        Ok(sides)
+    })?;
     let shape = [found.len(), width];
     Ok((examples.into_pyarray(py).reshape(shape)?, scores.into_pyarray(py).reshape(shape)?))
 }
