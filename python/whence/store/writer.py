@@ -572,7 +572,8 @@ class Writer:
         try:
             self._background.wait()
             ahead = self._shard()
-            stored = [batch[1] for batch in self._state.waiting[self._written :]]
+            waiting = self._state.waiting
+            stored = _joined([batch[1] for batch in waiting[self._written :]], self._memory)
 
             def write() -> None:
                 for rows in stored:
@@ -580,7 +581,7 @@ class Writer:
                 ahead.start()
 
             self._background.start(write)
-            self._written += len(stored)
+            self._written = len(waiting)
             self._written_bytes = self._waiting_bytes
         except StoreError:
             self._abandon()
@@ -604,8 +605,8 @@ class Writer:
         except StoreError:  # it may be that there is room again
             self._abandon()
         ahead = self._shard()
-        for _, stored, *_ in waiting[self._written :]:
-            ahead.append(stored)
+        for rows in _joined([batch[1] for batch in waiting[self._written :]], self._memory):
+            ahead.append(rows)
         return ahead
 
     def _abandon(self) -> None:
@@ -639,6 +640,24 @@ class Writer:
             raise
         self._ahead, self._written, self._written_bytes = None, 0, 0
         return shard
+
+
+def _joined(parts: list[NDArray[Any]], memory: NDArray[np.uint8]) -> list[NDArray[Any]]:
+    """Rows, those that follow each other in `memory` as one array: a file takes many at a time."""
+    begin = memory.__array_interface__["data"][0]
+    runs: list[list[int]] = []  # where each begins and ends there
+    found: list[NDArray[Any]] = []
+    for part in parts:
+        first = part.__array_interface__["data"][0] - begin
+        inside = first >= 0 and first + part.nbytes <= len(memory)
+        if inside and found and runs[-1][1] == first:
+            runs[-1][1] += part.nbytes
+            rows = memory[slice(*runs[-1])].view(part.dtype).reshape(-1, *part.shape[1:])
+            found[-1] = rows
+        else:
+            found.append(part)
+            runs.append([first, first + part.nbytes] if inside else [-1, -1])
+    return found
 
 
 class _ShardIds:
