@@ -181,7 +181,7 @@ impl Rows {
     ) -> Result<&'a [f32], Error> {
         if let (Some(&first), Some(&last)) = (numbers.first(), numbers.last())
             && last < self.len()
-            && numbers.iter().zip(first..).all(|(&number, expected)| number == expected)
+            && numbers.windows(2).all(|pair| pair[0].checked_add(1) == Some(pair[1]))
         {
             let shard = self.starts.partition_point(|&start| start <= first) - 1;
             let at = first - self.starts[shard];
