@@ -243,7 +243,7 @@ def test_rows_that_are_not_there_are_refused(tmp_path, core_rows):
         with pytest.raises(ORDINARY):
             _core.Rows([(rows, 0, 1, checksums)], 2, "float32", scales)
         with pytest.raises(ORDINARY):
-            _core.check_file(rows, 8, checksums)
+            _core.check_file(rows, 8, checksums, 1)
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
@@ -278,11 +278,11 @@ def test_files_of_another_length_or_kind_are_not_checked(tmp_path):
     rows.write_bytes(bytes(8))
     (tmp_path / "link").symlink_to(rows)
     sums = _core.block_checksums(np.zeros(8, np.uint8))
-    assert _core.check_file(rows, 8, sums) == []
-    assert _core.check_file(rows, 8, sums + 1) == [0]
+    assert _core.check_file(rows, 8, sums, 2) == []
+    assert _core.check_file(rows, 8, sums + 1, 1) == [0]
     for name, length in (("rows", 7), ("rows", 2**64 - 1), ("rows", -1), ("link", 8), ("", 8)):
         with pytest.raises(ORDINARY):
-            _core.check_file(tmp_path / name, length, sums)
+            _core.check_file(tmp_path / name, length, sums, 1)
 
 
 def u4(*values):

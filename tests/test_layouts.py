@@ -319,7 +319,7 @@ SKETCH = whence.Sketch(dim=16)
         ({"sketch": "sjlt", "layout": "factored"}, errors.ArgumentError, "got 'sjlt'"),
         ({"layout": "rows"}, errors.ArgumentError, "layout must be one of global, per_layer"),
         ({"sketch": 3}, errors.DtypeError, "sketch must be .* got int 3"),
-        ({"sketch": "other"}, errors.ArgumentError, "kind must be one of"),
+        ({"sketch": "other"}, errors.ArgumentError, "sketch must be one of"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(tmp_path, options, error, match):

@@ -246,11 +246,11 @@ class Life:
 
     def prepare(self) -> None:
         """Removes what was merged, but for what was not finished; makes the store to merge with."""
-        for path in self.folder.glob("merged-*"):
-            if (path / "manifest-00000001.json").exists():
-                path.rename(self.folder / f"forgotten-{path.name}")
         for path in self.folder.glob("forgotten-*"):
             shutil.rmtree(path)
+        for path in self.folder.glob("merged-*"):
+            if (path / "manifest-00000001.json").exists():
+                shutil.rmtree(path.rename(self.folder / f"forgotten-{path.name}"))
         # Else a power cut brings back a store of rows that are not those of this life's beginning.
         handle = os.open(self.folder, os.O_RDONLY)
         os.fsync(handle)
