@@ -963,8 +963,9 @@ def _changed(table, name, column, nullable=False):
 def test_other_tables_are_refused(tmp_path, suffix, change, match):
     file, table = table_of(tmp_path, suffix)
     write_table(file, change(table))
-    with pytest.raises(errors.StoreError, match=match):
+    with pytest.raises(errors.StoreError, match=match) as caught:
         whence.import_store(file, tmp_path / "t")
+    assert file.name in str(caught.value)
     assert not Manifest.exists(tmp_path / "t")
 
 

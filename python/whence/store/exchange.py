@@ -137,7 +137,7 @@ def export_store(
     source = _Source(reader, plain=plain)
     source.check(form)
     with bar("exporting", 2 * sum(piece.bytes for piece in source.pieces), progress) as shown:
-        found = _Sums(source.fields)
+        found = _Sums(reader.path, source.fields)
         for values in source.batches(shown):
             found.add(values)
         if form != "npz" and not found.is_unicode:
@@ -202,7 +202,7 @@ def import_store(
             NewStore("path", target, said.manifest) as new,
         ):
             _take_maps(source, new, found)
-            sums = _Sums(said.fields)
+            sums = _Sums(source, said.fields)
             for values in found.read(said.fields, said.rows):
                 sums.add(values)
                 for batch in said.batches(values):
@@ -380,8 +380,8 @@ class _Sums:
     A text is taken with a character 0 behind it, which none contains.
     """
 
-    def __init__(self, fields: Sequence[Field]) -> None:
-        self.rows = 0
+    def __init__(self, path: Path, fields: Sequence[Field]) -> None:
+        self._path, self.rows = path, 0
         self.texts = {each.key: Texts() for each in fields if each.kind == "str"}
         self.is_unicode = True
         self._sums = {each.key: 0 for each in fields}
@@ -403,7 +403,7 @@ class _Sums:
     def _text(self, key: str, texts: list[str]) -> bytes:
         joined = "\0".join([*texts, ""])
         if joined.count("\0") != len(texts):
-            raise StoreError(f"{key} must not contain a NUL character")
+            raise StoreError(f"{self._path} is damaged: {key} has a text with a NUL character")
         content = joined.encode("utf-8", "surrogatepass")
         self.is_unicode = self.is_unicode and _is_unicode(joined)
         before = self.texts[key]
