@@ -245,11 +245,14 @@ class Life:
         self._next = 1 + max((number for number in state if number not in OTHERS), default=0)
 
     def prepare(self) -> None:
-        """Removes what was merged, but for what was not finished; makes the store to merge with."""
+        """Removes what was merged, but for what is under way; makes the store to merge with."""
         for path in self.folder.glob("forgotten-*"):
             shutil.rmtree(path)
         for path in self.folder.glob("merged-*"):
-            if (path / "manifest-00000001.json").exists():
+            # A disk whose renaming is not atomic can lose both names of the manifest: what is left
+            # is refused as a folder of something else, and it is for its owner to remove it.
+            under_way = (path / "manifest-00000001.part").exists()
+            if (path / "manifest-00000001.json").exists() or not under_way:
                 shutil.rmtree(path.rename(self.folder / f"forgotten-{path.name}"))
         # Else a power cut brings back a store of rows that are not those of this life's beginning.
         handle = os.open(self.folder, os.O_RDONLY)
