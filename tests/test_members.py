@@ -389,3 +389,16 @@ def test_a_writer_goes_on_with_its_own_store(tmp_path):
         part(tmp_path / "s", "1/1", [id_], rows[id_ : id_ + 1])
     assert np.allclose(whence.open(tmp_path / "s").rows(), rows, rtol=1e-6)
     assert Manifest.load(tmp_path / "s" / "writer-1-of-1")[1] == 4
+
+
+def test_repair_says_that_it_cannot_mend_folders_that_were_exchanged(tmp_path):
+    store = two(tmp_path / "s")
+    one, other = sorted(store.glob("writer-*"))
+    one.rename(tmp_path / "away")
+    other.rename(one)
+    (tmp_path / "away").rename(other)
+    done = whence.repair(store)
+    assert [str(each) for each in done.unmended] == [
+        f"{one} must be of writer 1/2, got the folder of 2/2"
+    ]
+    assert not whence.verify(store).is_sound

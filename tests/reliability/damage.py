@@ -251,7 +251,8 @@ def named(fault: Fault) -> set[str]:
     """Words one of which an error must have."""
     names = {Path(name).name for name in (fault.file, fault.other) if name}
     alone = {"manifest.json", "factors.json"}  # of an index or factors, which have only that one
-    if "folder" in fault.kind or names & alone:
+    of_writers = "writer-" in f"{fault.file} {fault.other}"  # a manifest of another's folder
+    if "folder" in fault.kind or names & alone or of_writers:
         names |= {Path(name).parent.name for name in (fault.file, fault.other) if name}
         names |= {"writers " + name.split("-")[1] + "/" for name in names if "writer-" in name}
     return names

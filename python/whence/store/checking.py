@@ -28,7 +28,7 @@ from whence.store.gone import gone_files, write_gone
 from whence.store.lifecycle import leftovers
 from whence.store.lock import Lock
 from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
-from whence.store.members import check_there, members, missing
+from whence.store.members import check_there, members, missing, parts
 from whence.store.progress import bar
 from whence.store.reader import Reader, file_of, read_ids
 from whence.store.shards import DESCRIPTION, SHARD, Description, Shard, ShardWriter, last_number
@@ -279,12 +279,17 @@ def repair(
         for folder in folders
         if folder == path or Manifest.exists(folder)
     ]
+    unmended = [damage for each in done for damage in each.unmended]
+    try:
+        parts(path)
+    except StoreError as error:  # such as folders of writers that were exchanged
+        unmended.append(Damage(path, str(error)))
     return Repair(
         [lost for each in done for lost in each.lost],
         sum(each.unnamed for each in done),
         sum(each.shards for each in done),
         any(each.went_back for each in done),
-        [damage for each in done for damage in each.unmended],
+        unmended,
     )
 
 
