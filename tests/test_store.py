@@ -417,6 +417,7 @@ def test_a_writer_leaves_a_store_alone_that_lies_in_the_place_of_its_own(tmp_pat
     writer.commit()
     writer.append(np.arange(3, 6), random_rows(3), {})
     writer._write_ahead()
+    writer._background.wait()  # else its last bytes may come after `before`
     if exchanged == "folder":
         (tmp_path / "s").rename(tmp_path / "moved")
         fill(tmp_path / "s", random_rows(8), parts=2)  # with a shard of that name too
