@@ -904,8 +904,9 @@ def test_a_recorder_is_entered_once(tmp_path):
         pass
     with pytest.raises(errors.WhenceError, match="entered once"), rec:
         pass
-    with pytest.raises(errors.WhenceError, match="closed recorder"):
-        rec.batch([1]).__enter__()
+    for call in (lambda: rec.batch([1]).__enter__(), lambda: rec.checkpoint("1"), rec.commit):
+        with pytest.raises(errors.WhenceError, match="closed recorder"):
+            call()
 
 
 # --- not finite ---------------------------------------------------------------------------------

@@ -273,9 +273,10 @@ class Recorder:
                 a positive number of float32, or given beside factors.
             MismatchError: If the factors make other rows than the store's.
             CheckpointError: If the checkpoint there has another learning rate.
-            WhenceError: If called inside a batch.
+            WhenceError: If called inside a batch, or on a closed recorder.
         """
         self._check_idle("checkpoint")
+        self._check_open("checkpoint")
         if not is_name(name):
             raise ArgumentError(f"name must be a non-empty str without NUL, got {name!r}")
         if learning_rate is not None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from whence.errors import StoreError
 from whence.store.files import MAX_JSON
 from whence.store.pieces import Field, step_of
+from whence.store.tables import TableFile
 
 MAGIC = b"ARROW1"
 """How a file begins and ends."""
@@ -130,13 +131,8 @@ def _number(kind: str, content: bytes, place: int) -> int:
     return int(struct.unpack_from(kind, content, place)[0])
 
 
-class ArrowFile:
-    """A file of Arrow's.
-
-    Args:
-        path: Of the file.
-        read: Bytes of it: where they begin, how many -> themselves.
-        length: Of the file.
+class ArrowFile(TableFile):
+    """A file of Arrow's; its arguments are those of any `TableFile`.
 
     Raises:
         StoreError: If it is damaged.
@@ -144,9 +140,8 @@ class ArrowFile:
     """
 
     def __init__(self, path: Path, read: Callable[[int, int], bytes], length: int) -> None:
-        self._path, self._read, self._length = path, read, length
-        self._taken = 0
-        if self._part(length - len(MAGIC), len(MAGIC)) != MAGIC:
+        super().__init__(path, read, length)
+        if self.part(length - len(MAGIC), len(MAGIC)) != MAGIC:
             raise StoreError(f"{path} is damaged: it ends too early")
         self._messages = self._all()
         found = next(self._messages, None)
@@ -160,10 +155,7 @@ class ArrowFile:
         Raises:
             StoreError: If it says nothing.
         """
-        for each in self._schema.tables(2):
-            if each.text(0) == b"whence":
-                return each.text(1)
-        raise StoreError(f"{self._path} must be an export of a store, got another table")
+        return self._described({each.text(0): each.text(1) for each in self._schema.tables(2)})
 
     def read(self, fields: Sequence[Field], rows: int) -> Iterator[list[NDArray[Any]]]:
         """The values of the columns, some rows at a time; texts are objects.
@@ -175,9 +167,9 @@ class ArrowFile:
         left, step = rows, step_of(fields)
         for kind, batch, body, size in self._messages:
             if kind != _BATCH:
-                raise StoreError(f"{self._path} must hold rows, got another message")
+                raise StoreError(f"{self.path} must hold rows, got another message")
             if batch.field(3):
-                raise StoreError(f"{self._path} must hold rows that are not compressed")
+                raise StoreError(f"{self.path} must hold rows that are not compressed")
             count = batch.number(0, "<q")
             columns = self._columns(fields, batch, count, body, size)
             left -= count
@@ -186,7 +178,7 @@ class ArrowFile:
             for start in range(0, count, step):
                 yield [column(start, min(step, count - start)) for column in columns]
         if left:
-            raise StoreError(f"{self._path} is damaged: it must hold {rows} rows")
+            raise StoreError(f"{self.path} is damaged: it must hold {rows} rows")
 
     def _check(self, fields: Sequence[Field]) -> None:
         """Nothing, if the schema has these columns.
@@ -201,12 +193,7 @@ class ArrowFile:
         found = [
             (each.text(0), each.number(2, "<B"), each.field(4)) for each in self._schema.tables(1)
         ]
-        if found != wanted:
-            there, here = (b", ".join(name for name, *_ in each) for each in (found, wanted))
-            raise StoreError(
-                f"{self._path} must have the columns {here.decode():.300}, of their types, got "
-                f"{there.decode(errors='replace'):.300}"
-            )
+        self._check_columns(found, wanted)
 
     def _columns(
         self, fields: Sequence[Field], batch: _Table, count: int, body: int, size: int
@@ -218,7 +205,7 @@ class ArrowFile:
         """
         nodes, buffers = batch.pairs(1), iter(batch.pairs(2))
         if count < 0 or nodes != [(count, 0)] * len(fields):
-            raise StoreError(f"{self._path} is damaged: it has empty values")
+            raise StoreError(f"{self.path} is damaged: it has empty values")
         found: list[_Reads] = []
         for field in fields:
             next(buffers)  # says which values are empty; none is
@@ -226,7 +213,7 @@ class ArrowFile:
             for bytes_of in self._sizes(field, count):
                 start, length = next(buffers)
                 if not 0 <= bytes_of <= length <= size or not 0 <= start <= size - length:
-                    raise StoreError(f"{self._path} is damaged: a column must lie in its message")
+                    raise StoreError(f"{self.path} is damaged: a column must lie in its message")
                 parts.append((body + start, length))
             found.append(self._column(field, parts))
         return found
@@ -244,10 +231,10 @@ class ArrowFile:
             content, length = parts[1]
 
             def texts(first: int, rows: int) -> NDArray[Any]:
-                ends = np.frombuffer(self._taken_part(begin + 4 * first, 4 * (rows + 1)), "<i4")
+                ends = np.frombuffer(self.values(begin + 4 * first, 4 * (rows + 1)), "<i4")
                 if ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] > length:
-                    raise StoreError(f"{self._path} is damaged: texts must follow each other")
-                text = self._taken_part(content + int(ends[0]), int(ends[-1] - ends[0]))
+                    raise StoreError(f"{self.path} is damaged: texts must follow each other")
+                text = self.values(content + int(ends[0]), int(ends[-1] - ends[0]))
                 places = (ends - ends[0]).tolist()
                 found = np.empty(rows, object)
                 found[:] = [text[start:end].decode() for start, end in pairwise(places)]
@@ -257,14 +244,14 @@ class ArrowFile:
         if field.kind == "|b1":
 
             def bools(first: int, rows: int) -> NDArray[Any]:
-                part = self._taken_part(begin + first // 8, -(-(first % 8 + rows) // 8))
+                part = self.values(begin + first // 8, -(-(first % 8 + rows) // 8))
                 bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
                 return bits[first % 8 :][:rows].astype(np.bool_)
 
             return bools
 
         def numbers(first: int, rows: int) -> NDArray[Any]:
-            part = self._taken_part(begin + first * field.size, rows * field.size)
+            part = self.values(begin + first * field.size, rows * field.size)
             found = np.frombuffer(part, field.kind)
             return found if field.width is None else found.reshape(rows, field.width)
 
@@ -274,26 +261,14 @@ class ArrowFile:
         """Of each message kind, header, where its body begins, and its length."""
         at = _BEGIN
         while True:
-            mark, size = struct.unpack("<Ii", self._part(at, 8))
+            mark, size = struct.unpack("<Ii", self.part(at, 8))
             if mark != _MARK or not 0 <= size <= 2 * MAX_JSON:
-                raise StoreError(f"{self._path} is damaged: there must be a message at byte {at}")
+                raise StoreError(f"{self.path} is damaged: there must be a message at byte {at}")
             if not size:
                 return
-            message = _Table.root(self._part(at + 8, size))
+            message = _Table.root(self.part(at + 8, size))
             at, body = at + 8 + size, message.number(3, "<q")
-            if not 0 <= body <= self._length - at:
-                raise StoreError(f"{self._path} is damaged: it ends too early")
+            if not 0 <= body <= self.length - at:
+                raise StoreError(f"{self.path} is damaged: it ends too early")
             yield message.number(1, "<B"), message.table(2), at, body
             at += body
-
-    def _taken_part(self, at: int, size: int) -> bytes:
-        """Bytes of values; what columns share is not read again and again."""
-        self._taken += size
-        if self._taken > 2 * self._length:
-            raise StoreError(f"{self._path} is damaged: it holds more than it is long")
-        return self._part(at, size)
-
-    def _part(self, at: int, size: int) -> bytes:
-        if at < 0 or size > self._length - at:
-            raise StoreError(f"{self._path} is damaged: it ends too early")
-        return self._read(at, size)

@@ -45,7 +45,7 @@ from whence.store.parquet import ParquetFile
 from whence.store.pieces import ROWS, Batch, Field, Piece, pieces_in, without_doubles
 from whence.store.progress import bar
 from whence.store.reader import Reader
-from whence.store.tables import pyarrow, write_table
+from whence.store.tables import TableFile, pyarrow, write_table
 
 FORMAT = "whence export"
 VERSION = 1
@@ -105,8 +105,8 @@ def export_store(
 
     Returns:
         `file`, as an absolute path. It appears when it is whole, and is until then beside it, as
-        `.whence-….part`. O(bytes) time, reading the store
-        twice; memory for some MiB of rows, and what stands beside the rows of a shard.
+        `.whence-….part`. O(bytes) time, reading the store twice; memory for some MiB of rows, and
+        what stands beside the rows of a shard.
 
     Raises:
         ArgumentError: If `format` or `rows` is another word, the name says no format, the format
@@ -515,7 +515,7 @@ class _Description:
             raise StoreError(f"{self.path} must have rows as a store of {dtype} has them")
 
 
-def _take_maps(path: Path, new: NewStore, found: Archive | ArrowFile | ParquetFile) -> None:
+def _take_maps(path: Path, new: NewStore, found: Archive | TableFile) -> None:
     """Writes the maps of an export, once they were checked.
 
     Raises:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from whence.errors import StoreError
 from whence.store.files import MAX_JSON
 from whence.store.pieces import Field, step_of
+from whence.store.tables import TableFile
 
 MAGIC = b"PAR1"
 """How a file begins and ends."""
@@ -135,13 +136,8 @@ class _Thrift:
         return found >> 1 ^ -(found & 1)
 
 
-class ParquetFile:
-    """A Parquet file.
-
-    Args:
-        path: Of the file.
-        read: Bytes of it: where they begin, how many -> themselves.
-        length: Of the file.
+class ParquetFile(TableFile):
+    """A Parquet file; its arguments are those of any `TableFile`.
 
     Raises:
         StoreError: If it is damaged.
@@ -149,13 +145,12 @@ class ParquetFile:
     """
 
     def __init__(self, path: Path, read: Callable[[int, int], bytes], length: int) -> None:
-        self._path, self._read, self._length = path, read, length
-        self._taken = 0
-        tail = self._part(length - _TAIL, _TAIL)
+        super().__init__(path, read, length)
+        tail = self.part(length - _TAIL, _TAIL)
         size = int.from_bytes(tail[:4], "little")
         if tail[4:] != MAGIC or size > 4 * MAX_JSON:
             raise StoreError(f"{path} is damaged: it ends too early")
-        self._footer = _Thrift(self._part(length - _TAIL - size, size)).structure(_FOOTER)
+        self._footer = _Thrift(self.part(length - _TAIL - size, size)).structure(_FOOTER)
 
     def description(self) -> bytes:
         """What the table says about itself.
@@ -163,10 +158,7 @@ class ParquetFile:
         Raises:
             StoreError: If it says nothing.
         """
-        for each in self._footer.get(5, []):
-            if each.get(1) == b"whence":
-                return bytes(each[2])
-        raise StoreError(f"{self._path} must be an export of a store, got another table")
+        return self._described({each.get(1): each.get(2) for each in self._footer.get(5, [])})
 
     def read(self, fields: Sequence[Field], rows: int) -> Iterator[list[NDArray[Any]]]:
         """The values of the columns, some rows at a time; texts are objects.
@@ -180,7 +172,7 @@ class ParquetFile:
             count, chunks = group[3], group[1]
             left -= count
             if count < 0 or left < 0 or len(chunks) != len(fields):
-                raise StoreError(f"{self._path} is damaged: it must hold {rows} rows")
+                raise StoreError(f"{self.path} is damaged: it must hold {rows} rows")
             columns = [
                 _Column(self, field, chunk, count)
                 for field, chunk in zip(fields, chunks, strict=True)
@@ -188,7 +180,7 @@ class ParquetFile:
             for start in range(0, count, step):
                 yield [column.next(min(step, count - start)) for column in columns]
         if left:
-            raise StoreError(f"{self._path} is damaged: it must hold {rows} rows")
+            raise StoreError(f"{self.path} is damaged: it must hold {rows} rows")
 
     def _check(self, fields: Sequence[Field]) -> None:
         """Nothing, if the schema has these columns.
@@ -207,24 +199,9 @@ class ParquetFile:
         ]
         root, *rest = self._footer[2]
         found = [(each.get(4), each.get(1), each.get(2), each.get(3)) for each in rest]
-        if found != wanted or root.get(5) != len(fields):
-            there, here = (b", ".join(bytes(name) for name, *_ in it) for it in (found, wanted))
-            raise StoreError(
-                f"{self._path} must have the columns {here.decode():.300}, of their types, got "
-                f"{there.decode(errors='replace'):.300}"
-            )
-
-    def _part(self, at: int, size: int) -> bytes:
-        if at < 0 or size > self._length - at:
-            raise StoreError(f"{self._path} is damaged: it ends too early")
-        return self._read(at, size)
-
-    def _taken_part(self, at: int, size: int) -> bytes:
-        """Bytes of values; what columns share is not read again and again."""
-        self._taken += size
-        if self._taken > 2 * self._length:
-            raise StoreError(f"{self._path} is damaged: it holds more than it is long")
-        return self._part(at, size)
+        self._check_columns(found, wanted)
+        if root.get(5) != len(fields):
+            raise StoreError(f"{self.path} is damaged: it must have {len(fields)} columns")
 
 
 class _Column:
@@ -244,9 +221,9 @@ class _Column:
         self._file, self._field = file, field
         said = chunk[3]
         if said[4] != 0:
-            raise StoreError(f"{file._path} must hold columns that are not compressed")
+            raise StoreError(f"{file.path} must hold columns that are not compressed")
         if 1 in chunk or said[5] != count:
-            raise StoreError(f"{file._path} is damaged: a column must have {count} values")
+            raise StoreError(f"{file.path} is damaged: a column must have {count} values")
         self._at, self._end = said[9], said[9] + said[7]
         self._left = 0  # values of the page that are not read
         self._page = 0  # where they lie
@@ -274,11 +251,11 @@ class _Column:
         Raises:
             StoreError: If there is none, or it is coded.
         """
-        path = self._file._path
+        path = self._file.path
         if not 0 <= self._at < self._end:
             raise StoreError(f"{path} is damaged: {self._field.name!r:.80} has too few values")
-        window = min(_WINDOW, self._end - self._at, self._file._length - self._at)
-        thrift = _Thrift(self._file._part(self._at, window))
+        window = min(_WINDOW, self._end - self._at, self._file.length - self._at)
+        thrift = _Thrift(self._file.part(self._at, window))
         head = thrift.structure(_PAGE)
         if head[1] != 0 or head[5][2] != 0:
             raise StoreError(f"{path} must hold plain pages, got coded ones")
@@ -289,7 +266,7 @@ class _Column:
             raise StoreError(f"{path} is damaged: a page must lie in its column")
         self._left, self._bit = count, 0
         if self._field.kind == "str":
-            self._texts, self._page = self._file._taken_part(self._page, size), 0
+            self._texts, self._page = self._file.values(self._page, size), 0
         elif size < (-(-count // 8) if self._field.kind == "|b1" else count * self._field.size):
             raise StoreError(f"{path} is damaged: a page must hold {count} values")
 
@@ -301,12 +278,12 @@ class _Column:
             return found
         if field.kind == "|b1":
             size = -(-(self._bit + rows) // 8)
-            packed = np.frombuffer(self._file._taken_part(self._page, size), np.uint8)
+            packed = np.frombuffer(self._file.values(self._page, size), np.uint8)
             bits = np.unpackbits(packed, bitorder="little")[self._bit :][:rows]
             self._page += (self._bit + rows) // 8
             self._bit = (self._bit + rows) % 8
             return bits.astype(np.bool_)
-        content = self._file._taken_part(self._page, rows * field.size)
+        content = self._file.values(self._page, rows * field.size)
         self._page += rows * field.size
         values = np.frombuffer(content, field.kind)
         return values if field.width is None else values.reshape(rows, field.width)
@@ -315,6 +292,6 @@ class _Column:
         start = self._page + 4
         end = start + int.from_bytes(self._texts[self._page : start], "little")
         if end > len(self._texts):
-            raise StoreError(f"{self._file._path} is damaged: a text must lie in its page")
+            raise StoreError(f"{self._file.path} is damaged: a text must lie in its page")
         self._page = end
         return self._texts[start:end].decode()

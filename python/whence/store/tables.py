@@ -1,18 +1,21 @@
-"""Writing exported stores as tables, in Arrow's file format and in Parquet; through pyarrow.
+"""Exported stores as tables, in Arrow's file format and in Parquet.
 
-Nothing in them is compressed, nor coded by dictionaries: a table can then hold no more than its
-file is long, which a reader that does not trust it can compare.
+They are written through pyarrow. Nothing in them is compressed, nor coded by dictionaries: a table
+can then hold no more than its file is long, which a reader that does not trust it can compare.
+What the readers of both have in common is here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whence._optional import imported
+from whence.errors import StoreError
 from whence.store.pieces import Field
 
 _CALLER, _PACKAGE = "whence.export_store to a table", "'whence[arrow]'"
@@ -104,3 +107,61 @@ def _array(pa: Any, field: Field, values: NDArray[Any]) -> Any:
         return pa.FixedSizeListArray.from_arrays(pa.array(flat), field.width)
     buffers = [None, pa.py_buffer(flat.view(np.uint8))]
     return pa.Array.from_buffers(_kind(pa, field), len(values), buffers)
+
+
+class TableFile:
+    """A file with a table that `write_table` wrote, or one that says so: what any format has.
+
+    Args:
+        path: Of the file.
+        read: Bytes of it: where they begin, how many -> themselves.
+        length: Of the file.
+    """
+
+    def __init__(self, path: Path, read: Callable[[int, int], bytes], length: int) -> None:
+        self.path, self.length = path, length
+        self._read, self._taken = read, 0
+
+    def part(self, at: int, size: int) -> bytes:
+        """Bytes of the file.
+
+        Raises:
+            StoreError: If it ends before.
+        """
+        if at < 0 or size > self.length - at:
+            raise StoreError(f"{self.path} is damaged: it ends too early")
+        return self._read(at, size)
+
+    def values(self, at: int, size: int) -> bytes:
+        """Bytes of values; what columns share is not read again and again.
+
+        Raises:
+            StoreError: If the file ends before, or more was read than it holds.
+        """
+        self._taken += size
+        if self._taken > 2 * self.length:
+            raise StoreError(f"{self.path} is damaged: it holds more than it is long")
+        return self.part(at, size)
+
+    def _described(self, metadata: Mapping[bytes, bytes]) -> bytes:
+        """What the table says about itself, in its metadata.
+
+        Raises:
+            StoreError: If it says nothing.
+        """
+        if DESCRIPTION not in metadata:
+            raise StoreError(f"{self.path} must be an export of a store, got another table")
+        return metadata[DESCRIPTION]
+
+    def _check_columns(self, found: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> None:
+        """Nothing, if the schema has the columns that are wanted: the name, and the type of each.
+
+        Raises:
+            StoreError: If it has others.
+        """
+        if found != wanted:
+            there, here = (b", ".join(name for name, *_ in each) for each in (found, wanted))
+            raise StoreError(
+                f"{self.path} must have the columns {here.decode():.300}, of their types, got "
+                f"{there.decode(errors='replace'):.300}"
+            )

@@ -20,9 +20,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Does the `jobs` in any order on up to `threads` threads, each with a state of its own, and
 /// returns the states of all threads.
 ///
-/// The calling thread takes part, and asks `asker` between jobs and while it waits for others; a job of more than milliseconds
-/// checks its [`Watch`] now and then. Which thread does which job is not fixed: `work` must give
-/// the same result for any sharing-out.
+/// The calling thread takes part, and asks `asker` between jobs and while it waits for others; a
+/// job of more than milliseconds checks its [`Watch`] now and then. Which thread does which job is
+/// not fixed: `work` must give the same result for any sharing-out.
 ///
 /// # Errors
 /// The first error a job returned, [`Error::Stopped`] if `asker` said so, [`Error::Internal`] if

@@ -454,8 +454,8 @@ pub(super) struct Scorer {
 }
 
 impl Scorer {
-    /// Appends examples with their scores; given with `[checkpoints, all]` numbers of rows of all examples; for
-    /// query `query` of `[checkpoints, count, dim]`.
+    /// Appends examples with their scores; given with `[checkpoints, all]` numbers of rows of all
+    /// examples; for query `query` of `[checkpoints, count, dim]`.
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a score is NaN or infinite; [`Error::Io`].
@@ -607,13 +607,25 @@ mod tests {
             let rows = Rows::new(files, scales.clone(), dim).unwrap();
             let norms: Vec<f32> = (0..examples)
                 .map(|example| {
-                    let row = |at: usize| scales[at] * values[at * dim..(at + 1) * dim].iter().map(|x| x * x).sum::<f32>().sqrt();
+                    let row = |at: usize| {
+                        let row = &values[at * dim..(at + 1) * dim];
+                        scales[at] * row.iter().map(|x| x * x).sum::<f32>().sqrt()
+                    };
                     row(example).hypot(row(examples - 1 - example)) * 1.0001
                 })
                 .collect();
             let norms = if count % 2 == 0 { &norms[..] } else { &[] };
-            let request =
-                Request { rows: &order, examples, queries: &queries, count, k, sides: Sides::BOTH, excluded: &excluded, norms, segments: &[] };
+            let request = Request {
+                rows: &order,
+                examples,
+                queries: &queries,
+                count,
+                k,
+                sides: Sides::BOTH,
+                excluded: &excluded,
+                norms,
+                segments: &[],
+            };
             let found = ends(&rows, &request, threads, &Asker::new(&never)).unwrap();
             prop_assert_eq!(found.len(), count);
             for (query, found) in found.into_iter().enumerate() {

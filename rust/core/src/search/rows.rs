@@ -78,8 +78,8 @@ impl Rows {
     /// The rows of `shards`, each `dim` wide, with one scale a row.
     ///
     /// # Errors
-    /// [`Error::Shape`] if rows have another width, or there are not as many scales as rows; [`Error::Argument`] unless
-    /// `1 <= dim <=` [`MAX_DIM`].
+    /// [`Error::Shape`] if rows have another width, or there are not as many scales as rows;
+    /// [`Error::Argument`] unless `1 <= dim <=` [`MAX_DIM`].
     pub fn new(shards: Vec<Shard>, scales: Vec<f32>, dim: usize) -> Result<Self, Error> {
         if dim == 0 || dim > MAX_DIM {
             return Err(Error::argument("dim", format!("from 1 to {MAX_DIM}"), dim));
