@@ -3,6 +3,7 @@
 import numpy as np
 
 import whence
+from whence import errors
 from whence.store import Checkpoint, Manifest, Writer
 
 
@@ -22,6 +23,22 @@ def column(values):
     """Strings as objects, as the store takes them."""
     values = np.asarray(values)
     return values.astype(object) if values.dtype.kind == "U" else values
+
+
+def appears_and_fails(monkeypatch, error):
+    """The next manifest appears, and its commit ends in an error."""
+    save = Manifest.save
+
+    def failing(self, folder, number):
+        save(self, folder, number)
+        monkeypatch.setattr(Manifest, "save", save)
+        raise error
+
+    monkeypatch.setattr(Manifest, "save", failing)
+
+
+LATE = [KeyboardInterrupt(), errors.StoreError("no name could be made durable")]
+"""What can end a commit whose manifest is there."""
 
 
 def fill(path, rows, ids=None, *, checkpoint="0", rate=None, dtype="float32", parts=1, **columns):

@@ -1,13 +1,17 @@
 """Damage is found and named, and what is whole is kept."""
 
+import shutil
+import threading
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from filled import fill, manifest, random_rows
+from filled import LATE, appears_and_fails, fill, manifest, random_rows
 
 import whence
 from whence import errors
-from whence.store import Checkpoint, Writer
-from whence.store.files import BLOCK
+from whence.store import Checkpoint, Manifest, Writer
+from whence.store.files import BLOCK, read_json, write_json
 
 
 def damage(path, at):
@@ -230,3 +234,60 @@ def test_info_counts_every_byte_of_a_store_once(tmp_path):
     found = whence.info(path)
     assert found.leftovers == 27
     assert sum(found.bytes.values()) + found.leftovers == sum(each.stat().st_size for each in files)
+
+
+@pytest.mark.parametrize("error", LATE, ids=["interrupt", "error"])
+def test_a_repaired_store_whose_manifest_appeared_is_whole(tmp_path, monkeypatch, error):
+    large(tmp_path / "s")
+    damage(tmp_path / "s" / "shard-00000001" / "rows.npy", BLOCK + 5)
+    appears_and_fails(monkeypatch, error)
+    with pytest.raises(type(error)):
+        whence.repair(tmp_path / "s")
+    assert whence.verify(tmp_path / "s").is_sound
+    left = len(whence.open(tmp_path / "s"))
+    assert 1000 < left < 2000
+    assert not whence.repair(tmp_path / "s").shards
+    assert len(whence.open(tmp_path / "s")) == left
+
+
+def test_a_store_that_is_written_to_is_sound_at_any_moment(tmp_path):
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    rows, stop = random_rows(4), threading.Event()
+
+    def write():
+        for turn in range(300):
+            writer.append(4 * (turn % 3) + np.arange(4), rows, {}, replaces=True)
+            writer.commit()
+            if stop.is_set():
+                break
+
+    writer.append(np.arange(4), rows, {})
+    writer.commit()
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        while thread.is_alive():
+            assert str(whence.verify(tmp_path / "s")).endswith("sound")
+            assert whence.verify(tmp_path / "s").is_sound
+            assert whence.info(tmp_path / "s").examples in (4, 8, 12)
+            assert len(whence.open(tmp_path / "s").ids) in (4, 8, 12)
+            whence.export_store(tmp_path / "s", tmp_path / "s.npz")
+    finally:
+        stop.set()
+        thread.join()
+        writer.close()
+
+
+def test_an_array_of_another_name_is_counted(tmp_path):
+    fill(tmp_path / "s", random_rows(4))
+    shard = tmp_path / "s" / "shard-00000001"
+    body = read_json(shard / "shard.json")
+    body["files"]["extra.npy"] = body["files"]["ids.npy"]
+    shutil.copy(shard / "ids.npy", shard / "extra.npy")
+    written = write_json(shard / "shard.json", body)
+    found, number = Manifest.load(tmp_path / "s")
+    found.shards[0] = replace(found.shards[0], described=written)
+    found.save(tmp_path / "s", number)
+    assert whence.verify(tmp_path / "s").is_sound
+    assert whence.info(tmp_path / "s").bytes["others"] == body["files"]["ids.npy"][0]

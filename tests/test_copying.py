@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from filled import fill, manifest, random_rows
+from filled import LATE, fill, manifest, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -599,6 +599,25 @@ def test_none_of_the_new_stores_appears_if_one_cannot(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "finish", fails)
         with pytest.raises(errors.StoreError, match="no space"):
+            whence.split(tmp_path / "s", into)
+    assert content(tmp_path / "a") == content(tmp_path / "b") == {}
+    whence.split(tmp_path / "s", into)
+
+
+@pytest.mark.parametrize("error", LATE, ids=["interrupt", "error"])
+def test_none_of_the_new_stores_stays_if_the_last_ends_in_an_error(tmp_path, monkeypatch, error):
+    fill(tmp_path / "s", random_rows(6))
+    into = {tmp_path / "a": [0, 1], tmp_path / "b": [2, 3]}
+    save = Manifest.save
+
+    def failing(self, folder, number):
+        save(self, folder, number)
+        if folder == tmp_path / "b":
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", failing)
+        with pytest.raises(type(error)):
             whence.split(tmp_path / "s", into)
     assert content(tmp_path / "a") == content(tmp_path / "b") == {}
     whence.split(tmp_path / "s", into)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import sys
 import tracemalloc
 import zipfile
@@ -1014,3 +1015,112 @@ def test_an_interrupted_import_leaves_nothing_and_can_be_run_again(tmp_path, mon
     assert [each.name for each in (tmp_path / "t").iterdir()] == ["lock"]
     whence.import_store(file, tmp_path / "t")
     check_same(tmp_path / "s", tmp_path / "t")
+
+
+# --- files that would take much more memory than they are long -----------------------------------
+
+
+class Flat:
+    """Bytes of a flatbuffer, whose offsets are put in once the places are known."""
+
+    def __init__(self):
+        self.bytes = bytearray()
+
+    def put(self, content, align=4):
+        self.bytes += b"\0" * (-len(self.bytes) % align)
+        at = len(self.bytes)
+        self.bytes += content
+        return at
+
+    def point(self, at, to):
+        struct.pack_into("<I", self.bytes, at, to - at)
+
+    def table(self, slots):
+        """A table of offsets at these field numbers; the places of the offsets."""
+        vtable = [0] * (max(slots) + 1)
+        for place, slot in enumerate(slots):
+            vtable[slot] = 4 + 4 * place
+        sizes = (4 + 2 * len(vtable), 4 + 4 * len(slots))
+        start = self.put(struct.pack(f"<{2 + len(vtable)}H", *sizes, *vtable))
+        at = self.put(b"\0" * (4 + 4 * len(slots)))
+        struct.pack_into("<i", self.bytes, at, at - start)
+        return at, [at + 4 + 4 * place for place in range(len(slots))]
+
+    def vector(self, count):
+        at = self.put(struct.pack("<I", count) + b"\0" * (4 * count))
+        return at, [at + 4 + 4 * place for place in range(count)]
+
+    def text(self, content):
+        return self.put(struct.pack("<I", len(content)) + content)
+
+
+def schema_message(fields, entries):
+    """A schema whose tables share their texts, as no writer makes it.
+
+    Args:
+        fields: The name of all fields, and how many there are.
+        entries: (key, value, how many) of the metadata.
+    """
+    flat = Flat()
+    root = flat.put(b"\0" * 4)
+    message, (kind, header) = flat.table([1, 2])
+    flat.bytes[kind] = 1
+    flat.point(root, message)
+    schema, (columns, metadata) = flat.table([1, 2])
+    flat.point(header, schema)
+    vector, places = flat.vector(fields[1])
+    flat.point(columns, vector)
+    field, (name,) = flat.table([0])
+    flat.point(name, flat.text(fields[0]))
+    for place in places:
+        flat.point(place, field)
+    vector, places = flat.vector(sum(count for *_, count in entries))
+    flat.point(metadata, vector)
+    places = iter(places)
+    for key, value, count in entries:
+        entry, (first, second) = flat.table([0, 1])
+        flat.point(first, flat.text(key))
+        flat.point(second, flat.text(value))
+        for _ in range(count):
+            flat.point(next(places), entry)
+    content = bytes(flat.bytes)
+    end = struct.pack("<Ii", 0xFFFFFFFF, 0) + b"ARROW1"
+    return b"ARROW1\0\0" + struct.pack("<Ii", 0xFFFFFFFF, len(content)) + content + end
+
+
+def peak_of_import(file, to):
+    """The error of importing a file, and the memory that it took at most."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.StoreError) as caught:
+            whence.import_store(file, to)
+        return str(caught.value), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("where", ["names", "metadata"])
+def test_many_fields_of_one_long_text_are_no_bomb(tmp_path, where):
+    """A MiB of Arrow that would be some GiB of texts."""
+    fill(tmp_path / "s", random_rows(3))
+    made = whence.export_store(tmp_path / "s", tmp_path / "x.arrow")
+    description = pa.ipc.open_file(made).schema.metadata[b"whence"]
+    long = b"x" * 1_000_000
+    names = (long, 10_000) if where == "names" else (b"id", 1)
+    entries = [(b"a", long, 10_000)] if where == "metadata" else []
+    file = tmp_path / "bomb.arrow"
+    file.write_bytes(schema_message(names, [*entries, (b"whence", description, 1)]))
+    error, peak = peak_of_import(file, tmp_path / "t")
+    assert "must have the columns checkpoint, id, row, scale" in error
+    assert peak < 20 << 20
+
+
+def test_a_footer_of_many_empty_entries_is_no_bomb(tmp_path):
+    count = 400_000
+    size = bytes([count & 127 | 128, count >> 7 & 127 | 128, count >> 14])
+    footer = b"\x29\xfc" + size + b"\0" * count + b"\0"  # a list, field 2, of empty structures
+    file = tmp_path / "bomb.parquet"
+    file.write_bytes(b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1")
+    error, peak = peak_of_import(file, tmp_path / "t")
+    assert "must be an export of a store" in error
+    assert peak < 8 << 20

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from whence._interrupts import LARGE, interruptible
+from whence._interrupts import LARGE, _running, interruptible
 
 LONG = np.zeros(LARGE, np.uint8)
 
@@ -41,6 +41,15 @@ def test_a_result_is_that_of_the_function():
     assert np.array_equal(interruptible(np.sort, matrix, axis=0), np.sort(matrix, axis=0))
     values, vectors = interruptible(np.linalg.eigh, matrix @ matrix.T)
     assert np.allclose((vectors * values) @ vectors.T, matrix @ matrix.T)
+
+
+def test_where_no_thread_can_be_had_the_caller_computes(monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert interruptible(np.sum, LONG) == 0
+    assert not _running
 
 
 def test_an_error_says_where_it_was_raised():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from filled import fill, manifest, random_rows
+from filled import LATE, appears_and_fails, fill, manifest, random_rows
 
 import whence
 from whence import errors
@@ -208,6 +208,9 @@ def test_what_to_delete_is_said_once(tmp_path):
             whence.delete(tmp_path / "s", **given)
     with pytest.raises(errors.ArgumentError, match="missing must be 'error' with where"):
         whence.delete(tmp_path / "s", where=[1], missing="skip")
+    with pytest.raises(errors.ArgumentError, match="where must say which examples are deleted"):
+        whence.delete(tmp_path / "s", where={})
+    assert len(whence.open(tmp_path / "s")) == 2
 
 
 @pytest.mark.parametrize("writer", [None, "2/3"])
@@ -230,3 +233,23 @@ def test_a_file_named_lock_of_something_else_stays_as_it_is(tmp_path):
     with pytest.raises(errors.StoreError, match="no manifest"):
         whence.compact(tmp_path)
     assert (tmp_path / "lock").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", LATE, ids=["interrupt", "error"])
+def test_a_compacted_store_whose_manifest_appeared_is_whole(tmp_path, monkeypatch, error):
+    rows = random_rows(12)
+    fill(tmp_path / "s", rows, parts=4)
+    whence.delete(tmp_path / "s", [3])
+    appears_and_fails(monkeypatch, error)
+    with pytest.raises(type(error)):
+        whence.compact(tmp_path / "s")
+    assert whence.verify(tmp_path / "s").is_sound
+    assert np.allclose(whence.open(tmp_path / "s").rows(), np.delete(rows, 3, 0), rtol=1e-6)
+    assert whence.compact(tmp_path / "s").rows == 11
+
+
+def test_a_filter_of_many_texts_passes_those(tmp_path):
+    users = np.array([f"user {number % 700}" for number in range(2000)])
+    store = fill(tmp_path / "s", random_rows(2000), user=users)
+    asked = [f"user {number}" for number in range(0, 1400, 2)]
+    assert store.eligible({"user": asked}).tolist() == np.isin(users, asked).tolist()

@@ -391,14 +391,52 @@ def test_a_writer_goes_on_with_its_own_store(tmp_path):
     assert Manifest.load(tmp_path / "s" / "writer-1-of-1")[1] == 4
 
 
+def exchange(one, other):
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
 def test_repair_says_that_it_cannot_mend_folders_that_were_exchanged(tmp_path):
     store = two(tmp_path / "s")
     one, other = sorted(store.glob("writer-*"))
-    one.rename(tmp_path / "away")
-    other.rename(one)
-    (tmp_path / "away").rename(other)
-    done = whence.repair(store)
-    assert [str(each) for each in done.unmended] == [
-        f"{one} must be of writer 1/2, got the folder of 2/2"
-    ]
+    exchange(one, other)
+    before = {each: each.read_bytes() for each in store.rglob("*") if each.is_file()}
+    for call in (whence.repair, lambda path: Writer(path, None, "1/2")):
+        with pytest.raises(
+            errors.StoreError, match="writer-1-of-2 must be of writer 1/2, got the folder of 2/2"
+        ):
+            call(store)
     assert not whence.verify(store).is_sound
+    after = {each: each.read_bytes() for each in store.rglob("*") if each.is_file()}
+    assert {each for each in before if before[each] != after[each]} <= {one / "lock"}
+
+
+def test_a_manifest_of_another_writer_is_damage_and_repair_goes_back(tmp_path):
+    rows = random_rows(4)
+    for number in (1, 2):
+        for at in (0, 2):
+            part(tmp_path / "s", f"{number}/2", [number + at], rows[:1])
+    one, two = (tmp_path / "s" / f"writer-{number}-of-2" for number in (1, 2))
+    exchange(one / "manifest-00000002.json", two / "manifest-00000002.json")
+    assert not whence.verify(tmp_path / "s").is_sound
+    done = whence.repair(tmp_path / "s")
+    assert done.went_back
+    assert sorted(done.lost) == [("0", 3), ("0", 4)]
+    assert whence.verify(tmp_path / "s").is_sound
+    assert sorted(whence.open(tmp_path / "s").ids.tolist()) == [1, 2]
+
+
+def test_an_older_manifest_of_another_writer_is_damage_and_repair_removes_it(tmp_path):
+    rows = random_rows(4)
+    for number in (1, 2):
+        for at in (0, 2):
+            part(tmp_path / "s", f"{number}/2", [number + at], rows[:1])
+    one, two = (tmp_path / "s" / f"writer-{number}-of-2" for number in (1, 2))
+    shutil.copy(two / "manifest-00000001.json", one)
+    (found,) = whence.verify(tmp_path / "s").damage
+    assert found.path == one / "manifest-00000001.json"
+    assert not whence.repair(tmp_path / "s").lost
+    assert whence.verify(tmp_path / "s").is_sound
+    assert len(whence.open(tmp_path / "s")) == 4

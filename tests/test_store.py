@@ -1,10 +1,15 @@
 """The store on disk: what is confirmed is there, what is damaged is refused."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import textwrap
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -12,13 +17,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from filled import fill, manifest, random_rows
+from filled import LATE, appears_and_fails, fill, manifest, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import whence
 from whence import errors
-from whence.store import Checkpoint, Manifest, Writer
+from whence._background import Background
+from whence.store import Checkpoint, Manifest, Writer, files
+from whence.store.files import NewFile
 from whence.store.shards import ShardWriter
 
 
@@ -381,6 +388,156 @@ def test_rows_that_could_not_be_written_ahead_are_written_by_the_commit(tmp_path
     assert len(list((tmp_path / "s").glob("shard-*"))) == 1
 
 
+def test_a_full_disk_leaves_no_folder_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("whence.store.writer.AHEAD_BYTES", 256)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    rows = random_rows(40)
+    with monkeypatch.context() as patch:
+        patch.setattr(NewFile, "_put", full)
+        for first in range(0, 40, 5):
+            writer.append(np.arange(first, first + 5), rows[first : first + 5], {})
+        with pytest.raises(errors.StoreError, match="No space left"):
+            writer.commit()
+    assert [each.name for each in (tmp_path / "s").iterdir()] == ["lock"]
+    writer.release()  # as if it were killed
+    again = Writer(tmp_path / "s", manifest())
+    again.set_checkpoint(Checkpoint("0"))
+    again.append(np.arange(40), rows, {})
+    again.close()
+    assert np.allclose(whence.open(tmp_path / "s").rows(), rows, rtol=1e-6)
+
+
+@pytest.mark.parametrize("error", LATE, ids=["interrupt", "error"])
+def test_what_changes_after_a_commit_whose_manifest_appeared_is_kept(tmp_path, monkeypatch, error):
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    writer.append(np.arange(4), random_rows(4), {})
+    appears_and_fails(monkeypatch, error)
+    with pytest.raises(type(error)):
+        writer.commit()
+    writer.skip(np.array([77]))
+    writer.close()
+    store = whence.open(tmp_path / "s")
+    assert store.skipped == [("0", 77)]
+    assert store.ids.tolist() == [0, 1, 2, 3]
+
+
+def test_a_manifest_that_could_not_be_made_durable_is_so_before_it_counts(tmp_path, monkeypatch):
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    writer.append(np.arange(4), random_rows(4), {})
+    wanted, sync = Manifest.path(tmp_path / "s", 1), files.sync_directory
+
+    def failing(path):
+        if wanted.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(path)
+
+    for owner in ("whence.store.files", "whence.store.writer"):
+        monkeypatch.setattr(f"{owner}.sync_directory", failing)
+    for _ in range(2):
+        with pytest.raises(errors.StoreError, match="Input/output"):
+            writer.commit()
+    monkeypatch.undo()
+    writer.close()
+    assert len(whence.open(tmp_path / "s")) == 4
+    assert len(list((tmp_path / "s").glob("shard-*"))) == 1
+
+
+def test_what_failed_behind_and_was_interrupted_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("whence.store.writer.AHEAD_BYTES", 256)
+    rows, put, drain = random_rows(12), NewFile._put, Background.drain
+
+    def full(file, part, *, counted=True):
+        if threading.current_thread() is not threading.main_thread():
+            put(file, bytes(part)[:7], counted=counted)  # a part of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(file, part, counted=counted)
+
+    def interrupted(background):
+        drain(background)
+        raise KeyboardInterrupt
+
+    writer = Writer(tmp_path / "s", manifest())
+    writer.set_checkpoint(Checkpoint("0"))
+    with monkeypatch.context() as patch:
+        patch.setattr(NewFile, "_put", full)
+        patch.setattr(Background, "drain", interrupted)
+        writer.append(np.arange(8), rows[:8], {})
+        with pytest.raises(KeyboardInterrupt):
+            writer.commit()
+    writer.append(np.arange(8, 12), rows[8:], {})
+    writer.close()
+    assert whence.verify(tmp_path / "s").is_sound
+    assert np.allclose(whence.open(tmp_path / "s").rows(), rows, rtol=1e-6)
+
+
+def test_a_shard_of_other_counts_is_refused(tmp_path):
+    shard = ShardWriter(tmp_path, 1, 0, "<f4", 16)
+    shard.append(random_rows(3))
+    with pytest.raises(errors.StoreError, match="as many rows as scales and ids, got 3, 4 and 4"):
+        shard.finish(np.ones(4, np.float32), np.arange(4), [])
+
+
+def test_rows_are_committed_while_python_ends(tmp_path):
+    script = """
+        import atexit, sys
+        import numpy as np
+        from filled import manifest, random_rows
+        from whence.store import Checkpoint, Writer
+
+        writer = Writer(sys.argv[1], manifest())
+        writer.set_checkpoint(Checkpoint("0"))
+        atexit.register(writer.close)
+        writer.append(np.arange(4), random_rows(4), {})
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "s"],
+        check=True,
+        cwd=Path(__file__).parent,
+        timeout=120,
+    )
+    assert len(whence.open(tmp_path / "s")) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_killed_writers_lock_is_free_though_its_forked_child_lives(tmp_path):
+    script = """
+        import os, sys, time
+        from filled import manifest
+        from whence.store import Writer
+
+        writer = Writer(sys.argv[1], manifest())
+        if not os.fork():
+            print("forked", flush=True)
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(60)
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "s"],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert parent.stdout.readline() == b"forked\n"
+        with pytest.raises(errors.LockedError):
+            Writer(tmp_path / "s", manifest())
+        parent.kill()
+        parent.wait()
+        Writer(tmp_path / "s", manifest()).close()
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.stdout.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_can_neither_write_nor_let_go_of_the_store(tmp_path):
@@ -499,11 +656,12 @@ def test_a_link_to_nothing_is_named(tmp_path):
         whence.merge([tmp_path / "s"], tmp_path / "dangling")
 
 
-def test_a_learning_rate_beyond_float32_is_named(tmp_path):
-    store = fill(tmp_path / "s", random_rows(2), rate=1e308)
+@pytest.mark.parametrize("rate", [1e308, 1e-50])
+def test_a_learning_rate_beyond_float32_is_named(tmp_path, rate):
+    store = fill(tmp_path / "s", random_rows(2), rate=rate)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(errors.NotFiniteError, match="learning_rate must be finite in float32"):
+        with pytest.raises(errors.NotFiniteError, match="learning_rate must be finite and above"):
             store.search(random_rows(1))
 
 

@@ -4,39 +4,102 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import ParamSpec
 
 P = ParamSpec("P")
+
+
+class Call:
+    """A call on a thread of its own, which can be waited for and, until it begins, cancelled.
+
+    It is not the thread that is waited for: up to Python 3.12 a `Thread.join` that a signal
+    interrupts takes a thread that still runs for one that has ended.
+
+    Args:
+        function: What is called.
+
+    Attributes:
+        ended: Set once it has ended, or will not begin.
+        failed: What it raised.
+    """
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.ended = threading.Event()
+        self.failed: BaseException | None = None
+        self._function = [function]  # who takes it out makes the call, or sees that nobody does
+
+    def start(self, *, daemon: bool = False) -> None:
+        """Begins; at once and here, where no thread can be had.
+
+        Args:
+            daemon: Whether Python may end while it runs.
+
+        Raises:
+            BaseException: What a signal's handler raises meanwhile; it may have begun then.
+        """
+        try:
+            threading.Thread(target=self._run, daemon=daemon).start()
+        except RuntimeError:  # no more threads, or Python is about to end
+            self._run()
+
+    def cancel(self) -> bool:
+        """Whether it had not begun; then it never does."""
+        try:
+            self._function.pop()
+        except IndexError:
+            return False
+        self.ended.set()
+        return True
+
+    def check(self) -> None:
+        """Nothing, if it has raised nothing; told once.
+
+        Raises:
+            BaseException: What it raised.
+        """
+        failed, self.failed = self.failed, None
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed  # which holds this frame, too
+
+    def _run(self) -> None:
+        try:
+            function = self._function.pop()
+        except IndexError:
+            return
+        try:
+            function()
+        except BaseException as error:
+            self.failed = error
+        finally:
+            self.ended.set()
 
 
 class Background:
     """What runs behind its caller: at most one call, which the caller waits for before the next."""
 
     def __init__(self) -> None:
-        self._worker: threading.Thread | None = None
-        self._failed: list[BaseException] = []
+        self._call: Call | None = None
 
     def start(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Lets a call run, once the one before has ended.
 
         Raises:
-            BaseException: As `wait`; the call then is not made.
+            BaseException: As `wait`; the call then is not made, or can be waited for.
         """
         self.wait()
-
-        def work() -> None:
-            try:
-                function(*args, **kwargs)
-            except BaseException as error:
-                self._failed.append(error)
-
-        worker = threading.Thread(target=work)
+        call = Call(partial(function, *args, **kwargs))
         try:
-            worker.start()
-        except RuntimeError:  # no more threads, or Python is about to end
-            work()
-        else:
-            self._worker = worker
+            self._call = call  # first: whoever waits must know of it
+            call.start()
+        except BaseException:
+            call.cancel()
+            raise
+        if call.ended.is_set() and not isinstance(call.failed, Exception):
+            self.wait()  # it was made here, and a signal's handler has raised
 
     def wait(self) -> None:
         """Waits for the call.
@@ -44,11 +107,10 @@ class Background:
         Raises:
             BaseException: What it raised, or a signal's handler meanwhile: KeyboardInterrupt.
         """
-        if self._worker is not None:
-            self._worker.join()
-            self._worker = None
-        if self._failed:
-            raise self._failed.pop()
+        if self._call is not None:
+            self._call.ended.wait()
+            call, self._call = self._call, None
+            call.check()
 
     def drain(self) -> None:
         """Waits for the call in any case, and drops what it raised.
@@ -57,12 +119,12 @@ class Background:
             BaseException: What a signal's handler raises meanwhile, once the call has ended.
         """
         interrupt: BaseException | None = None
-        while self._worker is not None:
+        while self._call is not None:
             try:
-                self._worker.join()
-                self._worker = None
+                if not self._call.cancel():
+                    self._call.ended.wait()
+                self._call = None
             except BaseException as error:
                 interrupt = error
-        self._failed.clear()
         if interrupt is not None:
             raise interrupt

@@ -19,6 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from whence._background import Call
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ A float64 matrix of 512 rows has as many, whose eigenvectors take some tens of m
 LOOK = 0.05
 """Seconds after which the main thread looks up by itself: a signal does not wake it everywhere."""
 
-_running: set[threading.Thread] = set()
+_running: set[Call] = set()
 
 
 def interruptible(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,8 +50,6 @@ def interruptible(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
     if small or threading.current_thread() is not threading.main_thread():
         return function(*args, **kwargs)
     found: list[T] = []
-    failed: list[BaseException] = []
-    done = threading.Event()
     settings = _settings()
 
     def work() -> None:
@@ -58,19 +58,20 @@ def interruptible(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
                 for setting in settings:
                     stack.enter_context(setting())
                 found.append(function(*args, **kwargs))
-        except BaseException as error:
-            failed.append(error)
         finally:
-            _running.discard(worker)
-            done.set()
+            _running.discard(call)
 
-    worker = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
-    _running.add(worker)
-    worker.start()
-    while not done.wait(LOOK):
+    call = Call(partial(copy_context().run, work))
+    try:
+        _running.add(call)
+        call.start(daemon=True)
+    except BaseException:
+        if call.cancel():
+            _running.discard(call)
+        raise
+    while not call.ended.wait(LOOK):
         pass
-    if failed:
-        raise failed.pop()
+    call.check()
     return found.pop()
 
 
@@ -106,8 +107,8 @@ def _as_many_threads(torch: Any) -> AbstractContextManager[Any]:
 
 def _finish() -> None:
     """Waits for what an interrupt has left, and still runs."""
-    for worker in list(_running):
-        worker.join()
+    for call in list(_running):
+        call.ended.wait()
 
 
 @atexit.register

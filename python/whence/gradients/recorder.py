@@ -50,8 +50,8 @@ from whence.sketch import Sketch
 from whence.store import Checkpoint, Manifest, Writer
 from whence.store.manifest import DTYPES, is_name
 
-LARGEST = float(np.finfo(np.float32).max)
-"""The largest learning rate, by which scores are multiplied."""
+RATES = (float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max))
+"""Learning rates: the smallest and the largest float32, which scores are multiplied with."""
 
 DUPLICATES = ("error", "skip", "replace")
 """What can be done with an id that is recorded in the checkpoint."""
@@ -281,10 +281,10 @@ class Recorder:
             raise ArgumentError(f"name must be a non-empty str without NUL, got {name!r}")
         if learning_rate is not None:
             learning_rate = _arrays.number("learning_rate", learning_rate, positive=True)
-            if learning_rate > LARGEST:
+            if not RATES[0] <= learning_rate <= RATES[1]:
                 raise ArgumentError(
-                    f"learning_rate must be at most {LARGEST:g}, the largest float32, in which "
-                    f"scores are, got {learning_rate:g}"
+                    f"learning_rate must be from {RATES[0]:g} to {RATES[1]:g}, as float32 has "
+                    f"numbers, in which scores are, got {learning_rate:g}"
                 )
             if isinstance(self._map, Coordinates):
                 raise ArgumentError(

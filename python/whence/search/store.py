@@ -216,7 +216,7 @@ class Store(Reader, Source):
 
         Raises:
             CheckpointError: If some checkpoints have a learning rate and others not.
-            NotFiniteError: If a learning rate is too large for float32, in which scores are.
+            NotFiniteError: If a learning rate is infinite, or 0, in float32, in which scores are.
         """
         if self.manifest.rows == COMBINED:
             return np.ones(1, np.float32), INFLUENCE
@@ -240,11 +240,14 @@ class Store(Reader, Source):
             raise CheckpointError(
                 f"learning_rate must be given for all checkpoints or none, got {named}"
             )
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", under="ignore"):
             found = np.array(rates, np.float32)
-        if not np.isfinite(found).all():
-            large = np.array(rates)[~np.isfinite(found)][0]
-            raise NotFiniteError(f"learning_rate must be finite in float32, got {large:g}")
+        odd = ~np.isfinite(found) | (found == 0)
+        if odd.any():
+            raise NotFiniteError(
+                "learning_rate must be finite and above zero in float32, in which scores are, got "
+                f"{np.array(rates)[odd][0]:g}"
+            )
         if divided:
             return found, f"{RATIO}, each times its learning rate"
         if normalized:

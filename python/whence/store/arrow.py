@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from whence.errors import StoreError
 from whence.store.files import MAX_JSON
 from whence.store.pieces import Field, step_of
-from whence.store.tables import TableFile
+from whence.store.tables import DESCRIPTION, TableFile
 
 MAGIC = b"ARROW1"
 """How a file begins and ends."""
@@ -90,8 +90,8 @@ class _Table:
         for place in range(start, start + 4 * count, 4):
             yield _Table(self.content, place + _number("<I", self.content, place))
 
-    def text(self, number: int) -> bytes:
-        """A field that is a text.
+    def text(self, number: int, most: int) -> bytes:
+        """A field that is a text, or so many bytes of it: many fields can be of one long text.
 
         Raises:
             ValueError: If it is not there.
@@ -100,7 +100,7 @@ class _Table:
         start, count = self.vector(number)
         if count > len(self.content) - start:
             raise ValueError("a text must lie in its message")
-        return self.content[start : start + count]
+        return self.content[start : start + min(count, most)]
 
     def vector(self, number: int) -> tuple[int, int]:
         """The place and the length of a list."""
@@ -110,9 +110,11 @@ class _Table:
         place += _number("<I", self.content, place)
         return place + 4, _number("<I", self.content, place)
 
-    def pairs(self, number: int) -> list[tuple[int, int]]:
-        """A field that is a list of pairs of numbers of 64 bits."""
+    def pairs(self, number: int, expected: int) -> list[tuple[int, int]]:
+        """A field that is a list of so many pairs of numbers of 64 bits."""
         start, count = self.vector(number)
+        if count != expected:
+            raise ValueError(f"a list must have {expected} entries, got {count}")
         if 16 * count > len(self.content) - start:
             raise ValueError("a list must lie in its message")
         flat = struct.unpack_from(f"<{2 * count}q", self.content, start)
@@ -155,7 +157,10 @@ class ArrowFile(TableFile):
         Raises:
             StoreError: If it says nothing.
         """
-        return self._described({each.text(0): each.text(1) for each in self._schema.tables(2)})
+        for each in self._schema.tables(2):
+            if each.text(0, len(DESCRIPTION) + 1) == DESCRIPTION:
+                return each.text(1, self.length)
+        raise self._no_export()
 
     def read(self, fields: Sequence[Field], rows: int) -> Iterator[list[NDArray[Any]]]:
         """The values of the columns, some rows at a time; texts are objects.
@@ -190,8 +195,10 @@ class ArrowFile(TableFile):
             (field.name.encode(), _FIXED if field.width is not None else _TYPES[field.kind], 0)
             for field in fields
         ]
+        self._check_count(self._schema.vector(1)[1], fields)
         found = [
-            (each.text(0), each.number(2, "<B"), each.field(4)) for each in self._schema.tables(1)
+            (each.text(0, len(name) + 1), each.number(2, "<B"), each.field(4))
+            for each, (name, *_) in zip(self._schema.tables(1), wanted, strict=True)
         ]
         self._check_columns(found, wanted)
 
@@ -203,14 +210,17 @@ class ArrowFile(TableFile):
         Raises:
             StoreError: If one is damaged.
         """
-        nodes, buffers = batch.pairs(1), iter(batch.pairs(2))
+        nodes = batch.pairs(1, len(fields))
+        sizes = [self._sizes(field, count) for field in fields]
+        # Before those of a column stands which of its values are empty; none is.
+        buffers = iter(batch.pairs(2, sum(1 + len(each) for each in sizes)))
         if count < 0 or nodes != [(count, 0)] * len(fields):
             raise StoreError(f"{self.path} is damaged: it has empty values")
         found: list[_Reads] = []
-        for field in fields:
-            next(buffers)  # says which values are empty; none is
+        for field, needed in zip(fields, sizes, strict=True):
+            next(buffers)
             parts = []
-            for bytes_of in self._sizes(field, count):
+            for bytes_of in needed:
                 start, length = next(buffers)
                 if not 0 <= bytes_of <= length <= size or not 0 <= start <= size - length:
                     raise StoreError(f"{self.path} is damaged: a column must lie in its message")

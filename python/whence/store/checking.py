@@ -25,10 +25,18 @@ from whence.store.files import (
     store_errors,
 )
 from whence.store.gone import gone_files, write_gone
-from whence.store.lifecycle import leftovers
+from whence.store.lifecycle import leftovers, removed_unless_committed
 from whence.store.lock import Lock
-from whence.store.manifest import COLUMN_KINDS, DTYPES, Manifest, last_committed, manifests
-from whence.store.members import check_there, members, missing, parts
+from whence.store.manifest import (
+    COLUMN_KINDS,
+    DTYPES,
+    READ_ATTEMPTS,
+    Manifest,
+    last_committed,
+    manifests,
+    number_of,
+)
+from whence.store.members import check_there, check_writer, members, missing
 from whence.store.progress import bar
 from whence.store.reader import Reader, file_of, read_ids
 from whence.store.shards import DESCRIPTION, SHARD, Description, Shard, ShardWriter, last_number
@@ -109,51 +117,72 @@ def verify(path: str | os.PathLike[str], *, progress: bool | None = None) -> Ver
     """
     path = _arrays.path("path", path)
     check_there(path)
-    check = _Check(path)
-    folders = [path / name for name in members(path)] or [path]
-    for folder in folders:
-        if folder == path or Manifest.exists(folder):
-            check.part(folder, progress)
-    if not check.damage:
-        check.meaning()
+    checks = [_looked_at(path, folder, progress) for folder in _folders(path)]
+    damage = [each for check in checks for each in check.damage]
     return Verification(
         path,
-        check.files,
-        check.bytes,
-        check.rows,
-        check.damage,
-        check.leftovers,
+        sum(check.files for check in checks),
+        sum(check.bytes for check in checks),
+        sum(check.rows for check in checks),
+        damage or _meaning(path),
+        [each for check in checks for each in check.leftovers],
         missing(path),
     )
 
 
-class _Check:
-    """What was found so far."""
+def _folders(path: Path) -> list[Path]:
+    """Where the manifests of a store lie: in its folder, or in those of its writers."""
+    found = [path / name for name in members(path)]
+    return [folder for folder in found if Manifest.exists(folder)] if found else [path]
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.files, self.bytes, self.rows = path, 0, 0, 0
+
+def _looked_at(path: Path, folder: Path, progress: bool | None) -> _Check:
+    """What is found in a folder of the store at `path`."""
+    for _ in range(READ_ATTEMPTS):
+        check = _Check(path, folder)
+        number = check.all(progress)
+        if not check.damage or last_committed(folder) == number:
+            break
+        # A writer has committed meanwhile, and may have removed what the manifest named.
+    return check
+
+
+def _meaning(path: Path) -> list[Damage]:
+    """What bytes say that they cannot: every id is there once, offsets rise, values are values."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MissingWritersWarning)  # they are listed
+            reader = Reader(path)
+        _ = reader.ids, reader.scales, reader.core
+        for name in reader.columns:
+            _ = reader.columns[name]
+    except WhenceError as error:
+        return [Damage(path, str(error))]
+    return []
+
+
+class _Check:
+    """What was found so far in a folder of the store at `path`: that itself, or a writer's."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path, self._folder = path, folder
+        self.files = self.bytes = self.rows = 0
         self._threads = _arrays.threads(None)
         self.damage: list[Damage] = []
         self.leftovers: list[Path] = []
 
-    def part(self, folder: Path, progress: bool | None) -> None:
-        """Looks at the store in a folder."""
+    def all(self, progress: bool | None) -> int:
+        """Looks at all that the newest manifest names, and beside; gives the manifest's number."""
+        folder = self._folder
         try:
             manifest, number = Manifest.load(folder)
+            _check_own(self._path, folder, manifest)
         except StoreError as error:
             if not Manifest.exists(folder):
                 raise
             self._note(folder, error)
-            return
-        self.leftovers += leftovers(folder, manifest)
-        for older in manifests(folder):
-            self.files += 1
-            self.bytes += older.stat().st_size
-            if older != Manifest.path(folder, number):
-                try:
-                    Manifest.at(folder, int(older.stem.removeprefix("manifest-")))
-                except StoreError as error:
-                    self._note(older, error)
+            return last_committed(folder)
+        self._beside(manifest, number)
         for pack in manifest.packs:  # read with the manifest
             self.files, self.bytes = self.files + 1, self.bytes + pack.length
         gone = 0
@@ -166,26 +195,32 @@ class _Check:
         self.rows += sum(shard.rows for shard in manifest.shards) - gone
         with bar("verifying", manifest.stored_bytes, progress) as shown:
             for shard in manifest.shards:
-                self._shard(folder, shard)
+                self._shard(shard)
                 shown.update(shard.rows * manifest.row_bytes)
         for checkpoint in manifest.checkpoints:
             if checkpoint.map is not None:
                 for name, written in checkpoint.map.files.items():
-                    self._file(folder / checkpoint.map.name / name, written)
+                    self.file(folder / checkpoint.map.name / name, written)
+        return number
 
-    def meaning(self) -> None:
-        """Looks at what the bytes say: every id once, offsets in order, values that can be."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", MissingWritersWarning)  # they are listed
-                reader = Reader(self.path)
-            _ = reader.ids, reader.scales, reader.core
-            for name in reader.columns:
-                _ = reader.columns[name]
-        except WhenceError as error:
-            self._note(self.path, error)
+    def _beside(self, manifest: Manifest, number: int) -> None:
+        """Looks at what lies beside what the newest manifest names."""
+        folder = self._folder
+        self.leftovers += leftovers(folder, manifest)
+        for older in manifests(folder):
+            try:
+                with store_errors(older):
+                    length = older.lstat().st_size
+                if older != Manifest.path(folder, number):
+                    _check_own(self._path, folder, Manifest.at(folder, number_of(older)))
+            except StoreError as error:
+                if not os.path.lexists(older):  # a writer has removed it meanwhile
+                    continue
+                self._note(older, error)
+            self.files, self.bytes = self.files + 1, self.bytes + length
 
-    def _shard(self, folder: Path, shard: Shard) -> None:
+    def _shard(self, shard: Shard) -> None:
+        folder = self._folder
         self.files, self.bytes = self.files + 1, self.bytes + shard.described.length
         described = shard.folder(folder) / DESCRIPTION
         try:
@@ -194,14 +229,14 @@ class _Check:
             self._note(described, error)
             return
         for name, written in files.items():
-            self._file(shard.folder(folder) / name, written)
+            self.file(shard.folder(folder) / name, written)
         try:
             Description.read(folder, shard)
         except StoreError as error:
             if not any(shard.folder(folder) in each.path.parents for each in self.damage):
                 self._note(described, error)
 
-    def _file(self, path: Path, written: Written) -> None:
+    def file(self, path: Path, written: Written) -> None:
         self.files, self.bytes = self.files + 1, self.bytes + written.length
         try:
             bad = _core.check_file(path, written.length, written.blocks, self._threads)
@@ -273,29 +308,20 @@ def repair(
     path = _arrays.path("path", path)
     _arrays.boolean("undelete", undelete)
     check_there(path)
-    folders = [path / name for name in members(path)] or [path]
-    done = [
-        _repair(folder, undelete, progress)
-        for folder in folders
-        if folder == path or Manifest.exists(folder)
-    ]
-    unmended = [damage for each in done for damage in each.unmended]
-    try:
-        parts(path)
-    except StoreError as error:  # such as folders of writers that were exchanged
-        unmended.append(Damage(path, str(error)))
+    done = [_repair(path, folder, undelete, progress) for folder in _folders(path)]
     return Repair(
         [lost for each in done for lost in each.lost],
         sum(each.unnamed for each in done),
         sum(each.shards for each in done),
         any(each.went_back for each in done),
-        unmended,
+        [damage for each in done for damage in each.unmended],
     )
 
 
-def _repair(path: Path, undelete: bool, progress: bool | None) -> Repair:
+def _repair(store: Path, path: Path, undelete: bool, progress: bool | None) -> Repair:
+    """Repairs a folder of a store: that itself, or a writer's."""
     with Lock(path):
-        manifest, number, went_back = _readable(path)
+        manifest, number, went_back = _readable(store, path)
         gone = np.empty((0, 2), np.int64)
         if manifest.gone is not None:
             try:
@@ -313,7 +339,7 @@ def _repair(path: Path, undelete: bool, progress: bool | None) -> Repair:
                 "come back"
             )
         mender = _Mender(path, manifest, gone)
-        try:
+        with removed_unless_committed(path, mender.made):
             with bar("repairing", manifest.stored_bytes, progress) as shown:
                 for shard in manifest.shards:
                     mender.shard(shard)
@@ -330,42 +356,52 @@ def _repair(path: Path, undelete: bool, progress: bool | None) -> Repair:
                 mended.save(path, number)
                 Manifest.settle(path, number, kept=0, every=True)
                 mender.remove_damaged()
-            _remove_damaged_manifests(path, number)
-        except BaseException:
-            mender.abandon()
-            raise
-    check = _Check(path)
+            _remove_damaged_manifests(store, path, number)
+    check = _Check(store, path)
     for checkpoint in manifest.checkpoints:
         if checkpoint.map is not None:
             for name, written in checkpoint.map.files.items():
-                check._file(path / checkpoint.map.name / name, written)
+                check.file(path / checkpoint.map.name / name, written)
     return Repair(mender.lost, mender.unnamed, len(mender.damaged), went_back, check.damage)
 
 
-def _readable(path: Path) -> tuple[Manifest, int, bool]:
+def _check_own(store: Path, folder: Path, manifest: Manifest) -> None:
+    """Nothing, if a manifest is of the folder of a store that it lies in.
+
+    Raises:
+        StoreError: If it is of another writer.
+    """
+    if folder != store:
+        check_writer(folder, manifest)
+
+
+def _readable(store: Path, path: Path) -> tuple[Manifest, int, bool]:
     """The newest manifest that can be read, its number, and whether a newer one was lost.
 
     Raises:
         StoreError: If none can.
     """
     try:
-        return *Manifest.load(path), False
+        manifest, number = Manifest.load(path)
+        _check_own(store, path, manifest)
+        return manifest, number, False
     except StoreError as first:
         for older in reversed(manifests(path)):
-            number = int(older.stem.removeprefix("manifest-"))
             try:
-                return Manifest.at(path, number), number, True
+                manifest = Manifest.at(path, number_of(older))
+                _check_own(store, path, manifest)
+                return manifest, number_of(older), True
             except StoreError:
                 continue
         raise first
 
 
-def _remove_damaged_manifests(path: Path, number: int) -> None:
+def _remove_damaged_manifests(store: Path, path: Path, number: int) -> None:
     """Removes older manifests that cannot be read: nobody misses them."""
     for older in manifests(path):
         if older != Manifest.path(path, number):
             try:
-                Manifest.at(path, int(older.stem.removeprefix("manifest-")))
+                _check_own(store, path, Manifest.at(path, number_of(older)))
             except StoreError:
                 with store_errors(older):
                     if older.is_dir() and not older.is_symlink():
@@ -386,7 +422,7 @@ class _Mender:
     def __init__(self, path: Path, manifest: Manifest, gone: NDArray[np.int64]) -> None:
         self._path, self._manifest, self._gone = path, manifest, gone
         self._next = 1 + last_number(path, SHARD)
-        self._made: list[ShardWriter] = []
+        self.made: list[ShardWriter] = []
         self.shards: list[Shard] = []
         self.damaged: list[Path] = []
         self.lost: list[tuple[str, int | str]] = []
@@ -442,11 +478,6 @@ class _Mender:
         for folder in self.damaged:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """Removes what was written."""
-        for each in self._made:
-            each.abandon()
-
     def _note(self, found: _Salvage, checkpoint: int, lost: NDArray[np.bool_]) -> None:
         name = self._manifest.row_sets[checkpoint]
         named = lost & found.whole_ids
@@ -461,7 +492,7 @@ class _Mender:
             self._path, self._next, shard.checkpoint, DTYPES[manifest.dtype], manifest.row_width
         )
         self._next += 1
-        self._made.append(target)
+        self.made.append(target)
         target.append(found.rows(keep))
         return target.finish(found.scales(keep), found.ids(keep), found.columns(keep), error)
 

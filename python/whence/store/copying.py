@@ -77,7 +77,12 @@ def merge(
             found[folder] = manifest
         warn_of_missing(source, stacklevel=2)
     whole = combined(Path(), list(found.items()), "stores that are merged")
-    pieces = pieces_of(Path(), found, whole)
+    gone = {
+        folder: manifest.gone.read(Path(folder))
+        for folder, manifest in found.items()
+        if manifest.gone is not None
+    }
+    pieces = pieces_of(Path(), found, whole, gone)
     pieces = without_doubles(pieces, whole.row_sets, first=on_duplicate == "first")
     whole = replace(whole, skipped=_still_skipped(pieces, whole))
     with (
@@ -158,13 +163,11 @@ def split(
                 _copy(piece.only(chosen), new, shown)
             new.finish()
             made.append(new)
-        done: list[NewStore] = []
         try:
             for new in made:
                 new.commit()
-                done.append(new)
-        except BaseException:  # all of them, or none
-            for new in done:
+        except BaseException:  # all of them, or none; the last may be there, too
+            for new in made:
                 new.withdraw()
             raise
     return [new.path for new in made]

@@ -78,7 +78,13 @@ def eligible(
                 raise ArgumentError(
                     f"{argument} must name columns of {sorted(columns)}, got {name!r}"
                 )
-            keep &= np.isin(columns[name], _wanted(f"{argument}[{name!r}]", wanted, kinds[name]))
+            found = _wanted(f"{argument}[{name!r}]", wanted, kinds[name])
+            if kinds[name] == "str":  # which numpy would compare each with each
+                allowed = set(found.tolist())
+                texts = columns[name].tolist()
+                keep &= np.fromiter((text in allowed for text in texts), np.bool_, count)
+            else:
+                keep &= np.isin(columns[name], found)
         return keep
     if isinstance(where, (set, frozenset)):
         where = list(where)

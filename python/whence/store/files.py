@@ -218,9 +218,13 @@ def write(path: Path, *parts: Part) -> Written:
 def sync_all(files: Iterable[NewFile]) -> None:
     """Makes the bytes of several files durable, at the same time."""
     files = list(files)
-    with ThreadPoolExecutor(min(SYNCS, max(len(files), 1))) as pool:
-        for _ in pool.map(NewFile.sync, files):
-            pass
+    try:
+        with ThreadPoolExecutor(min(SYNCS, max(len(files), 1))) as pool:
+            for _ in pool.map(NewFile.sync, files):
+                pass
+    except RuntimeError:  # no more threads, or Python is about to end
+        for file in files:
+            file.sync()
 
 
 def json_bytes(body: dict[str, Any]) -> bytes:

@@ -111,7 +111,7 @@ def info(path: str | os.PathLike[str]) -> Info:
     sizes: Counter[str] = Counter(dict.fromkeys((*_KINDS.values(), "manifests", "gone"), 0))
     for shard, described in reader.shards:
         for name, written in described.files.items():
-            sizes[_KINDS[name.removesuffix(".npy").split("-")[0]]] += written.length
+            sizes[_KINDS.get(name.removesuffix(".npy").split("-")[0], "others")] += written.length
         sizes["manifests"] += shard.described.length
     for checkpoint in manifest.checkpoints:
         if checkpoint.map is not None:
@@ -156,5 +156,12 @@ def info(path: str | os.PathLike[str]) -> Info:
 
 def _size(path: Path) -> int:
     if path.is_dir() and not path.is_symlink():
-        return sum(each.lstat().st_size for each in path.rglob("*"))
-    return path.lstat().st_size
+        return sum(map(_size_of, path.rglob("*")))
+    return _size_of(path)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:  # a writer has removed it meanwhile
+        return 0

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,8 @@ def delete(
     Args:
         path: The store's folder.
         ids: Of the examples; distinct. Of an empty list none is deleted.
-        where: In their place, which examples: a dict of columns, or [examples] bool, as `where` in
-            `Store.search`. If none passes, none is deleted.
+        where: In their place, which examples: a non-empty dict of columns, [examples] bool, or
+            ids, as `where` in `Store.search`. If none passes, none is deleted.
         missing: What to do with one of `ids` that is not in the store: "error" or "skip".
 
     Returns:
@@ -74,12 +74,12 @@ def delete(
 
     Raises:
         ArgumentError: If not one of `ids` and `where` is given, `missing` is another word, or
-            `where` names a column that is not there.
+            `where` is an empty dict, which all would pass, or names a column that is not there.
         DtypeError: If `where` is something else.
-        IdError: If an id is of the wrong kind, appears twice, or is not in the store; nothing is
-            deleted then.
+        IdError: If an id is of the wrong kind, appears twice, or is not in the store, or `ids` is a
+            set; nothing is deleted then.
         LockedError: If a writer has the store open.
-        ShapeError: If `ids` is no list.
+        ShapeError: If `ids` is no list, or has more than one dimension.
         StoreError: If there is no store, it is damaged, or cannot be written.
 
     Examples:
@@ -91,6 +91,8 @@ def delete(
     if (ids is None) == (where is None):
         got = "neither" if ids is None else "both"
         raise ArgumentError(f"one of ids and where must be given, got {got}")
+    if isinstance(where, Mapping) and not where:
+        raise ArgumentError("where must say which examples are deleted, got {}, which all pass")
     if where is not None and missing != "error":
         raise ArgumentError(f"missing must be 'error' with where, got {missing!r}")
     path = _arrays.path("path", path)
@@ -199,7 +201,7 @@ def _compact(writer: Writer, shown: Any) -> Compacted:
     rows = writer.rows
     shards, number = [], last_number(path, SHARD)
     made: list[ShardWriter] = []
-    try:
+    with removed_unless_committed(path, made):
         for group in _groups(before, writer.gone):
             if len(group) == 1 and group[0][1] is None:
                 shards.append(group[0][0])
@@ -209,15 +211,32 @@ def _compact(writer: Writer, shown: Any) -> Compacted:
             shown.update(sum(shard.rows for shard, _ in group) * before.row_bytes)
         if shards != before.shards:
             writer.replace_shards(shards)
-    except BaseException:
-        for each in made:
-            each.abandon()
-        raise
     clear(path, writer.manifest)
     left = sum(shard.rows for shard in shards)
     return Compacted(
         left, rows - left, (len(before.shards), len(shards)), max(held - _bytes_in(path), 0)
     )
+
+
+@contextmanager
+def removed_unless_committed(path: Path, made: list[ShardWriter]) -> Iterator[None]:
+    """Writes shards and commits them; if it fails before they are the store's, they are removed.
+
+    A commit can fail, or be interrupted, after its manifest has appeared.
+
+    Args:
+        path: The store's folder.
+        made: The shards, as they come.
+    """
+    before = last_committed(path)
+    try:
+        yield
+    except BaseException:
+        with suppress(StoreError):  # of a folder that cannot be read nothing is removed
+            if last_committed(path) == before:
+                for each in made:
+                    each.abandon()
+        raise
 
 
 _Group = list[tuple[Shard, NDArray[np.bool_] | None]]

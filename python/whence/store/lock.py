@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ _FAR = 1 << 30
 
 class Lock:
     """An exclusive lock on a store, which the system drops when its process ends.
+
+    A process that is forked meanwhile has no part in it.
 
     Raises:
         LockedError: If another writer holds it; says which.
@@ -54,6 +57,7 @@ class Lock:
                 self._file.close()
             raise
         self.process = os.getpid()
+        _held.add(self)
 
     @property
     def is_held(self) -> bool:
@@ -65,7 +69,7 @@ class Lock:
         """Whether the folder still has this lock: if not, others do not see that it is held."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat())
-        except OSError:
+        except (OSError, ValueError):  # the latter once it was let go
             return False
 
     @property
@@ -74,10 +78,7 @@ class Lock:
         return self.process == os.getpid()
 
     def close(self) -> None:
-        """Lets go of the lock, also for processes forked meanwhile, which share it.
-
-        In one of those the lock stays with the process that took it.
-        """
+        """Lets go of the lock; in a process forked meanwhile it stays with the one that took it."""
         if not self._file.closed:
             if self.is_ours:
                 _unlock(self._file)
@@ -93,6 +94,20 @@ class Lock:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _leave() -> None:
+    """In a forked child: closes its copies, which would keep the locks when their process ends."""
+    for lock in list(_held):
+        with contextlib.suppress(OSError):
+            lock._file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave)
 
 
 def _lock(file: Any) -> None:

@@ -477,6 +477,11 @@ def manifests(folder: Path) -> list[Path]:
         return [path for _, path in sorted(_numbered(folder, _NAME))]
 
 
+def number_of(path: Path) -> int:
+    """The number of a manifest, by its name."""
+    return int(path.stem.removeprefix("manifest-"))
+
+
 def gone_in(path: Path) -> set[str]:
     """The name of the file of rows that a manifest says are gone, without a look at all it says.
 

@@ -129,6 +129,19 @@ def check_there(path: Path) -> None:
             raise StoreError(f"path must be the folder of a store, got {got}")
 
 
+def check_writer(folder: Path, manifest: Manifest) -> None:
+    """Nothing, if a manifest is of the writer whose folder it lies in.
+
+    Raises:
+        StoreError: If it is of another.
+    """
+    if manifest.writer != writer_of(folder.name):
+        raise StoreError(
+            f"{folder} must be of writer {writer_of(folder.name)}, got the folder of "
+            f"{manifest.writer}"
+        )
+
+
 def parts(path: Path) -> list[tuple[str, Manifest]]:
     """The stores that make up the one at `path`, by the names of their folders; "" for itself.
 
@@ -141,11 +154,7 @@ def parts(path: Path) -> list[tuple[str, Manifest]]:
         check_folder(path / name)
         if Manifest.exists(path / name):
             manifest, _ = Manifest.load(path / name)
-            if manifest.writer != writer_of(name):
-                raise StoreError(
-                    f"{path / name} must be of writer {writer_of(name)}, got the folder of "
-                    f"{manifest.writer}"
-                )
+            check_writer(path / name, manifest)
             found.append((name, manifest))
     return found or [("", Manifest.load(path)[0])]
 

@@ -36,6 +36,8 @@ _TEXT = 64
 class NewStore:
     """A store that is written from its first row to its last, and appears with `commit`.
 
+    Nobody else writes there before it is closed.
+
     Until then the file that becomes its manifest is there, empty: a folder that has it and no
     manifest never was a store, so that what a killed process left can be begun anew.
 
@@ -130,13 +132,17 @@ class NewStore:
         whole = replace(self.manifest, shards=self.shards, packs=[], gone=None)
         whole.save(self.path, FIRST)
         Manifest.settle(self.path, FIRST)
-        self._lock.close()
 
     def withdraw(self) -> None:
-        """Removes what `commit` has made, as far as it can."""
+        """Removes what `commit` has made, as far as it can, before it is closed.
+
+        Killed meanwhile it leaves the store whole, or a folder that never was one.
+        """
         with contextlib.suppress(OSError):
-            Manifest.path(self.path, FIRST).unlink(missing_ok=True)
+            mark(self._mark)
+            sync_directory(self.path)
             (self.path / f"{MARKER}{FIRST:08}").unlink(missing_ok=True)
+            Manifest.path(self.path, FIRST).unlink(missing_ok=True)
             self._clear()
 
     def close(self) -> None:

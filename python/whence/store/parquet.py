@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from whence.errors import StoreError
 from whence.store.files import MAX_JSON
 from whence.store.pieces import Field, step_of
-from whence.store.tables import TableFile
+from whence.store.tables import DESCRIPTION, TableFile
 
 MAGIC = b"PAR1"
 """How a file begins and ends."""
@@ -37,15 +37,29 @@ _TYPES = {"|b1": 0, "<i8": 2, "<f4": 4, "<f8": 5, "str": 6}
 _FIXED = 7
 """The type of rows: bytes of one number."""
 
-# Numbers of fields that are read, of parquet.thrift, and those of the structures in them.
+# Numbers of fields that are read, of parquet.thrift, and those of the structures in them. Of lists
+# it is only noted where they lie: of one that is long Python's objects would take many times the
+# bytes.
+_FOOTER: Mapping[int, Any] = {2: {}, 4: {}, 5: {}}
+_ENTRY: Mapping[int, Any] = {1: {}, 2: {}}
+_ELEMENT: Mapping[int, Any] = {1: {}, 2: {}, 3: {}, 4: {}, 5: {}}
+_GROUP: Mapping[int, Any] = {1: {}, 3: {}}
 _COLUMN: Mapping[int, Any] = {1: {}, 3: {1: {}, 4: {}, 5: {}, 7: {}, 9: {}, 11: {}}}
-_FOOTER: Mapping[int, Any] = {
-    2: {1: {}, 2: {}, 3: {}, 4: {}, 5: {}},
-    3: {},
-    4: {1: _COLUMN, 3: {}},
-    5: {1: {}, 2: {}},
-}
 _PAGE: Mapping[int, Any] = {1: {}, 2: {}, 3: {}, 5: {1: {}, 2: {}}}
+
+
+class _List(NamedTuple):
+    """Where a list lies.
+
+    Attributes:
+        kind: Of its items.
+        size: How many there are.
+        at: The first byte of the first.
+    """
+
+    kind: int
+    size: int
+    at: int
 
 
 class _Thrift:
@@ -61,7 +75,7 @@ class _Thrift:
         self._content, self.at = content, 0
 
     def structure(self, wanted: Mapping[int, Any], depth: int = 0) -> dict[int, Any]:
-        """The fields that are wanted, by their numbers; others are passed over."""
+        """The fields that are wanted, by their numbers; others are passed over, as lists are."""
         if depth > _DEPTH:
             raise ValueError("structures must not lie so deep in each other")
         found: dict[int, Any] = {}
@@ -69,12 +83,20 @@ class _Thrift:
         while head := self._byte():
             kind, more = head & 15, head >> 4
             field = field + more if more else self._signed()
-            value = self._value(kind, wanted.get(field), depth)
+            value = self._value(kind, wanted.get(field, {}), depth)
             if field in wanted:
                 found[field] = value
         return found
 
-    def _value(self, kind: int, wanted: Mapping[int, Any] | None, depth: int) -> Any:
+    def structures(self, found: _List, wanted: Mapping[int, Any]) -> Iterator[dict[int, Any]]:
+        """Those of a list, one after the other."""
+        if found.kind != 12:
+            raise ValueError(f"a list must be of structures, got kind {found.kind}")
+        self.at = found.at
+        for _ in range(found.size):
+            yield self.structure(wanted)
+
+    def _value(self, kind: int, wanted: Mapping[int, Any], depth: int) -> Any:
         if kind in (1, 2):
             return kind == 1
         if kind == 3:
@@ -90,25 +112,25 @@ class _Thrift:
             size, of = head >> 4, head & 15
             if size == 15:
                 size = self._unsigned()
-            return self._items([of], size, wanted, depth)
+            found = _List(of, size, self.at)
+            self._pass([of], size, depth)
+            return found
         if kind == 11:
             size = self._unsigned()
             of = self._byte() if size else 0
-            return self._items([of >> 4, of & 15], size, None, depth)
+            self._pass([of >> 4, of & 15], size, depth)
+            return None
         if kind == 12:
-            return self.structure(wanted or {}, depth + 1)
+            return self.structure(wanted, depth + 1)
         raise ValueError(f"a field must be of a known kind, got {kind}")
 
-    def _items(
-        self, kinds: list[int], size: int, wanted: Mapping[int, Any] | None, depth: int
-    ) -> list[Any]:
-        found = []
+    def _pass(self, kinds: list[int], size: int, depth: int) -> None:
         for _ in range(size):  # of which each takes a byte at least
             for kind in kinds:
-                value = self._byte() if kind in (1, 2) else self._value(kind, wanted, depth + 1)
-                if wanted is not None:
-                    found.append(value)
-        return found
+                if kind in (1, 2):
+                    self._byte()
+                else:
+                    self._value(kind, {}, depth + 1)
 
     def _byte(self) -> int:
         if self.at >= len(self._content):
@@ -150,7 +172,8 @@ class ParquetFile(TableFile):
         size = int.from_bytes(tail[:4], "little")
         if tail[4:] != MAGIC or size > 4 * MAX_JSON:
             raise StoreError(f"{path} is damaged: it ends too early")
-        self._footer = _Thrift(self.part(length - _TAIL - size, size)).structure(_FOOTER)
+        self._content = self.part(length - _TAIL - size, size)
+        self._footer = _Thrift(self._content).structure(_FOOTER)
 
     def description(self) -> bytes:
         """What the table says about itself.
@@ -158,7 +181,10 @@ class ParquetFile(TableFile):
         Raises:
             StoreError: If it says nothing.
         """
-        return self._described({each.get(1): each.get(2) for each in self._footer.get(5, [])})
+        for each in self._list(self._footer.get(5), _ENTRY):
+            if each.get(1) == DESCRIPTION:
+                return bytes(memoryview(each[2]))  # a text, and nothing else
+        raise self._no_export()
 
     def read(self, fields: Sequence[Field], rows: int) -> Iterator[list[NDArray[Any]]]:
         """The values of the columns, some rows at a time; texts are objects.
@@ -168,14 +194,14 @@ class ParquetFile(TableFile):
         """
         self._check(fields)
         left, step = rows, step_of(fields)
-        for group in self._footer.get(4, []):
+        for group in self._list(self._footer.get(4), _GROUP):
             count, chunks = group[3], group[1]
             left -= count
-            if count < 0 or left < 0 or len(chunks) != len(fields):
+            if count < 0 or left < 0 or chunks.size != len(fields):
                 raise StoreError(f"{self.path} is damaged: it must hold {rows} rows")
             columns = [
                 _Column(self, field, chunk, count)
-                for field, chunk in zip(fields, chunks, strict=True)
+                for field, chunk in zip(fields, self._list(chunks, _COLUMN), strict=True)
             ]
             for start in range(0, count, step):
                 yield [column.next(min(step, count - start)) for column in columns]
@@ -197,11 +223,15 @@ class ParquetFile(TableFile):
             )
             for field in fields
         ]
-        root, *rest = self._footer[2]
+        self._check_count(self._footer[2].size - 1, fields)
+        root, *rest = self._list(self._footer[2], _ELEMENT)
         found = [(each.get(4), each.get(1), each.get(2), each.get(3)) for each in rest]
         self._check_columns(found, wanted)
-        if root.get(5) != len(fields):
-            raise StoreError(f"{self.path} is damaged: it must have {len(fields)} columns")
+        self._check_count(root[5], fields)
+
+    def _list(self, found: _List | None, wanted: Mapping[int, Any]) -> Iterator[dict[int, Any]]:
+        """The structures of a list of the footer; none if it is not there."""
+        return iter(()) if found is None else _Thrift(self._content).structures(found, wanted)
 
 
 class _Column:

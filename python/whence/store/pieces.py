@@ -195,23 +195,27 @@ class Piece:
         return array if self.kept is None else array[self.kept]
 
 
-def pieces_of(path: Path, found: Mapping[str, Manifest], whole: Manifest) -> list[Piece]:
+def pieces_of(
+    path: Path,
+    found: Mapping[str, Manifest],
+    whole: Manifest,
+    gone_of: Mapping[str, NDArray[np.int64]],
+) -> list[Piece]:
     """The rows of stores that are not gone, in order.
 
     Args:
         path: The folder that they lie in.
         found: The name of the folder of each -> what it says about itself.
         whole: What they say about themselves as one.
+        gone_of: The name of the folder of each that rows are gone from -> [rows, 2] shard and row.
 
     Raises:
-        StoreError: If what says which rows are gone is damaged.
+        StoreError: If rows are gone that never were there.
     """
     pieces: list[Piece] = []
     for name, manifest in found.items():
         folder = path / name
-        gone = np.empty((0, 2), np.int64)
-        if manifest.gone is not None:
-            gone = manifest.gone.read(folder)
+        gone = gone_of.get(name, np.empty((0, 2), np.int64))
         for shard in manifest.shards:
             checkpoint = whole.shards[len(pieces)].checkpoint
             kept = kept_rows(gone, shard.number, shard.rows)
@@ -223,9 +227,9 @@ def pieces_in(reader: Reader) -> list[Piece]:
     """The rows of a store that are not gone, in order.
 
     Raises:
-        StoreError: If what says which rows are gone is damaged.
+        StoreError: If rows are gone that never were there.
     """
-    return pieces_of(reader.path, reader.parts, reader.manifest)
+    return pieces_of(reader.path, reader.parts, reader.manifest, reader.gone)
 
 
 def without_doubles(pieces: list[Piece], names: Sequence[str], *, first: bool) -> list[Piece]:

@@ -56,6 +56,7 @@ class Reader:
         manifest: What the store says about itself.
         parts: The stores that make it up, each what it says about itself, by the names of their
             folders: one for each writer that has confirmed something, or "" for itself.
+        gone: Of those of them that rows are gone from, [rows, 2] shard and row.
         missing_writers: Of a store of several writers, those that have confirmed nothing yet.
         closed: Whether `close` was called.
 
@@ -76,18 +77,18 @@ class Reader:
         for attempt in range(READ_ATTEMPTS):
             try:
                 found = parts(path)
+                # Read at once: the next commits take the file away, and `compact` the rows too.
+                self.gone = {
+                    name: part.gone.read(path / name)
+                    for name, part in found
+                    if part.gone is not None
+                }
                 # Of each writer's own entries: its descriptions have its own numbers.
                 self._described = [
                     Description.read(path / name, shard)
                     for name, part in found
                     for shard in part.shards
                 ]
-                # Read at once: `compact` takes the file away, and the rows with it.
-                self._gone = {
-                    name: keys(part.gone.read(path / name))
-                    for name, part in found
-                    if part.gone is not None
-                }
                 break
             except StoreError as error:
                 # A writer may have committed and removed meanwhile what the manifest named.
@@ -198,12 +199,13 @@ class Reader:
         Raises:
             StoreError: If rows are gone that never were there.
         """
-        if not self._gone:
+        if not self.gone:
             return None
+        every = {name: keys(gone) for name, gone in self.gone.items()}
         kept = np.ones(sum(shard.rows for shard in self.manifest.shards), np.bool_)
-        start, left = 0, {name: len(gone) for name, gone in self._gone.items()}
+        start, left = 0, {name: len(gone) for name, gone in every.items()}
         for shard in self.manifest.shards:
-            gone = self._gone.get(shard.member, np.empty(0, np.int64))
+            gone = every.get(shard.member, np.empty(0, np.int64))
             here = gone[
                 slice(*np.searchsorted(gone, [shard.number << 32, (shard.number + 1) << 32]))
             ]

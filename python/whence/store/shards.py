@@ -251,7 +251,11 @@ class ShardWriter:
         self.rows = 0
         with store_errors(self.folder):
             self.folder.mkdir()
-            self._rows = self._new("rows.npy", len(header(kind, (1, width))))
+            try:
+                self._rows = self._new("rows.npy", len(header(kind, (1, width))))
+            except BaseException:  # a full disk: nothing may stay of it
+                self.abandon()
+                raise
 
     def append(self, stored: NDArray[Any]) -> None:
         """Writes stored rows, [rows, width], behind the others.
@@ -283,8 +287,13 @@ class ShardWriter:
             error: Mean relative error of quantised rows, if it is known.
 
         Raises:
-            StoreError: If it cannot.
+            StoreError: If it cannot, or they are not of as many rows as were written.
         """
+        if not self.rows == len(scales) == len(ids):
+            raise StoreError(
+                f"{self.folder} must have as many rows as scales and ids, got {self.rows}, "
+                f"{len(scales)} and {len(ids)}"
+            )
         arrays = {"scales.npy": scales} | _files_of("ids", ids)
         for index, column in enumerate(columns):
             arrays |= _files_of(f"column-{index}", column)

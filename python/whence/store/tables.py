@@ -7,7 +7,7 @@ What the readers of both have in common is here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,15 +143,19 @@ class TableFile:
             raise StoreError(f"{self.path} is damaged: it holds more than it is long")
         return self.part(at, size)
 
-    def _described(self, metadata: Mapping[bytes, bytes]) -> bytes:
-        """What the table says about itself, in its metadata.
+    def _no_export(self) -> StoreError:
+        """The error of a table that has no description."""
+        return StoreError(f"{self.path} must be an export of a store, got another table")
+
+    def _check_count(self, found: int, fields: Sequence[Field]) -> None:
+        """Nothing, if the schema has as many columns as are wanted.
 
         Raises:
-            StoreError: If it says nothing.
+            StoreError: If it has not.
         """
-        if DESCRIPTION not in metadata:
-            raise StoreError(f"{self.path} must be an export of a store, got another table")
-        return metadata[DESCRIPTION]
+        if found != len(fields):
+            names = ", ".join(field.name for field in fields)
+            raise StoreError(f"{self.path} must have the columns {names:.300}, got {found} columns")
 
     def _check_columns(self, found: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> None:
         """Nothing, if the schema has the columns that are wanted: the name, and the type of each.

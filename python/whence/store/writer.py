@@ -32,7 +32,7 @@ from whence.store.manifest import BITS, DTYPES, KEPT, MARKER, Checkpoint, Manife
 from whence.store.maps import PREFIX as MAP
 from whence.store.maps import StoredMap, write_map
 from whence.store.members import PREFIX as MEMBER
-from whence.store.members import member_of, members, writer_of
+from whence.store.members import check_writer, member_of, members, writer_of
 from whence.store.reader import read_ids
 from whence.store.shards import PACK, SHARD, Description, Shard, ShardWriter, last_number
 
@@ -75,13 +75,23 @@ class _State:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A commit that was begun: what is confirmed if its manifest is there."""
+    """A commit that was begun: what is confirmed if its manifest is there.
+
+    Attributes:
+        number: Of the manifest.
+        manifest: Itself.
+        gone: As in `_State`.
+        waiting: How many of the batches that wait are in it.
+        going: How many of the parts that are to go.
+        changes: How many changes of what the store says about itself.
+    """
 
     number: int
     manifest: Manifest
     gone: NDArray[np.int64]
     waiting: int
     going: int
+    changes: int
 
 
 class Writer:
@@ -121,6 +131,8 @@ class Writer:
         try:
             if Manifest.exists(path):
                 manifest, number = Manifest.load(path)
+                if writer is not None:
+                    check_writer(path, manifest)
                 gone = _NONE if manifest.gone is None else manifest.gone.read(path)
                 self._state = _State(manifest, number, gone=gone)
                 if wanted is not None:
@@ -158,7 +170,8 @@ class Writer:
         self._background = Background()
         self._checkpoint = max(len(self.manifest.row_sets) - 1, 0)
         self._last_commit = time.monotonic()
-        self._changed = False
+        # Changes of what the store says about itself: all, and those that are confirmed.
+        self._changes = self._confirmed_changes = 0
 
     @property
     def manifest(self) -> Manifest:
@@ -210,8 +223,9 @@ class Writer:
         """Writes a map of rows into the store, for a checkpoint to name.
 
         Raises:
-            StoreError: If it cannot.
+            StoreError: If it cannot; as `commit`.
         """
+        self._check()
         return write_map(self.path, 1 + last_number(self.path, MAP), identity, described, arrays)
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
@@ -357,7 +371,7 @@ class Writer:
         skipped = [(at, id_) for at, id_ in self.manifest.skipped if id_ not in asked]
         manifest = replace(self._state.manifest, skipped=skipped)
         self._state = replace(self._state, manifest=manifest, going=tuple(found))
-        self._changed = True
+        self._changes += 1
         for known in self._known:
             known.drop(ids)
         return sum(map(len, found))
@@ -442,11 +456,11 @@ class Writer:
         for id_ in ids.tolist():
             if id_ not in noted:
                 self.manifest.skipped.append((self._checkpoint, id_))
-        self._changed = True
+        self._changes += 1
 
     def touch(self) -> None:
         """Says that the manifest has changed, so that the next commit writes it."""
-        self._changed = True
+        self._changes += 1
 
     def commit(self) -> None:
         """Confirms all rows taken so far: when it returns, a crash or power cut keeps them.
@@ -456,9 +470,10 @@ class Writer:
                 Also in a process that was forked, and where the store's folder was exchanged.
         """
         self._check()
-        self._settle()
+        self._settle(again=True)
         before = self._state
-        if not before.waiting and not before.going and not self._changed:
+        changed = self._changes > self._confirmed_changes
+        if not before.waiting and not before.going and not changed:
             return
         number = before.number + 1
         shards, gone, named = list(before.manifest.shards), before.gone, before.manifest.gone
@@ -471,10 +486,7 @@ class Writer:
             here = named.name if named else ""  # which a killed writer may have left before
             self._superseded = [each for each in self._superseded if each[1] != here]
         manifest = replace(before.manifest, shards=shards, gone=named)
-        self._attempt = _Attempt(number, manifest, gone, len(before.waiting), len(before.going))
-        saved = manifest.save(self.path, number)
-        self._attempt = replace(self._attempt, manifest=saved)
-        self._settle()
+        self._confirm(manifest, gone, len(before.waiting), len(before.going))
         Manifest.settle(self.path, number)
         if before.manifest.gone is not None and named is not before.manifest.gone:
             self._superseded.append((number, before.manifest.gone.name))
@@ -494,17 +506,11 @@ class Writer:
             StoreError: If it cannot; the store is then as it was. As `commit`.
         """
         self._check()
-        self._settle()
-        before = self._state
-        number = before.number + 1
+        self._settle(again=True)
         named = {shard.name for shard in shards}
-        manifest = replace(before.manifest, shards=shards, packs=[], gone=None)
-        self._attempt = _Attempt(number, manifest, _NONE, 0, 0)
-        saved = manifest.save(self.path, number)
-        self._attempt = replace(self._attempt, manifest=saved)
-        self._settle()
+        self._confirm(replace(self._state.manifest, shards=shards, packs=[], gone=None), _NONE)
         self._ids = {name: ids for name, ids in self._ids.items() if name in named}
-        Manifest.settle(self.path, number, kept=0, every=True)
+        Manifest.settle(self.path, self._state.number, kept=0, every=True)
 
     def close(self) -> None:
         """Commits and lets go of the store; in a process that was forked, lets go of it alone."""
@@ -540,17 +546,41 @@ class Writer:
                 "folder was moved, or the lock removed"
             )
 
-    def _settle(self) -> None:
+    def _confirm(
+        self, manifest: Manifest, gone: NDArray[np.int64], waiting: int = 0, going: int = 0
+    ) -> None:
+        """Commits a manifest; see `_Attempt`.
+
+        Raises:
+            StoreError: If it cannot. The manifest may be there nevertheless, which the next commit
+                sees.
+        """
+        number = self._state.number + 1
+        self._attempt = _Attempt(number, manifest, gone, waiting, going, self._changes)
+        saved = manifest.save(self.path, number)
+        self._attempt = replace(self._attempt, manifest=saved)
+        self._settle()
+
+    def _settle(self, *, again: bool = False) -> None:
         """Takes over the last attempt to commit, if its manifest is there.
 
         An attempt can fail, or be interrupted, after its manifest has appeared: then its rows are
         confirmed, and must not be committed again.
+
+        Args:
+            again: Whether the attempt has ended so; its manifest is then made durable first.
+
+        Raises:
+            StoreError: If it cannot.
         """
         attempt, state = self._attempt, self._state
         if attempt is None or attempt.number <= state.number:
             return
         if not Manifest.path(self.path, attempt.number).exists():
             return
+        if again:
+            with store_errors(self.path):
+                sync_directory(self.path)
         found = attempt.manifest
         self._state = _State(
             replace(state.manifest, shards=found.shards, packs=found.packs, gone=found.gone),
@@ -560,7 +590,7 @@ class Writer:
             state.going[attempt.going :],
         )
         self._waiting_bytes = sum(stored.nbytes for _, stored, *_ in self._state.waiting)
-        self._changed = False
+        self._confirmed_changes = attempt.changes
         self._last_commit = time.monotonic()
 
     def _write_ahead(self) -> None:
@@ -585,6 +615,7 @@ class Writer:
             self._written_bytes = self._waiting_bytes
         except StoreError:
             self._abandon()
+            self._written_bytes = self._waiting_bytes  # not again for each batch
         except BaseException:
             self._abandon()
             raise
@@ -593,9 +624,9 @@ class Writer:
         """The shard that is being written."""
         if self._ahead is None:
             number, manifest = self._next_shard, self.manifest
-            self._next_shard += 1
             kind = DTYPES[manifest.dtype]
             self._ahead = ShardWriter(self.path, number, self._checkpoint, kind, manifest.row_width)
+            self._next_shard += 1
         return self._ahead
 
     def _shard_of(self, waiting: tuple[_Batch, ...]) -> ShardWriter:
@@ -611,13 +642,15 @@ class Writer:
 
     def _abandon(self) -> None:
         """Removes the shard that is being written."""
-        self._background.drain()  # first: nothing may write to a file that is closed
-        ahead, self._ahead = self._ahead, None
-        self._written, self._written_bytes = 0, 0
-        if ahead is not None and self._lock.is_in_place:
-            ahead.abandon()
-        elif ahead is not None:  # what lies there now is not ours to remove
-            ahead.close()
+        try:
+            self._background.drain()  # first: nothing may write to a file that is closed
+        finally:
+            ahead, self._ahead = self._ahead, None
+            self._written, self._written_bytes = 0, 0
+            if ahead is not None and self._lock.is_in_place:
+                ahead.abandon()
+            elif ahead is not None:  # what lies there now is not ours to remove
+                ahead.close()
 
     def _write_shard(self, waiting: tuple[_Batch, ...]) -> Shard:
         """Writes rows to a folder of a name that was never used."""

@@ -17,6 +17,17 @@ pub const MAX_THREADS: usize = 256;
 /// How long the calling thread sleeps, at most, while it waits for the others.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// Lets the others stop where one panics.
+struct StopOnPanic<'a>(&'a Stop);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.raise();
+        }
+    }
+}
+
 /// Does the `jobs` in any order on up to `threads` threads, each with a state of its own, and
 /// returns the states of all threads.
 ///
@@ -44,6 +55,7 @@ pub fn share<S: Send>(
         stop.raise(); // after it: others that end because of this are not what went wrong
     };
     let run = |ask: Option<&Asker<'_>>| {
+        let _guard = StopOnPanic(&stop);
         let mut mine = state();
         let watch = Watch::new(&stop, ask);
         loop {
@@ -223,5 +235,29 @@ mod tests {
             },
         );
         assert!(matches!(found, Err(Error::Internal(_))));
+    }
+
+    #[test]
+    fn the_others_stop_where_one_panics() {
+        let caller = thread::current().id();
+        let (begun, done) = (Barrier::new(2), AtomicUsize::new(0));
+        let found = share(
+            4000,
+            2,
+            &Asker::new(&never),
+            || false,
+            |waited, _, _| {
+                if !*waited {
+                    *waited = true;
+                    begun.wait();
+                }
+                assert!(thread::current().id() == caller, "on purpose");
+                thread::sleep(Duration::from_millis(2));
+                done.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            },
+        );
+        assert!(matches!(found, Err(Error::Internal(_))));
+        assert!(done.into_inner() < 2000);
     }
 }

@@ -154,8 +154,9 @@ impl Shard {
     /// lies in a block that had been found as it should be.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `dim` is 0, [`Error::Io`] if it is not there, [`Error::Damaged`] if it
-    /// is not a regular file exactly as long as its rows need, or has not one checksum a block.
+    /// [`Error::Argument`] if `dim` is 0; [`Error::Gone`] if it is not there and has checksums,
+    /// [`Error::Io`] without; [`Error::Damaged`] if it is not a regular file exactly as long as its
+    /// rows need, or has not one checksum a block.
     pub fn in_file(
         path: &Path,
         offset: u64,
