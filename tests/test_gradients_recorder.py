@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -904,7 +906,12 @@ def test_a_recorder_is_entered_once(tmp_path):
         pass
     with pytest.raises(errors.WhenceError, match="entered once"), rec:
         pass
-    for call in (lambda: rec.batch([1]).__enter__(), lambda: rec.checkpoint("1"), rec.commit):
+    for call in (
+        lambda: rec.batch([1]).__enter__(),
+        lambda: rec.checkpoint("1"),
+        lambda: rec.verify(lambda x: model(x).sum(), torch.ones(2, 3)),
+        rec.commit,
+    ):
         with pytest.raises(errors.WhenceError, match="closed recorder"):
             call()
 
@@ -1358,5 +1365,113 @@ def test_the_kind_of_a_sketch_is_named_as_it_was_given(tmp_path):
 def test_a_learning_rate_beyond_float32_is_refused(tmp_path):
     with record(model_of(), tmp_path / "s") as rec:
         rec.checkpoint("a", learning_rate=3.4e38)
-        with pytest.raises(errors.ArgumentError, match="learning_rate must be at most 3"):
-            rec.checkpoint("b", learning_rate=1e308)
+        rec.checkpoint("b", learning_rate=1.5e-45)
+        for rate in (1e308, 1e-50):
+            with pytest.raises(errors.ArgumentError, match="learning_rate must be from 1"):
+                rec.checkpoint("c", learning_rate=rate)
+
+
+# --- several threads ----------------------------------------------------------------------------
+
+
+def test_while_a_batch_is_open_other_threads_are_refused(tmp_path):
+    model, (x, y) = model_of(), data()
+    refused = []
+
+    def others():
+        for call in (
+            lambda: rec.batch([7]).__enter__(),
+            lambda: rec.checkpoint("1"),
+            lambda: rec.verify(lambda x: model(x).sum(), (x[:2],)),
+            rec.commit,
+            lambda: F.cross_entropy(model(x), y).backward(),
+        ):
+            with pytest.raises(errors.WhenceError) as caught:
+                call()
+            refused.append(str(caught.value))
+
+    with record(model, tmp_path / "s") as rec:
+        with rec.batch(range(12)):
+            loss = F.cross_entropy(model(x), y)
+            thread = threading.Thread(target=others)
+            thread.start()
+            thread.join()
+            loss.backward()
+        rec.commit()
+    assert all("several threads share it" in each for each in refused[:4])
+    assert "the model must run in one thread while a batch is recorded" in refused[4]
+    store = whence.open(tmp_path / "s")
+    assert store.ids.tolist() == list(range(12))
+    assert close(store.rows(), exact_rows(model, x, y))
+
+
+def test_threads_that_do_not_take_turns_store_right_rows_or_none(tmp_path):
+    model, (x, y) = model_of(), data(240)
+    odd = []
+
+    def run(first):
+        for start in range(first, first + 120, 4):
+            part = slice(start, start + 4)
+            try:
+                with rec.batch(range(start, start + 4)):
+                    F.cross_entropy(model(x[part]), y[part]).backward()
+            except errors.WhenceError:
+                pass
+            except BaseException as error:
+                odd.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with record(model, tmp_path / "s") as rec:
+            threads = [threading.Thread(target=run, args=(first,)) for first in (0, 120)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not odd
+    store = whence.open(tmp_path / "s")
+    assert len(store)
+    assert whence.verify(tmp_path / "s").is_sound
+    assert close(store.rows(), exact_rows(model, x, y)[store.ids])
+
+
+def test_the_end_of_recording_waits_for_the_batch_of_another_thread(tmp_path):
+    model, (x, y) = model_of(), data()
+    begun = threading.Event()
+
+    def run():
+        with rec.batch(range(12)):
+            begun.set()
+            time.sleep(0.2)
+            F.cross_entropy(model(x), y).backward()
+
+    thread = threading.Thread(target=run)
+    with record(model, tmp_path / "s") as rec:
+        thread.start()
+        begun.wait(10)
+    thread.join()
+    assert len(whence.open(tmp_path / "s")) == 12
+
+
+@pytest.mark.parametrize("left_open", [False, True])
+def test_what_the_loop_raises_is_not_hidden_by_what_closing_does(tmp_path, left_open):
+    model, (x, y) = model_of(), data()
+    batches = []
+
+    def loop():
+        with record(model, tmp_path / "s") as rec:
+            fill(rec, model, x, y)
+            if left_open:
+                batches.append(rec.batch([100], label=[0]))
+                batches[0].__enter__()
+            (tmp_path / "s" / "lock").unlink()
+            raise ZeroDivisionError("of the loop")
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        loop()
+    if hasattr(caught.value, "__notes__"):
+        assert "rows that were not confirmed are lost" in caught.value.__notes__[0]
+        assert "must keep its lock" in caught.value.__notes__[0]

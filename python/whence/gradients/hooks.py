@@ -153,6 +153,7 @@ class Hooks:
         self._model = model
         self._strict = strict
         self._capture: Capture | None = None
+        self._thread = 0  # that captures
         self._stack = ExitStack()
         self._without: bool = False
         self._running: list[tuple[Layer, list[Tensor], Projections | None]] = []
@@ -233,6 +234,7 @@ class Hooks:
             if not weight_gradients:
                 stack.enter_context(kept_gradients(self._model))
             self._without = not weight_gradients and capture.check == "no"
+            self._thread = threading.get_ident()
             self._capture, self._draws = capture, draws
             _busy.yes = True
             try:
@@ -254,10 +256,20 @@ class Hooks:
         return self._capture if torch.is_grad_enabled() and not self._quiet else None
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Learns the number of queries from the model's first tensor."""
+        """Learns the number of queries from the model's first tensor.
+
+        Raises:
+            WhenceError: If the model runs in another thread than the batch's.
+        """
         capture = self._live()
         if capture is None:
             return
+        if self._thread != threading.get_ident():
+            raise WhenceError(
+                "the model must run in one thread while a batch is recorded, got a call from "
+                "another, whose gradients would be taken for the batch's; give each thread its own "
+                "copy of the model, or let them take turns"
+            )
         if capture.batch == 0:
             for value in [*args, *kwargs.values()]:
                 if isinstance(value, Tensor) and value.dim() > 0:

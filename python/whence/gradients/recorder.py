@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -152,7 +154,9 @@ class Recorder:
         self._trainable = trainable(model)
         self._signature = signature(model)
         self._batches = 0
-        self._busy = False
+        # Held by who records or changes what is recorded, and which thread that is.
+        self._turn = threading.Lock()
+        self._inside: int | None = None
         self._open = False
         self._entered = False
         self._versions: int | None = None
@@ -210,14 +214,31 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # A batch that another thread is in is waited for; one of this thread was left open.
+        mine = self._inside == threading.get_ident()
+        with nullcontext() if mine else self._turn:
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Takes the hooks off, and confirms what waits; `error` is what the loop has raised."""
         self._hooks.remove()
         self._open = False
         try:
-            self._end_checkpoint(failing=error is not None)
-            if self._shared and error is None:
-                self._writer.touch()  # one of several that has no rows is not missing any more
-        finally:
-            self._writer.close()
+            try:
+                self._end_checkpoint(failing=error is not None)
+                if self._shared and error is None:
+                    self._writer.touch()  # one of several that has no rows is not missing any more
+            finally:
+                self._writer.close()
+        except WhenceError as second:
+            if error is None:
+                raise
+            # What the loop raised goes on, for who waits for it.
+            what = f"rows that were not confirmed are lost: {second}"
+            if hasattr(error, "add_note"):
+                error.add_note(what)
+            else:
+                warnings.warn(what, RuntimeWarning, stacklevel=2)
 
     def coverage(self) -> Coverage:
         """What share of the trainable values is recorded."""
@@ -273,10 +294,14 @@ class Recorder:
                 a positive number of float32, or given beside factors.
             MismatchError: If the factors make other rows than the store's.
             CheckpointError: If the checkpoint there has another learning rate.
-            WhenceError: If called inside a batch, or on a closed recorder.
+            WhenceError: If called inside a batch, of any thread, or on a closed recorder.
         """
-        self._check_idle("checkpoint")
-        self._check_open("checkpoint")
+        with self._alone("checkpoint"):
+            self._start_checkpoint(name, learning_rate, precondition)
+
+    def _start_checkpoint(
+        self, name: str, learning_rate: float | None, precondition: Preconditioner | None
+    ) -> None:
         if not is_name(name):
             raise ArgumentError(f"name must be a non-empty str without NUL, got {name!r}")
         if learning_rate is not None:
@@ -318,11 +343,10 @@ class Recorder:
 
         Raises:
             StoreError: If they cannot be written; they stay, and the next commit tries again.
-            WhenceError: If called inside a batch, or on a closed recorder.
+            WhenceError: If called inside a batch, of any thread, or on a closed recorder.
         """
-        self._check_idle("commit")
-        self._check_open("commit")
-        self._writer.commit()
+        with self._alone("commit"):
+            self._writer.commit()
 
     def verify(
         self, closure: Callable[..., torch.Tensor], batch: Any, *, tokens: Any = None
@@ -345,20 +369,21 @@ class Recorder:
 
         Raises:
             LayerError: If a difference is larger than rounding explains; says which check failed.
+            WhenceError: If called inside a batch, of any thread, or on a closed recorder.
         """
-        self._check_idle("verify")
-        refuse_batch_statistics(self._model)
-        return verify(
-            self._model,
-            self._structure,
-            self._hooks,
-            self._map,
-            self._reduction,
-            closure,
-            batch,
-            tokens,
-            self._unbatched,
-        )
+        with self._alone("verify"):
+            refuse_batch_statistics(self._model)
+            return verify(
+                self._model,
+                self._structure,
+                self._hooks,
+                self._map,
+                self._reduction,
+                closure,
+                batch,
+                tokens,
+                self._unbatched,
+            )
 
     @contextmanager
     def batch(
@@ -404,18 +429,24 @@ class Recorder:
             LayerError: If dimension 0 of a layer is not the batch, or nothing was recorded.
             NotFiniteError: If a gradient is NaN or infinite; says for which ids, in which layer.
             WeightsError: If weights moved where they must not.
+            WhenceError: If called inside a batch, of any thread, or on a closed recorder; or the
+                model runs in another thread meanwhile.
         """
-        self._check_idle("batch")
-        self._check_open("batch")
+        given = {"loss": loss, "label": label, "group": group, **columns}
+        with self._alone("batch"), self._batch(ids, given, tokens, scale) as found:
+            yield found
+
+    @contextmanager
+    def _batch(self, ids: Any, given: dict[str, Any], tokens: Any, scale: float) -> Iterator[Batch]:
+        """Records a batch, as `batch` does, which its columns are given to."""
         if ids is None:
-            ids = columns.pop("ids", None)
-        if "ids" in columns:
+            ids = given.pop("ids", None)
+        if "ids" in given:
             raise ArgumentError(
                 "columns must have other names than 'ids', 'tokens' and 'scale', which are taken, "
                 "got 'ids'"
             )
         array = _arrays.ids("ids", ids)
-        given = {"loss": loss, "label": label, "group": group, **columns}
         checked = self._writer.check_columns(
             {
                 name: _arrays.column(name, value, len(array))
@@ -450,13 +481,9 @@ class Recorder:
         capture = Capture(
             self._structure, self._map, len(array), self._unbatched, check=self._check()
         )
-        self._busy = True
-        try:
-            with self._hooks.capturing(capture, weight_gradients=self._weight_gradients):
-                yield batch
-            self._finish(batch, capture, keep, checked, factor)
-        finally:
-            self._busy = False
+        with self._hooks.capturing(capture, weight_gradients=self._weight_gradients):
+            yield batch
+        self._finish(batch, capture, keep, checked, factor)
 
     def _prepare(self, precondition: Preconditioner) -> tuple[Prepared, dict[str, Any]]:
         """The map of one checkpoint's factors."""
@@ -539,15 +566,28 @@ class Recorder:
         batch.rows = rows
         self._writer.append(batch.stored, rows, columns, scales, replaces=replaces)
 
-    def _check_idle(self, call: str) -> None:
-        if self._busy:
-            raise WhenceError(f"{call} must not be called inside a batch, got one that is open")
+    @contextmanager
+    def _alone(self, call: str) -> Iterator[None]:
+        """Lets nobody else in meanwhile, on this thread or another.
 
-    def _check_open(self, call: str) -> None:
-        if not self._open:
+        Raises:
+            WhenceError: If somebody is in, or the recorder is closed.
+        """
+        if not self._turn.acquire(blocking=False):
             raise WhenceError(
-                f"{call} must be called inside `with whence.record(...)`, got a closed recorder"
+                f"{call} must not be called inside a batch, got one that is open; a recorder does "
+                "one thing at a time, also where several threads share it"
             )
+        self._inside = threading.get_ident()
+        try:
+            if not self._open:
+                raise WhenceError(
+                    f"{call} must be called inside `with whence.record(...)`, got a closed recorder"
+                )
+            yield
+        finally:
+            self._inside = None
+            self._turn.release()
 
     def _refuse_changes(self) -> None:
         """Nothing, if the model is what it was when recording began.
