@@ -131,6 +131,10 @@ def test_split_by_columns(tmp_path, capsys):
     split = ("split", path, tmp_path / "t", "--where", "label=1", "--where", "label=2")
     assert "2, 2 rows" in run(capsys, *split, "--where", "odd=true")[1]
     assert whence.open(tmp_path / "t").ids.tolist() == [1, 5]
+    run(capsys, "split", path, tmp_path / "v", "--where", "odd=True")  # as Python prints it
+    assert whence.open(tmp_path / "v").ids.tolist() == [1, 3, 5]
+    error = run(capsys, "split", path, tmp_path / "w", "--where", "odd=1")[2]
+    assert "--where odd must be true or false, got '1'" in error
     run(capsys, "split", path, tmp_path / "u", "--where", "kind=of=a")
     assert whence.open(tmp_path / "u").ids.tolist() == [0, 3]
 
@@ -143,8 +147,10 @@ def test_one_row_is_told_as_one(store, capsys):
     ("arguments", "says"),
     [
         (["--where", "label"], "--where must be COLUMN=VALUE, got 'label'"),
-        (["--where", "label=cat"], "--where label must be int64, got 'cat'"),
-        (["--where", "size=1"], "must name columns of ['label'], got 'size'"),
+        (["--where", "label=cat"], "--where label must be a whole number of 64 bits, got 'cat'"),
+        (["--where", "label=1_0"], "--where label must be a whole number of 64 bits, got '1_0'"),
+        (["--where", f"label={1 << 63}"], "--where label must be a whole number of 64 bits"),
+        (["--where", "size=1"], "--where must name columns of ['label'], got 'size=1'"),
     ],
 )
 def test_a_filter_that_cannot_be_is_named(store, capsys, arguments, says):

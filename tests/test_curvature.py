@@ -707,6 +707,13 @@ LEFT = (*BLOCK, "sides", "left")
         ((*AT, "examples"), [9, -1]),
         ((*AT, "examples"), [9, True]),
         ((*AT, "examples"), [9, 10**400]),
+        ((*AT, "examples"), [0, 9]),
+        ((*AT, "examples"), [9, 0]),
+        ((*AT, "name"), "a\0b"),
+        ((*AT, "weight"), 1.5),
+        ((*AT, "pairs"), {"0.weight": ["nowhere", "left"]}),
+        ((*AT, "pairs"), {"nowhere": ["0.bias", "left"]}),
+        ((*BLOCK, "terms"), -5),
         ((*AT, "wide"), 1),
         ((*AT, "wide"), None),
         ((*AT, "blocks"), []),
@@ -764,15 +771,41 @@ def test_values_that_no_fit_finds_are_named_by_their_file(tmp_path, saved, name,
         whence.Factors.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("values", lambda it: it[::-1], "must fall"),
+        ("moment", lambda it: -it, "a diagonal of at least 0"),
+        ("moment", np.triu, "must be symmetric"),
+    ],
+)
+def test_directions_that_no_fit_finds_are_refused(tmp_path, name, change, match):
+    model, x = nn.Linear(4, 3), torch.randn(8, 4)
+    data = [(x, torch.arange(8) % 3)]
+    path = whence.fit_factors(model, data, lambda x, y: F.cross_entropy(model(x), y)).save(
+        tmp_path / "factors"
+    )
+    whence.Factors.load(path)
+    array = np.load(path / f"directions-{name}.npy")
+    put_array(path, f"directions-{name}", np.ascontiguousarray(change(array)))
+    with pytest.raises(errors.StoreError, match=match):
+        whence.Factors.load(path)
+
+
 def change_array(path, name, place, value):
     """Puts a value into an array of the first checkpoint, and makes its checksum fit."""
     name = f"checkpoint-0-block-{name}"
     array = np.load(path / f"{name}.npy")
     array.flat[place] = value
+    put_array(path, name, array)
+    return path
+
+
+def put_array(path, name, array):
+    """Writes an array anew, and makes its checksum fit."""
     body = read_json(path / "factors.json")
     body["files"][name] = write_array(path / f"{name}.npy", array)
     write_json(path / "factors.json", body)
-    return path
 
 
 def test_eigenvectors_that_overflow_are_an_error_of_ours(tmp_path):
@@ -1516,3 +1549,34 @@ def test_the_shared_cost_is_what_a_store_keeps_of_its_map(tmp_path):
     )
     arrays = [np.load(path) for path in (tmp_path / "s").glob("map-*/*.npy")]
     assert factors.cost(5).shared == sum(array.nbytes for array in arrays)
+
+
+def test_second_moments_that_overflow_are_an_error_that_names_the_layer(tmp_path):
+    """Gradients and covariances are finite in float32, and products of squares are not."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.large(x) * 1e10 + self.small(x / 1e10)
+
+    model = Model()
+    batches = [(torch.randn(8, 4) * 1e10, torch.randn(8, 3)) for _ in range(4)]
+
+    def loss(x, y):
+        return (model(x) * y).mean()
+
+    for _ in range(2):
+        with pytest.raises(
+            errors.NotFiniteError, match=r"second moments of large\.weight must be f"
+        ):
+            whence.fit_factors(model, batches, loss, labels="empirical", path=tmp_path / "fit")
+
+
+def test_a_checkpoint_is_named_as_records_can_be(tmp_path):
+    model, loss, x = case("perceptron")
+    with pytest.raises(errors.ArgumentError, match="states must be named by a non-empty str with"):
+        whence.fit_factors(model, [(x,)], loss, states={"a\0b": model.state_dict()})

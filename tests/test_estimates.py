@@ -428,7 +428,12 @@ def wrong(**settings):
         (
             wrong(columns={"tokens": [1]}),
             errors.ArgumentError,
-            "columns must have names of their own, got 'tokens'",
+            "columns must be named by a str of their own, got 'tokens'",
+        ),
+        (
+            wrong(columns={1: [1]}),
+            errors.ArgumentError,
+            "columns must be named by a str of their own, got 1",
         ),
         (
             wrong(columns={"label": []}),

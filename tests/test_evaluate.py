@@ -782,6 +782,11 @@ def test_brittleness_that_cannot_be_is_refused(change, error, match):
         evaluate.brittleness(**{**given_, **change})
 
 
+def test_brittleness_trains_nothing_where_progress_cannot_be():
+    with pytest.raises(errors.DtypeError, match="progress must be a bool or None, got 'no'"):
+        evaluate.brittleness(VOTES, pytest.fail, lambda model: model, ks=[1], progress="no")
+
+
 def test_removing_examples_takes_their_sum_away():
     scores, ks = normal(15, 3), [1, 4, 9]
 

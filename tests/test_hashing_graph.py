@@ -15,6 +15,7 @@ from whence.hashing import (
     near_duplicates,
     stratified_batches,
 )
+from whence.hashing.families import pairs_of
 from whence.hashing.graph import Graph
 
 
@@ -306,3 +307,17 @@ ROWS = normal(6, 4)
 def test_wrong_input_is_named(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "match"),
+    [([[1, 2], [3]], "pairs must be an array"), ([1.5], "pairs must be integers")],
+)
+def test_pairs_that_are_none_are_refused(pairs, match):
+    with pytest.raises(errors.ArgumentError, match=match):
+        pairs_of(pairs, 5)
+
+
+def test_there_may_be_no_pairs():
+    assert pairs_of([], 5).shape == (0, 2)
+    assert pairs_of([[4, 0]], 5).tolist() == [[4, 0]]

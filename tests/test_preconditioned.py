@@ -425,15 +425,6 @@ def together(path, model, factors, loss, loader, **options):
     return whence.open(path)
 
 
-def test_states_have_names_that_an_export_can_say(tmp_path):
-    model, loss, x = single("perceptron")
-    states = {"a\0": model.state_dict()}
-    factors = fit(model, [(x,)], loss, states=states)
-    with pytest.raises(errors.ArgumentError, match=r"states must be named .* without NUL"):
-        together(tmp_path / "s", model, factors, loss, [(x,)], states=states, dim=4)
-    assert not (tmp_path / "s").exists()
-
-
 def weighted_products(model, loss, x, states, factors):
     """[examples, examples] Σ_c w_c z_ic · z_jc, by the definition."""
     total = 0.0

@@ -6,12 +6,14 @@ import io
 import pkgutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from filled import fill, random_rows
 
 import whence
 from whence import errors
+from whence.store.progress import bar, watched
 
 
 def fit(**options):
@@ -85,3 +87,24 @@ def test_progress_of_another_type_is_refused_before_any_work(tmp_path):
     for call in (*CALLS.values(), lambda **options: whence.compact(tmp_path / "s", **options)):
         with pytest.raises(errors.DtypeError, match="progress must be a bool or None, got 1"):
             call(progress=1)
+        call(progress=np.bool_(False))
+
+
+def test_a_name_writes_no_command_to_the_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    model = torch.nn.Linear(2, 2)
+    name = "\x1b[31mred\x1b]0;title\x07"
+    whence.fit_factors(
+        model,
+        [(torch.eye(2), torch.tensor([0, 1]))],
+        lambda x, y: torch.nn.functional.cross_entropy(model(x), y),
+        labels="empirical",
+        states={name: model.state_dict()},
+    )
+    shown = list(watched([1], f"{name}: residuals", None, "batch"))
+    with bar(name, 1, None) as moved:
+        moved.update(1)
+    assert shown == [1]
+    assert "red" in sys.stderr.getvalue()
+    assert name not in sys.stderr.getvalue()
+    assert "\x07" not in sys.stderr.getvalue()

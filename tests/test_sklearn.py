@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import sklearn
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -284,3 +285,22 @@ def test_a_missing_or_old_scikit_learn_is_named(without):
     )
     expected = "whence.sklearn needs scikit-learn: pip install 'scikit-learn>=1.6'"
     assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("rows", [10, 4000])
+def test_the_callers_configuration_holds_whatever_the_size(rows):
+    x = np.ones((rows, 300), np.float32)
+    x[3, 3] = np.nan
+    with sklearn.config_context(assume_finite=True):
+        assert GradientSketch(8, random_state=0).fit(x).n_features_in_ == 300
+    with pytest.raises(ValueError, match="NaN"):
+        GradientSketch(8, random_state=0).fit(x)
+
+
+def test_names_of_features_are_learnt_and_forgotten():
+    frame = pd.DataFrame(np.ones((4000, 300), np.float32)).rename(columns="feature {}".format)
+    sketch = GradientSketch(8, random_state=0).fit(frame)
+    assert sketch.feature_names_in_[2] == "feature 2"
+    sketch.fit(np.ones((4000, 299), np.float32))
+    assert not hasattr(sketch, "feature_names_in_")
+    assert sketch.n_features_in_ == 299

@@ -210,22 +210,35 @@ def _where(arguments: argparse.Namespace) -> dict[str, list[Any]]:
         names = ["=".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
         if not names:
             raise ArgumentError(f"--where must be COLUMN=VALUE, got {text!r:.80}")
-        name = next((each for each in names if each in kinds), names[-1])
-        kind, value = kinds.get(name, "str"), text[len(name) + 1 :]
+        name = next((each for each in names if each in kinds), None)
+        if name is None:
+            raise ArgumentError(f"--where must name columns of {sorted(kinds)}, got {text!r:.80}")
+        value = text[len(name) + 1 :]
+        wanted, read = _READ[kinds[name]]
         try:
-            found.setdefault(name, []).append(_READ[kind](value))
+            found.setdefault(name, []).append(read(value))
         except (ValueError, KeyError):
-            raise ArgumentError(f"--where {name} must be {kind}, got {value!r:.80}") from None
+            raise ArgumentError(f"--where {name} must be {wanted}, got {value!r:.80}") from None
     return found
 
 
-_READ: dict[str, Callable[[str], Any]] = {
-    "bool": {"true": True, "false": False}.__getitem__,
-    "int64": int,
-    "float64": float,
-    "str": str,
+def _int64(text: str) -> int:
+    value = int(text)
+    if "_" in text or not -(1 << 63) <= value < 1 << 63:
+        raise ValueError
+    return value
+
+
+_READ: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "bool": (
+        "true or false",
+        {"true": True, "True": True, "false": False, "False": False}.__getitem__,
+    ),
+    "int64": ("a whole number of 64 bits", _int64),
+    "float64": ("a number", float),
+    "str": ("a text", str),
 }
-"""Type of a column -> a text to a value of it."""
+"""Type of a column -> how it is called, and a text to a value of it."""
 
 
 def _delete(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from whence.sketch import Sketch
 try:
     # joblib comes with scikit-learn, and says what n_jobs means where it stands.
     from joblib import effective_n_jobs  # type: ignore[import-untyped]
+    from sklearn import config_context, get_config
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
@@ -151,11 +152,24 @@ class GradientSketch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def _validated(self, X: Any, *, reset: bool) -> Any:
         """`X` as a float32 array, or CSR if it is sparse; its width and names learnt if `reset`."""
-        # What exceeds float32 becomes an infinity, which scikit-learn refuses by name.
-        with np.errstate(over="ignore"):
-            return interruptible(
-                validate_data, self, X, accept_sparse="csr", dtype=np.float32, reset=reset
-            )
+        # What is learnt is put on a copy: after an interrupt the call goes on.
+        learner = object.__new__(type(self))
+        learner.__dict__.update(self.__dict__)
+        config = get_config()  # of this thread alone
+
+        def validated(given: Any) -> Any:
+            # What exceeds float32 becomes an infinity, which scikit-learn refuses by name.
+            with config_context(**config), np.errstate(over="ignore"):
+                return validate_data(
+                    learner, given, accept_sparse="csr", dtype=np.float32, reset=reset
+                )
+
+        found = interruptible(validated, X)
+        for name in ("n_features_in_", "feature_names_in_") if reset else ():
+            self.__dict__.pop(name, None)
+            if name in learner.__dict__:
+                setattr(self, name, learner.__dict__[name])
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """The definition of the map in place of the map, which lives in the Rust core."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from whence import _arrays
 from whence._core import MAX_DIM
 from whence._interrupts import interruptible
-from whence._plain import line
 from whence.curvature.basis import Leading
 from whence.curvature.factors import STAGES, Factors, Progress, Settings
 from whence.curvature.labels import LABELS, DrawnLabels, Mixture
@@ -40,6 +39,7 @@ from whence.gradients.residuals import RESIDUAL_BYTES, Residuals
 from whence.gradients.structure import Structure, structure_of
 from whence.gradients.verify import arguments_of
 from whence.gradients.weights import State, digest, load, put
+from whence.store.manifest import is_name
 from whence.store.progress import checked, say, watched
 
 MAX_SEED = (1 << 63) - 2
@@ -183,8 +183,10 @@ def fit_factors(
         )
     loaded: dict[str, State | None] = {"0": None} if states is None else dict(states)
     for name in loaded:
-        if not isinstance(name, str) or not name:
-            raise ArgumentError(f"states must be named by a non-empty str, got {name!r}")
+        if not is_name(name):
+            raise ArgumentError(
+                f"states must be named by a non-empty str without NUL, got {name!r}"
+            )
     shares = shares_of(weights, list(loaded))
     described = fitting.structure.describe()
     if start is not None:
@@ -323,6 +325,10 @@ class _Fitting:
         if not statistics.is_rotated or not statistics.examples[1]:
             at.statistics = statistics if statistics.is_rotated else statistics.rotated()
             self._gather(f"{name}: eigenvalues", at.statistics)
+        for known in at.statistics.known.values():
+            if known.squares is not None:  # squares of what is finite need not be
+                squares = known.squares.numpy()
+                _arrays.finite(f"second moments of {known.block.parameter}", squares)
         return at
 
     def basis(self, factors: Factors, states: Mapping[str, State | None], widest: int) -> Factors:
@@ -338,6 +344,7 @@ class _Fitting:
             for group in self._groups(factors):
                 for rows in self._drawn(factors, states, group, directions.matrices):
                     moment += interruptible(torch.matmul, rows.T, rows) / directions.examples
+            _arrays.finite("second moments of drawn labels' rows", moment.numpy())
             directions = replace(directions, moment=moment)
         return Factors(
             factors.model,
@@ -493,7 +500,7 @@ class _Fitting:
             return sum(1 for _ in self._loader)
 
     def _batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
-        return watched(batches, line(name), self._progress, "batch", leave=False)
+        return watched(batches, name, self._progress, "batch", leave=False)
 
     @staticmethod
     def _refuse_bad(capture: Capture) -> None:

@@ -24,9 +24,13 @@ from whence.curvature.statistics import At, BlockStatistics, Covariance, Statist
 from whence.gradients.blocks import OUTER, Side
 from whence.gradients.coordinates import describe, described_block
 from whence.store.files import Written, array_name, read_array
+from whence.store.manifest import is_name
 
 MOST = 1 << 53
 """The most examples: each number up to it is a float64."""
+
+ROUNDING = 1e-4
+"""How far rounding may take what is symmetric, or sums to 1, from being so."""
 
 
 # From what fitting found
@@ -125,10 +129,18 @@ def read_at(
     wide = _arrays.boolean("wide", described["wide"])
     dtype = torch.float64 if wide else torch.float32
     pairs = {name: (bias, side) for name, (bias, side) in described["pairs"].items()}
-    for bias, side in pairs.values():
-        if not isinstance(bias, (str, type(None))) or side not in ("left", "right"):
-            raise ValueError(f"pairs must be of a bias and a side, got {bias!r:.80}, {side!r:.80}")
+    for name, (bias, side) in pairs.items():
+        if {name, name if bias is None else bias} - set(sizes) or side not in ("left", "right"):
+            raise ValueError(
+                "pairs must be of a parameter, a bias and a side, got "
+                f"{name!r:.80}, {bias!r:.80}, {side!r:.80}"
+            )
     first, second = (_arrays.integer("examples", each, 0, MOST) for each in described["examples"])
+    if not first or (rotated and not second):
+        raise ValueError(f"examples must be at least 1, got {first} and {second}")
+    weight = _arrays.number("weight", described["weight"], positive=True)
+    if weight > 1 + ROUNDING:
+        raise ValueError(f"weight must be a share of 1, got {weight}")
     known: dict[tuple[str, int, str], BlockStatistics] = {}
     for number, each in enumerate(described["blocks"]):
         found = _read_block(
@@ -141,7 +153,7 @@ def read_at(
     return At(
         _text("name", described["name"]),
         _text("digest", described["digest"]),
-        _arrays.number("weight", described["weight"], positive=True),
+        weight,
         Statistics(longest, pairs, known, [first, second], dtype),
     )
 
@@ -168,7 +180,8 @@ def _read_block(
     }
     (left, first), (right, second) = (found.get(name, (None, None)) for name in ("left", "right"))
     block = replace(block, left=first, right=second)
-    terms = _arrays.number("terms", described["terms"])
+    if (terms := _arrays.number("terms", described["terms"])) < 0:
+        raise ValueError(f"terms must be at least 0, got {terms}")
     if dtype is None:
         return BlockStatistics(block, left, right, terms)
     names = ["squares", *(["kronecker"] if block.kind == OUTER else [])]
@@ -234,9 +247,15 @@ def read_directions(
     values = _taken(arrays, "directions-values", torch.float32, (count,))
     if (values <= 0).any():
         raise ValueError(f"directions-values.npy must be above 0, got {float(values.min())}")
+    if (values.diff() > 0).any():
+        raise ValueError("directions-values.npy must fall, got values that rise")
     moment = None
     if "directions-moment" in arrays:
         moment = _taken(arrays, "directions-moment", torch.float32, (count, count))
+        if not torch.allclose(moment, moment.T, ROUNDING, ROUNDING * float(moment.abs().max())):
+            raise ValueError("directions-moment.npy must be symmetric")
+        if (moment.diagonal() < 0).any():
+            raise ValueError("directions-moment.npy must have a diagonal of at least 0")
     matrices = [
         _taken(arrays, f"directions-{number}", torch.float32, (width, count))
         for number, width in enumerate(widths)
@@ -258,6 +277,6 @@ def _taken(
 
 
 def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a str, got {value!r:.80}")
-    return value
+    if not is_name(value):
+        raise ValueError(f"{name} must be a str without NUL, got {value!r:.80}")
+    return str(value)

@@ -15,7 +15,7 @@ from whence.errors import DtypeError, ShapeError
 from whence.evaluate.checks import function, numbers, rising, table
 from whence.evaluate.retraining import Outputs, Results, Train, retrain, seeds_of
 from whence.hashing.families import MAX_SEED
-from whence.store.progress import watched
+from whence.store.progress import checked, watched
 
 KS = tuple(range(20, 181, 20))
 """How many examples `brittleness` removes unless told otherwise."""
@@ -140,6 +140,7 @@ def brittleness(
         query, step = divmod(number - 1, len(ks))
         return _without(examples, order[: ks[step], query])
 
+    checked(progress)
     results = Results(path, 1 + queries * len(ks), subset)
     whole = results.get(0, seed, train, classes)
     smallest = np.full(queries, np.inf)

@@ -40,7 +40,6 @@ from whence.gradients.verify import arguments_of
 from whence.gradients.weights import State, digest, load, put
 from whence.sketch import Sketch
 from whence.store import COMBINED, Checkpoint, Manifest, Writer
-from whence.store.manifest import is_name
 from whence.store.progress import checked, watched
 
 
@@ -129,11 +128,6 @@ def record_checkpoints(
         dtype=dtype,
     )
     task = Task(loss, precondition.reduction, tokens, patterns("unbatched", unbatched))
-    for each in prepared:
-        if not is_name(each.name):
-            raise ArgumentError(
-                f"states must be named by a non-empty str without NUL, got {each.name!r}"
-            )
     loaded = _states([each.name for each in prepared], states)
     wanted = Manifest(spec, dtype, precondition.reduction, structure.describe(), rows=COMBINED)
     path = _arrays.path("path", path)

@@ -559,8 +559,8 @@ class _Sample:
             )
         self._columns: dict[str, NDArray[Any]] = {}
         for name, values in (columns or {}).items():
-            if name in ("ids", "tokens", "scale"):
-                raise ArgumentError(f"columns must have names of their own, got {name!r}")
+            if not isinstance(name, str) or name in ("ids", "tokens", "scale"):
+                raise ArgumentError(f"columns must be named by a str of their own, got {name!r}")
             self._columns[name] = _arrays.values(f"columns[{name!r}]", values)
             if not len(self._columns[name]):
                 raise ArgumentError(f"columns[{name!r}] must have a value, got none")

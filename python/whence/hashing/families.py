@@ -38,7 +38,9 @@ def pairs_of(pairs: Any, rows: int) -> NDArray[np.uint64]:
         ShapeError: If they are not [pairs, 2].
         ArgumentError: If a row is not there.
     """
-    array = np.asarray(_arrays.to_numpy(pairs))
+    array = _arrays.array("pairs", pairs)
+    if array.shape == (0,):
+        return np.empty((0, 2), np.uint64)
     if array.dtype.kind not in "iu":
         raise DtypeError(f"pairs must be integers, got {_arrays.describe(array)}")
     if array.ndim != 2 or array.shape[1] != 2:

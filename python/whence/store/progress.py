@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
+from whence._plain import line
 from whence.errors import DtypeError
 
 
@@ -21,7 +24,7 @@ def bar(what: str, total: int, progress: bool | None, unit: str = "B") -> Any:
     Raises:
         DtypeError: If `progress` is something else.
     """
-    return _bar(progress, total=total, desc=what, unit=unit, unit_scale=True)
+    return _bar(progress, total=total, desc=line(what), unit=unit, unit_scale=True)
 
 
 def watched(
@@ -39,7 +42,7 @@ def watched(
     Raises:
         DtypeError: If `progress` is something else.
     """
-    found: Iterable[Any] = _bar(progress, items, desc=what, unit=unit, leave=leave)
+    found: Iterable[Any] = _bar(progress, items, desc=line(what), unit=unit, leave=leave)
     return found
 
 
@@ -57,9 +60,11 @@ def checked(progress: Any) -> bool | None:
     Raises:
         DtypeError: If it is something else.
     """
-    if progress is not None and not isinstance(progress, bool):
+    if progress is None:
+        return None
+    if not isinstance(progress, (bool, np.bool_)):
         raise DtypeError(f"progress must be a bool or None, got {progress!r:.80}")
-    return progress
+    return bool(progress)
 
 
 def _bar(progress: bool | None, *items: Iterable[Any], **options: Any) -> Any:

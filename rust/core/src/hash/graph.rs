@@ -278,15 +278,24 @@ pub fn within_batches(
     Ok((graph, medians))
 }
 
+/// So many numbers are ordered within a millisecond, in which nobody needs to ask to stop.
+const FEW: usize = 1 << 16;
+
 /// The median of the roots of numbers that are not negative; of an even number the mean of the two
 /// in the middle.
 fn median_root(squares: &[f64], watch: &Watch<'_>) -> Result<f64, Error> {
-    let middle = squares.len() / 2;
+    let (middle, even) = (squares.len() / 2, squares.len().is_multiple_of(2));
     if squares.is_empty() {
         return Ok(0.0);
     }
+    if squares.len() <= FEW {
+        let mut squares = squares.to_vec();
+        let (below, &mut high, _) = squares.select_nth_unstable_by(middle, f64::total_cmp);
+        let low = if even { below.iter().copied().fold(0.0, f64::max) } else { high };
+        return Ok(f64::midpoint(low.sqrt(), high.sqrt()));
+    }
     let high = in_order(squares, middle, watch)?.sqrt();
-    if !squares.len().is_multiple_of(2) {
+    if !even {
         return Ok(high);
     }
     Ok(f64::midpoint(in_order(squares, middle - 1, watch)?.sqrt(), high))
@@ -412,6 +421,22 @@ mod tests {
                     prop_assert_eq!(found, list);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn medians_of_few_and_of_many_are_those_of_the_order() {
+        for count in [0, 1, 2, 3, 6, FEW - 1, FEW, FEW + 1, FEW + 2, 3 * FEW] {
+            let squares: Vec<f64> =
+                (0..count as u64).map(|i| (crate::random::value(7, i) % 50_000) as f64).collect();
+            let mut roots: Vec<f64> = squares.iter().map(|square| square.sqrt()).collect();
+            roots.sort_by(f64::total_cmp);
+            let expected = match count {
+                0 => 0.0,
+                count if count % 2 == 1 => roots[count / 2],
+                count => f64::midpoint(roots[count / 2 - 1], roots[count / 2]),
+            };
+            assert_eq!(median_root(&squares, &Watch::none()).unwrap(), expected, "{count}");
         }
     }
 
