@@ -291,3 +291,17 @@ def test_an_array_of_another_name_is_counted(tmp_path):
     found.save(tmp_path / "s", number)
     assert whence.verify(tmp_path / "s").is_sound
     assert whence.info(tmp_path / "s").bytes["others"] == body["files"]["ids.npy"][0]
+
+
+def test_what_can_be_done_where_manifests_are_gone_is_said(tmp_path):
+    fill(tmp_path / "s", random_rows(4), parts=2)
+    (tmp_path / "s" / "manifest-00000002.json").unlink()
+    with pytest.raises(errors.StoreError, match=r"whence\.repair goes back to an older one"):
+        whence.open(tmp_path / "s")
+    (tmp_path / "s" / "manifest-00000001.json").unlink()
+    for call in (whence.open, whence.repair):
+        with pytest.raises(errors.StoreError, match="and no other is there"):
+            call(tmp_path / "s")
+    (tmp_path / "s" / "committed-00000002").unlink()
+    with pytest.raises(errors.StoreError, match="there are rows that none names"):
+        whence.open(tmp_path / "s")

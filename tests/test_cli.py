@@ -120,7 +120,7 @@ def test_a_missing_writer_is_told_in_one_line(tmp_path, capsys):
     assert status == 0
     assert said == (
         f"whence: {tmp_path}/a\\x1bstore is without the rows of writers 1/3, 3/3, "
-        "which have confirmed nothing yet\n"
+        "of which nothing is there: they have confirmed nothing yet, or it was lost\n"
     )
 
 

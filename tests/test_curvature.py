@@ -1,5 +1,7 @@
 """Factors against their definition, computed example by example with torch.func."""
 
+import errno
+import os
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -1580,3 +1582,18 @@ def test_a_checkpoint_is_named_as_records_can_be(tmp_path):
     model, loss, x = case("perceptron")
     with pytest.raises(errors.ArgumentError, match="states must be named by a non-empty str with"):
         whence.fit_factors(model, [(x,)], loss, states={"a\0b": model.state_dict()})
+
+
+def test_a_full_disk_leaves_nothing_of_factors(tmp_path, monkeypatch):
+    model, loss, x = case("perceptron")
+    factors = fit(model, batches(x), loss)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("whence.store.files.NewFile._put", full)
+        with pytest.raises(errors.StoreError, match="No space left"):
+            factors.save(tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+    assert [each.name for each in factors.save(tmp_path / "f").parent.iterdir()] == ["f"]

@@ -708,9 +708,12 @@ def test_values_that_no_store_has_are_refused(tmp_path, dtype, change, match):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda body: body.update(rows=10**15), "1000000000000000 rows are not in it"),
-        (lambda body: body.update(rows=-1), "-1 rows are not in it"),
-        (lambda body: body.update(rows=True), "True rows are not in it"),
+        (
+            lambda body: body.update(rows=10**15),
+            "must hold 1000000000000000 rows that are not comp",
+        ),
+        (lambda body: body.update(rows=-1), "must hold -1 rows"),
+        (lambda body: body.update(rows=True), "must hold True rows"),
         (lambda body: body.update(rows=3), "must hold"),
         (lambda body: body.update(version=9), "version must be 1, got 9"),
         (lambda body: body.update(format="x"), "must be an export of a store"),
@@ -1012,7 +1015,15 @@ def test_an_interrupted_import_leaves_nothing_and_can_be_run_again(tmp_path, mon
         patch.setattr(Manifest, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             whence.import_store(file, tmp_path / "t")
-    assert [each.name for each in (tmp_path / "t").iterdir()] == ["lock"]
+    assert not (tmp_path / "t").exists()
+    (tmp_path / "u").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whence.import_store(file, tmp_path / "u")
+    assert [each.name for each in (tmp_path / "u").iterdir()] == [
+        "lock"
+    ]  # a folder of the caller's
     whence.import_store(file, tmp_path / "t")
     check_same(tmp_path / "s", tmp_path / "t")
 
@@ -1124,3 +1135,11 @@ def test_a_footer_of_many_empty_entries_is_no_bomb(tmp_path):
     error, peak = peak_of_import(file, tmp_path / "t")
     assert "must be an export of a store" in error
     assert peak < 8 << 20
+
+
+def test_errors_of_the_system_name_the_file_that_was_asked_for(tmp_path):
+    fill(tmp_path / "s", random_rows(3))
+    for file in (tmp_path / "nowhere" / "x.npz", tmp_path / "nowhere" / "x.arrow"):
+        with pytest.raises(errors.StoreError) as caught:
+            whence.export_store(tmp_path / "s", file)
+        assert str(caught.value) == f"{file}: No such file or directory"

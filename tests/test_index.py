@@ -694,7 +694,7 @@ def test_rows_that_do_not_begin_with_the_indexs_own_are_not_added(tmp_path):
     rows = random_rows(2500, 40)
     index = whence.Index(rows, "certified")
     for other in (rows[:-1], rows[::-1], np.concatenate([rows[1:], rows]), random_rows(2600, 41)):
-        with pytest.raises(errors.MismatchError, match=r"rows must begin with.*a new index must"):
+        with pytest.raises(errors.MismatchError, match=r"rows must begin with.*build a new index"):
             index.add(np.ascontiguousarray(other))
     more = np.concatenate([rows, np.full((1, 40), np.nan, np.float32)])
     with pytest.raises(errors.NotFiniteError):

@@ -260,7 +260,7 @@ def test_writers_of_other_maps_are_refused(tmp_path, change, identity):
 def test_writers_that_have_confirmed_nothing_are_named(tmp_path):
     part(tmp_path / "s", "2/4", [0], random_rows(1))
     waiting = Writer(tmp_path / "s", manifest(), "3/4")
-    with pytest.warns(errors.MissingWritersWarning, match="writers 1/4, 3/4, 4/4, which"):
+    with pytest.warns(errors.MissingWritersWarning, match="writers 1/4, 3/4, 4/4, of which"):
         store = whence.open(tmp_path / "s")
     assert store.missing_writers == ["1/4", "3/4", "4/4"]
     assert store.ids.tolist() == [0]

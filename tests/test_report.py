@@ -577,3 +577,10 @@ def test_one_side_and_approximate_answers_are_drawn_as_what_they_are(tmp_path):
     assert "helpful" not in "".join(str(hits).splitlines()[6:])
     assert set(hits.to_pandas().side) == {"harmful"}
     assert "approximate: chosen by estimates" in str(index.search(rows[:2], 2, approximate=True))
+
+
+def test_an_error_of_the_system_names_the_page_that_was_asked_for(tmp_path, hits):
+    page = tmp_path / "nowhere" / "x.html"
+    with pytest.raises(FileNotFoundError) as caught:
+        hits.to_html(page)
+    assert caught.value.filename == str(page)

@@ -180,9 +180,11 @@ def query_rows(
                     put(model, checkpoint.name, load(checkpoint.name, loaded[checkpoint.name]))
                 fixed = recorded_weights and checkpoint.weights == "fixed"
                 if fixed and checkpoint.first not in (None, digest(model)):
+                    name = "weights" if loaded is None else f"states[{checkpoint.name!r}]"
+                    way = "load them, or pass them as states=" if loaded is None else "pass those"
                     raise WeightsError(
-                        f"weights must be those that checkpoint {checkpoint.name!r} was recorded "
-                        "with, got others; load them, or pass them as states="
+                        f"{name} must be those that checkpoint {checkpoint.name!r} was recorded "
+                        f"with, got others; {way}"
                     )
                 torch.set_rng_state(random_state)
                 refuse_batch_statistics(model)

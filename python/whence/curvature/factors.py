@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -614,9 +615,10 @@ def save(factors: Factors, path: Path) -> Path:
         for number, at in enumerate(factors.checkpoints)
     ]
     directions = describe_directions(factors.directions, arrays)
-    with store_errors(path):
+    with store_errors(path), ExitStack() as stack:
         if temporary.exists():
             shutil.rmtree(temporary)
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # a full disk
         temporary.mkdir(parents=True)
         files = {
             name: [*write_array(temporary / f"{name}.npy", array.numpy())]
@@ -639,6 +641,7 @@ def save(factors: Factors, path: Path) -> Path:
         }
         write_json(temporary / DESCRIPTION, body)
         temporary.rename(path)
+        stack.pop_all()
         sync_directory(path.parent)
     return path
 

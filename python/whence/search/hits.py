@@ -203,6 +203,7 @@ class Hits:
         Raises:
             ShapeError: If there are not as many `queries` as queries.
             DtypeError: If something shown is neither text nor an image.
+            OSError: If the page cannot be written.
         """
         if queries is not None and len(queries) != len(self):
             raise ShapeError(f"queries must be {len(self)} texts or images, got {len(queries)}")

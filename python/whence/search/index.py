@@ -292,8 +292,8 @@ class Index:
             same = digest == kept.fingerprint(self.source, before, self._digest(threads))
         if not same:
             raise MismatchError(
-                f"rows must begin with those of {self.source!r}, got {source!r}; where rows were "
-                "deleted or replaced, a new index must be built"
+                f"rows must begin with those that the index was built of, {self.source!r}, got "
+                f"others: {source!r}; where rows were deleted or replaced, build a new index"
             )
         self._grow(source, before, threads)
 

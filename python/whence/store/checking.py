@@ -94,7 +94,8 @@ class Verification:
         if self.leftovers:
             lines.append(f"{len(self.leftovers):,} leftovers, which whence compact removes")
         if self.missing_writers:
-            lines.append(f"nothing yet of writers {', '.join(self.missing_writers)}")
+            writers = ", ".join(self.missing_writers)
+            lines.append(f"nothing is there of writers {writers}: not yet, or it was lost")
         lines.append("sound" if self.is_sound else "not sound: whence repair keeps what is whole")
         return "\n".join(map(line, lines))
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whence import _arrays
+from whence._files import named
 from whence.errors import ArgumentError, MismatchError, StoreError, WhenceError
 from whence.store.archive import Archive, Texts, write_archive
 from whence.store.arrow import MAGIC as ARROW
@@ -461,7 +462,9 @@ class _Description:
             raise StoreError(f"{path} is damaged: a new store has no shards")
         manifest = replace(Manifest.from_json(told, path, 0), writer=None)
         if type(rows) is not int or not 0 <= rows <= length // manifest.row_bytes:
-            raise StoreError(f"{path} is damaged: {rows!r:.80} rows are not in it")
+            raise StoreError(
+                f"{path} must hold {rows!r:.80} rows that are not compressed, got {length} bytes"
+            )
         if rows and (manifest.ids is None or manifest.columns is None):
             raise StoreError(f"{path} is damaged: rows must have ids and columns of known types")
         if error is not None and not (
@@ -558,7 +561,7 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
     """
     # A name of its own: of two writers the later one wins, and no file is half of each.
     temporary = path.with_name(f".whence-{secrets.token_hex(8)}.part")
-    with store_errors(path):
+    with store_errors(path), named(path):
         try:
             with temporary.open("xb") as file:  # through no link
                 yield file

@@ -430,7 +430,8 @@ def _status(path: Path) -> os.stat_result:
 
 def _is_gone(path: Path) -> StoreError:
     return StoreError(
-        f"{path} is gone: if the store was compacted or repaired since it was opened, open it again"
+        f"{path} is gone: the store was compacted or repaired since it was opened (open it again), "
+        "or is damaged"
     )
 
 

@@ -85,7 +85,7 @@ class Info:
         if self.skipped:
             lines["skipped"] = f"{counted(self.skipped, 'example')} whose gradient was not finite"
         if self.writers > 1:
-            lacking = f"; nothing yet of {', '.join(self.missing_writers)}"
+            lacking = f"; nothing is there of {', '.join(self.missing_writers)}"
             lines["writers"] = f"{self.writers:,}{lacking if self.missing_writers else ''}"
         width = max(map(len, lines))
         return "\n".join(line(f"{name:<{width}}  {text}") for name, text in lines.items())

@@ -15,7 +15,7 @@ from whence.errors import StoreError
 from whence.store.files import WRONG, mark, read_json, reason, store_errors, write_json
 from whence.store.gone import Gone
 from whence.store.maps import StoredMap, checked_map
-from whence.store.shards import PACK, Pack, Shard, last_number, read_pack, write_pack
+from whence.store.shards import PACK, SHARD, Pack, Shard, last_number, read_pack, write_pack
 
 FORMAT = "whence store"
 VERSION = 1
@@ -454,15 +454,16 @@ def newest(folder: Path) -> int:
             # A commit may have come between the two looks.
             number = max((found for found, _ in _numbered(folder, _NAME)), default=0)
         if number < marked:
-            raise StoreError(
-                f"{Manifest.path(folder, marked)} is gone, the newest manifest of the store; "
-                "whence.repair goes back to an older one if there is one"
-            )
+            way = "whence.repair goes back to an older one" if number else "and no other is there"
+            lost = Manifest.path(folder, marked)
+            raise StoreError(f"{lost} is gone, the newest manifest of the store; {way}")
         if not numbers:
             got = "one" if (folder / "lock").exists() else "a folder"
+            why = "nothing was ever confirmed in it"
+            if any(folder.glob(f"{SHARD}*")):
+                why += ", or its manifests were lost: there are rows that none names"
             raise StoreError(
-                f"{folder} must be a whence store with rows, got {got} with no manifest: "
-                "nothing was ever confirmed in it"
+                f"{folder} must be a whence store with rows, got {got} with no manifest: {why}"
             )
     return number
 

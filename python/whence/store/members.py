@@ -108,8 +108,8 @@ def warn_of_missing(path: Path, stacklevel: int) -> list[str]:
     if found:
         warnings.warn(
             line(
-                f"{path} is without the rows of writers {', '.join(found)}, which have confirmed "
-                "nothing yet"
+                f"{path} is without the rows of writers {', '.join(found)}, of which nothing is "
+                "there: they have confirmed nothing yet, or it was lost"
             ),
             MissingWritersWarning,
             stacklevel=stacklevel + 1,

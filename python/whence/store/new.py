@@ -66,6 +66,7 @@ class NewStore:
         self._checkpoint, self._bytes = 0, 0
         with store_errors(path):
             _check(name, path)  # before a lock is left in a folder of something else
+            self._is_ours = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             sync_directory(path.parent)
         self._lock = Lock(path)
@@ -146,13 +147,15 @@ class NewStore:
             self._clear()
 
     def close(self) -> None:
-        """Lets go of it, and removes what was written unless it was committed."""
+        """Lets go of it, and removes what was written unless it was committed; its folder, too."""
         if self._open is not None:
             self._open.close()
         if self._lock.is_held:
             with contextlib.suppress(OSError):
                 if not Manifest.exists(self.path):  # an interrupted commit may have made it
                     self._clear()
+                    if self._is_ours and [each.name for each in self.path.iterdir()] == ["lock"]:
+                        shutil.rmtree(self.path)
         self._lock.close()
 
     def __enter__(self) -> NewStore:

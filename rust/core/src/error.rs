@@ -92,8 +92,8 @@ impl fmt::Display for Error {
             Self::Io { path, source } => write!(formatter, "{}: {source}", path.display()),
             Self::Gone { path } => write!(
                 formatter,
-                "{} is gone: if the store was compacted or repaired since it was opened, open it \
-                 again",
+                "{} is gone: the store was compacted or repaired since it was opened (open it \
+                 again), or is damaged",
                 path.display()
             ),
             Self::Damaged { path, what } => {
