@@ -1,5 +1,7 @@
 """Arrays that callers give: what is wrong with them is named, and where."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,3 +35,13 @@ def test_no_values_are_finite():
     _arrays.finite("rows", np.empty((0, 3)))
     with pytest.raises(NotFiniteError, match=r"got -inf at \[\]$"):
         _arrays.finite("number", np.float64(-np.inf))
+
+
+def test_a_product_is_the_product_and_says_nothing_of_nan():
+    left = np.arange(6.0).reshape(2, 3)
+    left[0, 0] = np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # also what the tests let pass
+        found = _arrays.matmul(left, np.array([[0.0, 1], [1, 2], [3, 4]]))
+    assert np.isnan(found[0, 0])
+    assert found[1].tolist() == [19.0, 31.0]

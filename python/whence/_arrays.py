@@ -130,6 +130,17 @@ def array(name: str, value: Any) -> NDArray[Any]:
         raise ShapeError(f"{name} must be an array, got {error}") from None
 
 
+def matmul(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """`left @ right`, silent about NaN, which is looked for where it matters.
+
+    OpenBLAS computes with numbers beside an array, too, whose results it drops but not their
+    floating-point flags: numpy warns of an invalid value where all are finite.
+    """
+    with np.errstate(invalid="ignore"):
+        found: NDArray[Any] = left @ right
+    return found
+
+
 def float_rows(name: str, value: Any, dim: int) -> NDArray[np.float32]:
     """`value` as a C-contiguous [rows, dim] float32 array.
 

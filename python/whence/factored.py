@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whence import _core
+from whence import _arrays, _core
 from whence.errors import LayerError, MismatchError
 from whence.sketch import Sketch
 
@@ -203,7 +203,7 @@ class FactoredAccumulator:
             )
         left, right = left[:, 0], right[:, 0]
         if total is not None:
-            total += left.T @ right
+            total += _arrays.matmul(left.T, right)
         return self._take(name, left.shape[1] * right.shape[1], start, (left, right))
 
     def add_lookup(self, name: str, *_: Any) -> list[int]:
@@ -240,7 +240,8 @@ class FactoredAccumulator:
         """[1, n] a parameter's gradient times a fixed random direction, or a vector as it is."""
         if all(each.parameter != name or not each.left for each in self.map.segments):
             return gradient.reshape(1, -1).astype(np.float64)
-        return (gradient @ _direction(gradient.shape[1]))[None].astype(np.float64)
+        along = _arrays.matmul(gradient, _direction(gradient.shape[1]))
+        return along[None].astype(np.float64)
 
     def probes(self) -> dict[str, NDArray[np.float64]]:
         """Name -> [batch, n], the same of each sample."""
@@ -253,7 +254,7 @@ class FactoredAccumulator:
                 found[segment.parameter] = given[0].astype(np.float64)
                 continue
             left, right = (each.astype(np.float64) for each in given)
-            along = right @ _direction(right.shape[1])
+            along = _arrays.matmul(right, _direction(right.shape[1]))
             found[segment.parameter] = left * along[:, None]
             if segment.bias is not None:
                 found[segment.bias] = right if segment.transposed else left

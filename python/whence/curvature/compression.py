@@ -202,7 +202,7 @@ def _write(
             if len(chosen):
                 total = np.zeros((len(chosen), matrices[0].shape[1]), np.float32)
                 for rows, matrix in zip(numbers, matrices, strict=True):
-                    total += _read(source, rows[chosen]) @ matrix
+                    total += _arrays.matmul(_read(source, rows[chosen]), matrix)
                 kept = {name: column[chosen] for name, column in columns.items()}
                 writer.append(source.ids[chosen], total, writer.check_columns(kept))
             shown.update(len(part))

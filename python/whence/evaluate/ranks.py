@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whence import _arrays
 from whence._interrupts import interruptible
 
 BLOCK = 1 << 22
@@ -127,7 +128,7 @@ def subset_sums(subsets: list[NDArray[np.int64]], scores: NDArray[Any]) -> NDArr
         scaled = np.ldexp(part.astype(np.float64), bits - exponents)
         whole = np.rint(scaled)
         chosen = member[:, number * step : number * step + len(part)].astype(np.float64)
-        high += interruptible(np.matmul, chosen, whole)
-        low += interruptible(np.matmul, chosen, np.rint(np.ldexp(scaled - whole, bits)))
+        high += interruptible(_arrays.matmul, chosen, whole)
+        low += interruptible(_arrays.matmul, chosen, np.rint(np.ldexp(scaled - whole, bits)))
     found: NDArray[np.float64] = high + np.ldexp(low, -bits)
     return found

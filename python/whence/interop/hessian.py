@@ -64,7 +64,7 @@ class Hessian:
                     f"finite, got infinity with damping_factor={damping_factor}"
                 )
             for kept, scales in ((self._inverses, inverse), (self._roots, np.sqrt(inverse))):
-                kept.append((place, interruptible(np.matmul, vectors * scales, vectors.T)))
+                kept.append((place, interruptible(_arrays.matmul, vectors * scales, vectors.T)))
 
     def inverse(self, rows: NDArray[Any]) -> Float:
         """[rows, dim] times the inverse."""
@@ -78,7 +78,7 @@ class Hessian:
 def _times(rows: NDArray[Any], blocks: list[tuple[slice, Float]]) -> Float:
     found: Float = rows.astype(np.float64)
     for place, block in blocks:
-        found[:, place] = interruptible(np.matmul, found[:, place], block)
+        found[:, place] = interruptible(_arrays.matmul, found[:, place], block)
     return found
 
 

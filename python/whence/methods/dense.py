@@ -82,7 +82,7 @@ class GaussNewton(Method):
                             f"{len(shares)} labels for {len(flat)} examples"
                         )
                     rows = flat * np.sqrt(shares.numpy())[:, None]
-                    total += interruptible(np.matmul, rows.T, rows)
+                    total += interruptible(_arrays.matmul, rows.T, rows)
                     examples += len(rows)
                 label += 1
         total /= examples
@@ -103,9 +103,9 @@ class GaussNewton(Method):
         run = self.run
         with run.at(run.last):
             queries = self._flat(run.queries(self._map(run), closure))
-            queries = interruptible(np.matmul, queries, self._inverse)
+            queries = interruptible(_arrays.matmul, queries, self._inverse)
             found = [
-                interruptible(np.matmul, queries, self._flat(seen).T)
+                interruptible(_arrays.matmul, queries, self._flat(seen).T)
                 for seen in run.training(self._map(run))
             ]
         return np.concatenate(found, axis=1).astype(np.float32)

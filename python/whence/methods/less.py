@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from whence import _arrays
 from whence._interrupts import interruptible
 from whence.curvature import Moments
 from whence.errors import CheckpointError
@@ -58,7 +59,7 @@ class Less(Method):
             with self.run.at(name):
                 seen = self.run.queries(self._sketch, closure)
             queries = interruptible(_unit, seen.capture.rows(seen.factor)[0])
-            cosines = interruptible(np.matmul, queries, rows.T).astype(np.float64)
+            cosines = interruptible(_arrays.matmul, queries, rows.T).astype(np.float64)
             total = total + self.run.learning_rates[name] * cosines
         return total.astype(np.float32)
 

@@ -78,8 +78,8 @@ class DampedGram(Method):
         for name, rows, inverse in zip(self.run.states, self._rows, self._inverses, strict=True):
             with self.run.at(name):
                 queries = self._query(closure)
-            queries = interruptible(np.matmul, queries.astype(np.float64), inverse)
-            found.append(interruptible(np.matmul, queries, rows.T))
+            queries = interruptible(_arrays.matmul, queries.astype(np.float64), inverse)
+            found.append(interruptible(_arrays.matmul, queries, rows.T))
         mean: NDArray[np.float32] = np.mean(found, axis=0).astype(np.float32)
         return mean
 
@@ -87,7 +87,7 @@ class DampedGram(Method):
 def _inverse(rows: NDArray[np.float32], damping: float) -> NDArray[np.float64]:
     """[dim, dim] (SᵀS/N + λ)⁻¹, with λ a share of the mean eigenvalue."""
     wide = rows.astype(np.float64)
-    gram = wide.T @ wide / len(wide)
+    gram = _arrays.matmul(wide.T, wide) / len(wide)
     ridge = damping * float(np.trace(gram)) / len(gram)
     if ridge == 0:
         return np.zeros_like(gram)

@@ -106,7 +106,7 @@ class EkfacStored(Method):
 
     def _scores(self, closure: Closure) -> NDArray[np.float32]:
         rows = self.store.rows(self.run.ids)
-        return interruptible(np.matmul, self.query_rows(closure), rows.T)
+        return interruptible(_arrays.matmul, self.query_rows(closure), rows.T)
 
     def top_k(self, closure: Closure, k: int = 10) -> Hits:
         """The k most helpful and the k most harmful examples, by an index of the store."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from whence import _arrays
 from whence._interrupts import interruptible
 from whence.search.source import Source
 
@@ -88,7 +89,7 @@ def sample(source: Source, seed: int) -> NDArray[np.float64]:
 
 def _spectrum(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Rising eigenvalues and eigenvectors of the rows' Gram matrix."""
-    values, vectors = np.linalg.eigh(rows.T @ rows)
+    values, vectors = np.linalg.eigh(_arrays.matmul(rows.T, rows))
     return values, vectors
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whence import _arrays
 from whence._interrupts import interruptible
 from whence.search.basis import sample
 from whence.search.hits import Hits, Side
@@ -55,7 +56,7 @@ def clusters(source: Source, count: int, seed: int) -> NDArray[np.int64]:
 
 def _nearest(rows: NDArray[Any], centres: NDArray[np.float64]) -> NDArray[np.int64]:
     """[rows] the centre of the largest inner product."""
-    found: NDArray[np.int64] = (rows @ centres.T).argmax(axis=1)
+    found: NDArray[np.int64] = _arrays.matmul(rows, centres.T).argmax(axis=1)
     return found
 
 
