@@ -9,6 +9,9 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
+LOOK = 0.05
+"""Seconds after which who waits looks up by itself: a signal does not wake it everywhere."""
+
 
 class Call:
     """A call on a thread of its own, which can be waited for and, until it begins, cancelled.
@@ -51,6 +54,15 @@ class Call:
             return False
         self.ended.set()
         return True
+
+    def wait(self) -> None:
+        """Waits until it has ended, or is known not to begin.
+
+        Raises:
+            BaseException: What a signal's handler raises meanwhile.
+        """
+        while not self.ended.wait(LOOK):
+            pass
 
     def check(self) -> None:
         """Nothing, if it has raised nothing; told once.
@@ -108,7 +120,7 @@ class Background:
             BaseException: What it raised, or a signal's handler meanwhile: KeyboardInterrupt.
         """
         if self._call is not None:
-            self._call.ended.wait()
+            self._call.wait()
             call, self._call = self._call, None
             call.check()
 
@@ -122,7 +134,7 @@ class Background:
         while self._call is not None:
             try:
                 if not self._call.cancel():
-                    self._call.ended.wait()
+                    self._call.wait()
                 self._call = None
             except BaseException as error:
                 interrupt = error

@@ -30,9 +30,6 @@ LARGE = 1 << 21
 A float64 matrix of 512 rows has as many, whose eigenvectors take some tens of milliseconds.
 """
 
-LOOK = 0.05
-"""Seconds after which the main thread looks up by itself: a signal does not wake it everywhere."""
-
 _running: set[Call] = set()
 
 
@@ -69,8 +66,7 @@ def interruptible(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
         if call.cancel():
             _running.discard(call)
         raise
-    while not call.ended.wait(LOOK):
-        pass
+    call.wait()
     call.check()
     return found.pop()
 
@@ -108,7 +104,7 @@ def _as_many_threads(torch: Any) -> AbstractContextManager[Any]:
 def _finish() -> None:
     """Waits for what an interrupt has left, and still runs."""
     for call in list(_running):
-        call.ended.wait()
+        call.wait()
 
 
 @atexit.register
