@@ -134,3 +134,11 @@ def test_a_call_is_cancelled_before_it_begins_and_not_after():
     call.ended.wait()
     assert not call.cancel()
     assert seen == [2]
+
+
+def test_a_cancel_that_was_interrupted_can_be_made_again():
+    call = Call(pytest.fail)
+    call._maker["maker"] = "nobody"  # as a signal leaves it that comes in the midst
+    call.wait()
+    assert call.cancel()
+    assert call.ended.is_set()

@@ -623,6 +623,26 @@ def test_none_of_the_new_stores_stays_if_the_last_ends_in_an_error(tmp_path, mon
     whence.split(tmp_path / "s", into)
 
 
+def test_none_of_the_new_stores_stays_if_there_is_room_for_nothing_more(tmp_path, monkeypatch):
+    fill(tmp_path / "s", random_rows(6))
+    save = Manifest.save
+
+    def full(*_):
+        raise errors.StoreError("no space")
+
+    def failing(self, folder, number):
+        if folder == tmp_path / "b":
+            monkeypatch.setattr("whence.store.new.mark", full)
+            raise errors.StoreError("no space")
+        save(self, folder, number)
+
+    monkeypatch.setattr(Manifest, "save", failing)
+    with pytest.raises(errors.StoreError, match="no space"):
+        whence.split(tmp_path / "s", {tmp_path / "a": [0, 1], tmp_path / "b": [2, 3]})
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize(
     ("into", "error", "match"),
     [

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from oracle import per_sample_gradients
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -1472,6 +1473,65 @@ def test_what_the_loop_raises_is_not_hidden_by_what_closing_does(tmp_path, left_
 
     with pytest.raises(ZeroDivisionError) as caught:
         loop()
+    for batch in batches:
+        batch.gen.close()
     if hasattr(caught.value, "__notes__"):
         assert "rows that were not confirmed are lost" in caught.value.__notes__[0]
         assert "must keep its lock" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_the_backward_pass_runs_again_may_run_on_its_thread(tmp_path, reentrant):
+    """As on a GPU, where autograd has threads of its own."""
+    model, (x, y) = model_of(), data()
+    again, failed = x.clone().requires_grad_(reentrant), []
+
+    def backward():
+        try:
+            loss.backward()
+        except BaseException as error:
+            failed.append(error)
+
+    with record(model, tmp_path / "s") as rec, rec.batch(range(12)):
+        out = torch.utils.checkpoint.checkpoint(model, again, use_reentrant=reentrant)
+        loss = F.cross_entropy(out, y)
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert not failed
+    assert close(whence.open(tmp_path / "s").rows(), exact_rows(model, x, y))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise on Windows")
+def test_an_interrupt_of_the_wait_for_another_threads_batch_still_closes(tmp_path):
+    model, (x, y) = model_of(), data()
+    begun, end, refused = threading.Event(), threading.Event(), []
+
+    def run():
+        try:
+            with rec.batch([100], label=[0]):
+                begun.set()
+                end.wait(10)
+        except errors.WhenceError as error:
+            refused.append(error)
+
+    def loop():
+        with rec:
+            fill(rec, model, x, y)
+            thread.start()
+            begun.wait(10)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    rec = record(model, tmp_path / "s")
+    thread = threading.Thread(target=run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        end.set()
+        thread.join()
+    assert refused
+    assert whence.open(tmp_path / "s").ids.tolist() == list(range(12))
+    whence.compact(tmp_path / "s")  # nobody holds it

@@ -280,8 +280,9 @@ def test_a_store_of_one_writer_misses_none(tmp_path):
 
 def test_nothing_of_any_writer_is_an_error(tmp_path):
     Writer(tmp_path / "s", manifest(), "1/2").release()
-    with pytest.raises(errors.StoreError, match="nothing was ever confirmed in it"):
-        whence.open(tmp_path / "s")
+    for call in (whence.open, whence.repair):
+        with pytest.raises(errors.StoreError, match="nothing was ever confirmed in it"):
+            call(tmp_path / "s")
 
 
 def test_a_writer_opens_alone(tmp_path):

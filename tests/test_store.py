@@ -449,6 +449,37 @@ def test_a_manifest_that_could_not_be_made_durable_is_so_before_it_counts(tmp_pa
     assert len(list((tmp_path / "s").glob("shard-*"))) == 1
 
 
+@pytest.mark.parametrize("error", LATE, ids=["interrupt", "error"])
+def test_what_is_written_ahead_after_a_late_failure_is_committed_once(tmp_path, monkeypatch, error):
+    monkeypatch.setattr("whence.store.writer.AHEAD_BYTES", 64)
+    writer, rows = Writer(tmp_path / "s", manifest()), random_rows(16)
+    writer.set_checkpoint(Checkpoint("0"))
+    for first in (0, 4):
+        writer.append(np.arange(first, first + 4), rows[first : first + 4], {})
+    appears_and_fails(monkeypatch, error)
+    with pytest.raises(type(error)):
+        writer.commit()
+    for first in (8, 12):
+        writer.append(np.arange(first, first + 4), rows[first : first + 4], {})
+    writer.close()
+    store = whence.open(tmp_path / "s")
+    assert store.ids.tolist() == list(range(16))
+    assert np.allclose(store.rows(), rows, rtol=1e-6)
+    assert whence.verify(tmp_path / "s").is_sound
+
+
+def test_a_folder_that_an_interrupt_has_left_is_in_nobodys_way(tmp_path):
+    writer, rows = Writer(tmp_path / "s", manifest()), random_rows(4)
+    writer.set_checkpoint(Checkpoint("0"))
+    for number in (1, 2):
+        (tmp_path / "s" / f"shard-{number:08}").mkdir()
+    writer.append(np.arange(4), rows, {})
+    writer.close()
+    assert np.allclose(whence.open(tmp_path / "s").rows(), rows, rtol=1e-6)
+    whence.compact(tmp_path / "s")
+    assert [each.name for each in (tmp_path / "s").glob("shard-*")] == ["shard-00000003"]
+
+
 def test_what_failed_behind_and_was_interrupted_is_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("whence.store.writer.AHEAD_BYTES", 256)
     rows, put, drain = random_rows(12), NewFile._put, Background.drain
@@ -460,6 +491,9 @@ def test_what_failed_behind_and_was_interrupted_is_written_anew(tmp_path, monkey
         put(file, part, counted=counted)
 
     def interrupted(background):
+        raise KeyboardInterrupt
+
+    def interrupted_too(background):
         drain(background)
         raise KeyboardInterrupt
 
@@ -467,8 +501,9 @@ def test_what_failed_behind_and_was_interrupted_is_written_anew(tmp_path, monkey
     writer.set_checkpoint(Checkpoint("0"))
     with monkeypatch.context() as patch:
         patch.setattr(NewFile, "_put", full)
-        patch.setattr(Background, "drain", interrupted)
         writer.append(np.arange(8), rows[:8], {})
+        patch.setattr(Background, "wait", interrupted)
+        patch.setattr(Background, "drain", interrupted_too)
         with pytest.raises(KeyboardInterrupt):
             writer.commit()
     writer.append(np.arange(8, 12), rows[8:], {})

@@ -30,7 +30,8 @@ class Call:
     def __init__(self, function: Callable[[], object]) -> None:
         self.ended = threading.Event()
         self.failed: BaseException | None = None
-        self._function = [function]  # who takes it out makes the call, or sees that nobody does
+        self._function: Callable[[], object] | None = function
+        self._maker: dict[str, str] = {}  # who makes it: the first to say so, in one step
 
     def start(self, *, daemon: bool = False) -> None:
         """Begins; at once and here, where no thread can be had.
@@ -44,16 +45,29 @@ class Call:
         try:
             threading.Thread(target=self._run, daemon=daemon).start()
         except RuntimeError:  # no more threads, or Python is about to end
-            self._run()
+            try:
+                self._run()
+            finally:
+                self.ended.set()
 
     def cancel(self) -> bool:
         """Whether it had not begun; then it never does."""
-        try:
-            self._function.pop()
-        except IndexError:
+        if self._maker.setdefault("maker", "nobody") != "nobody":
             return False
         self.ended.set()
         return True
+
+    def _run(self) -> None:
+        if self._maker.setdefault("maker", "thread") == "nobody":
+            return
+        try:
+            if self._function is not None:
+                self._function()
+        except BaseException as error:
+            self.failed = error
+        finally:
+            self._function = None
+            self.ended.set()
 
     def wait(self) -> None:
         """Waits until it has ended, or is known not to begin.
@@ -61,7 +75,7 @@ class Call:
         Raises:
             BaseException: What a signal's handler raises meanwhile.
         """
-        while not self.ended.wait(LOOK):
+        while not self.ended.wait(LOOK) and self._maker.get("maker") != "nobody":
             pass
 
     def check(self) -> None:
@@ -76,18 +90,6 @@ class Call:
                 raise failed
             finally:
                 del failed  # which holds this frame, too
-
-    def _run(self) -> None:
-        try:
-            function = self._function.pop()
-        except IndexError:
-            return
-        try:
-            function()
-        except BaseException as error:
-            self.failed = error
-        finally:
-            self.ended.set()
 
 
 class Background:
@@ -112,6 +114,11 @@ class Background:
             raise
         if call.ended.is_set() and not isinstance(call.failed, Exception):
             self.wait()  # it was made here, and a signal's handler has raised
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a call that nobody has waited for."""
+        return self._call is not None
 
     def wait(self) -> None:
         """Waits for the call.

@@ -23,7 +23,7 @@ from whence.errors import StoreError
 from whence.store import Checkpoint, Manifest, Writer
 
 DIM = 12
-OTHERS = {10**6 + number: 0 for number in range(30)}
+OTHERS = {2**40 + number: 0 for number in range(30)}
 """What is in the store that is merged with this one."""
 
 State = dict[int, int]

@@ -264,7 +264,9 @@ class Hooks:
         capture = self._live()
         if capture is None:
             return
-        if self._thread != threading.get_ident():
+        # A backward pass that runs the model again does so on a thread of autograd's.
+        within = torch._C._current_graph_task_id() != -1
+        if self._thread != threading.get_ident() and not within:
             raise WhenceError(
                 "the model must run in one thread while a batch is recorded, got a call from "
                 "another, whose gradients would be taken for the batch's; give each thread its own "

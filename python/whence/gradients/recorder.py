@@ -19,6 +19,7 @@ from torch import nn
 
 from whence import _arrays
 from whence._arrays import Ids
+from whence._background import LOOK
 from whence._plain import line
 from whence.errors import (
     ArgumentError,
@@ -154,9 +155,9 @@ class Recorder:
         self._trainable = trainable(model)
         self._signature = signature(model)
         self._batches = 0
-        # Held by who records or changes what is recorded, and which thread that is.
-        self._turn = threading.Lock()
-        self._inside: int | None = None
+        # Held by the thread that records or changes what is recorded, while it is busy with it.
+        self._turn = threading.RLock()
+        self._busy = False
         self._open = False
         self._entered = False
         self._versions: int | None = None
@@ -214,10 +215,22 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A batch that another thread is in is waited for; one of this thread was left open.
-        mine = self._inside == threading.get_ident()
-        with nullcontext() if mine else self._turn:
-            self._close(error)
+        interrupt: BaseException | None = None
+        held = False
+        try:
+            # A batch that another thread is in is waited for; one of this one was left open. In a
+            # forked child other threads are no more.
+            while not held and self._writer.is_ours:
+                held = self._turn.acquire(timeout=LOOK)
+        except BaseException as caught:
+            interrupt = caught
+        try:
+            self._close(interrupt if error is None else error)
+        finally:
+            if held:
+                self._turn.release()
+        if interrupt is not None:
+            raise interrupt
 
     def _close(self, error: BaseException | None) -> None:
         """Takes the hooks off, and confirms what waits; `error` is what the loop has raised."""
@@ -573,20 +586,25 @@ class Recorder:
         Raises:
             WhenceError: If somebody is in, or the recorder is closed.
         """
+        inside = WhenceError(
+            f"{call} must not be called inside a batch, got one that is open; a recorder does one "
+            "thing at a time, also where several threads share it"
+        )
         if not self._turn.acquire(blocking=False):
-            raise WhenceError(
-                f"{call} must not be called inside a batch, got one that is open; a recorder does "
-                "one thing at a time, also where several threads share it"
-            )
-        self._inside = threading.get_ident()
+            raise inside
         try:
+            if self._busy:
+                raise inside
             if not self._open:
                 raise WhenceError(
                     f"{call} must be called inside `with whence.record(...)`, got a closed recorder"
                 )
-            yield
+            try:
+                self._busy = True
+                yield
+            finally:
+                self._busy = False
         finally:
-            self._inside = None
             self._turn.release()
 
     def _refuse_changes(self) -> None:

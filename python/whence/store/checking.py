@@ -36,7 +36,7 @@ from whence.store.manifest import (
     manifests,
     number_of,
 )
-from whence.store.members import check_there, check_writer, members, missing
+from whence.store.members import check_there, check_writer, members, missing, parts
 from whence.store.progress import bar
 from whence.store.reader import Reader, file_of, read_ids
 from whence.store.shards import DESCRIPTION, SHARD, Description, Shard, ShardWriter, last_number
@@ -142,9 +142,10 @@ def _looked_at(path: Path, folder: Path, progress: bool | None) -> _Check:
     for _ in range(READ_ATTEMPTS):
         check = _Check(path, folder)
         number = check.all(progress)
-        if not check.damage or last_committed(folder) == number:
+        gone = any(not os.path.lexists(each.path) for each in check.damage)
+        if not gone or last_committed(folder) == number:
             break
-        # A writer has committed meanwhile, and may have removed what the manifest named.
+        # A writer has committed meanwhile, and removed what the manifest named.
     return check
 
 
@@ -309,7 +310,9 @@ def repair(
     path = _arrays.path("path", path)
     _arrays.boolean("undelete", undelete)
     check_there(path)
-    done = [_repair(path, folder, undelete, progress) for folder in _folders(path)]
+    if not (folders := _folders(path)):
+        parts(path)  # says what is there
+    done = [_repair(path, folder, undelete, progress) for folder in folders]
     return Repair(
         [lost for each in done for lost in each.lost],
         sum(each.unnamed for each in done),

@@ -140,10 +140,10 @@ class NewStore:
         Killed meanwhile it leaves the store whole, or a folder that never was one.
         """
         with contextlib.suppress(OSError):
-            mark(self._mark)
-            sync_directory(self.path)
             (self.path / f"{MARKER}{FIRST:08}").unlink(missing_ok=True)
-            Manifest.path(self.path, FIRST).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # of one that was not committed yet
+                Manifest.path(self.path, FIRST).replace(self._mark)  # which takes no room
+            sync_directory(self.path)
             self._clear()
 
     def close(self) -> None:

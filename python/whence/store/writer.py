@@ -522,9 +522,16 @@ class Writer:
 
     def release(self) -> None:
         """Lets go of the store without a commit; for who has changed nothing, or failed."""
-        if self._lock.is_ours:
-            self._abandon()
-        self._lock.close()
+        try:
+            if self._lock.is_ours:
+                self._abandon()
+        finally:
+            self._lock.close()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process opened it; one that was forked since cannot write."""
+        return self._lock.is_ours
 
     def _check(self) -> None:
         """Nothing, if this process still is the one writer of the store.
@@ -581,6 +588,7 @@ class Writer:
         if again:
             with store_errors(self.path):
                 sync_directory(self.path)
+            self._abandon()  # what was written ahead since begins with what is confirmed
         found = attempt.manifest
         self._state = _State(
             replace(state.manifest, shards=found.shards, packs=found.packs, gone=found.gone),
@@ -624,9 +632,11 @@ class Writer:
         """The shard that is being written."""
         if self._ahead is None:
             number, manifest = self._next_shard, self.manifest
+            if (self.path / f"{SHARD}{number:08}").exists():  # which an interrupt has left
+                number = 1 + last_number(self.path, SHARD)
             kind = DTYPES[manifest.dtype]
             self._ahead = ShardWriter(self.path, number, self._checkpoint, kind, manifest.row_width)
-            self._next_shard += 1
+            self._next_shard = number + 1
         return self._ahead
 
     def _shard_of(self, waiting: tuple[_Batch, ...]) -> ShardWriter:
@@ -641,16 +651,25 @@ class Writer:
         return ahead
 
     def _abandon(self) -> None:
-        """Removes the shard that is being written."""
-        try:
-            self._background.drain()  # first: nothing may write to a file that is closed
-        finally:
-            ahead, self._ahead = self._ahead, None
-            self._written, self._written_bytes = 0, 0
-            if ahead is not None and self._lock.is_in_place:
-                ahead.abandon()
-            elif ahead is not None:  # what lies there now is not ours to remove
-                ahead.close()
+        """Removes the shard that is being written.
+
+        Raises:
+            BaseException: What a signal's handler raises meanwhile, once it is removed.
+        """
+        interrupt: BaseException | None = None
+        while self._background.is_busy:  # first: nothing may write to a file that is closed
+            try:
+                self._background.drain()
+            except BaseException as error:
+                interrupt = error
+        ahead, self._ahead = self._ahead, None
+        self._written, self._written_bytes = 0, 0
+        if ahead is not None and self._lock.is_in_place:
+            ahead.abandon()
+        elif ahead is not None:  # what lies there now is not ours to remove
+            ahead.close()
+        if interrupt is not None:
+            raise interrupt
 
     def _write_shard(self, waiting: tuple[_Batch, ...]) -> Shard:
         """Writes rows to a folder of a name that was never used."""
