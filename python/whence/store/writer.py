@@ -687,10 +687,10 @@ class Writer:
                 ],
                 error,
             )
+            self._ahead, self._written, self._written_bytes = None, 0, 0
         except BaseException:
             self._abandon()
             raise
-        self._ahead, self._written, self._written_bytes = None, 0, 0
         return shard
 
 
