@@ -9,6 +9,7 @@ import forks
 import full_disk
 import interrupts
 import kills
+import lines
 import power_cuts
 import pytest
 import same_bits
@@ -18,6 +19,7 @@ TRIALS = {
     "damage": partial(damage.run, 300),
     "attack": partial(attack.run, 200),
     "kills": partial(kills.run, 6),
+    "lines": partial(lines.run, 60),
     "power_cuts": partial(power_cuts.run, 4),
     "full_disk": partial(full_disk.run, 8),
     "sharing": partial(sharing.run, 5),
