@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -48,6 +49,25 @@ class Texts:
         return self.longest <= MAX_ID
 
 
+class _NewArchive(zipfile.ZipFile):
+    """An archive that is written; to one that is not finished nothing more is written.
+
+    A zipfile's own end asks for an entry that an interrupt has left open, and for the file.
+    """
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+
+    def __del__(self) -> None:
+        """Nothing."""
+
+
 def write_archive(
     file: IO[bytes],
     description: str,
@@ -68,7 +88,7 @@ def write_archive(
     Raises:
         OSError: If the system refuses.
     """
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with _NewArchive(file, "w", zipfile.ZIP_STORED) as archive:
         text = np.array(description)
         _put(archive, f"{DESCRIPTION}.npy", [header(text.dtype.str, ()), text.tobytes()])
         for field, texts, parts in fields:
