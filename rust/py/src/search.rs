@@ -165,7 +165,7 @@ impl Rows {
         let request =
             Request { rows, examples, queries, count, k, sides, excluded, norms, segments };
         let found = compute(py, |asker| search::ends(&self.rows, &request, threads, asker))?;
-        Ok((side(py, &found, |ends| &ends.largest)?, side(py, &found, |ends| &ends.smallest)?))
+        both(py, found)
     }
 }
 
@@ -344,12 +344,8 @@ fn answers(py: Python<'_>, found: Vec<certified::Answer>) -> PyResult<Answers<'_
     let scored: Vec<u64> = found.iter().map(|answer| answer.scored as u64).collect();
     let margins: Vec<f32> = found.iter().flat_map(|answer| answer.margins).collect();
     let ends: Vec<Ends> = found.into_iter().map(|answer| answer.ends).collect();
-    Ok((
-        side(py, &ends, |ends| &ends.largest)?,
-        side(py, &ends, |ends| &ends.smallest)?,
-        scored.into_pyarray(py),
-        margins.into_pyarray(py).reshape([count, 2])?,
-    ))
+    let (largest, smallest) = both(py, ends)?;
+    Ok((largest, smallest, scored.into_pyarray(py), margins.into_pyarray(py).reshape([count, 2])?))
 }
 
 /// Width, planes, scales and bounds.
@@ -376,6 +372,15 @@ fn array_of<'py, T: Element + Copy + Send + Sync>(
 }
 
 type Answers<'py> = (Side<'py>, Side<'py>, Bound<'py, PyArray1<u64>>, Bound<'py, PyArray2<f32>>);
+
+/// Both sides of all queries.
+fn both(py: Python<'_>, found: Vec<Ends>) -> PyResult<(Side<'_>, Side<'_>)> {
+    let largest = side(py, &found, |ends| &ends.largest)?;
+    let smallest = side(py, &found, |ends| &ends.smallest)?;
+    // To give hundreds of MiB back takes as long as an interrupt may at most.
+    compute_alone(py, |watch| found.into_iter().try_for_each(|_| watch.check()))?;
+    Ok((largest, smallest))
+}
 
 /// One side of all queries, as wide as the shortest list.
 fn side<'py>(
