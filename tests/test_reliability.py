@@ -19,7 +19,7 @@ TRIALS = {
     "damage": partial(damage.run, 300),
     "attack": partial(attack.run, 200),
     "kills": partial(kills.run, 6),
-    "lines": partial(lines.run, 60),
+    "lines": partial(lines.run, 40),
     "power_cuts": partial(power_cuts.run, 4),
     "full_disk": partial(full_disk.run, 8),
     "sharing": partial(sharing.run, 5),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -292,7 +293,10 @@ def traced(call: Callable[[], None], at: int, say: Callable[[str], None]) -> int
 def interrupt(kind: type[Operation], at: int, outcome: trial.Outcome) -> None:
     """Makes an operation with an interrupt, and looks at what it has left."""
     name = kind.__name__.lower()
-    with trial.scratch() as folder:
+    with trial.scratch() as folder, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", ResourceWarning
+        )  # of what was interrupted
         operation = kind(folder)
         operation.prepare()
         places: list[str] = []
