@@ -294,9 +294,7 @@ def interrupt(kind: type[Operation], at: int, outcome: trial.Outcome) -> None:
     """Makes an operation with an interrupt, and looks at what it has left."""
     name = kind.__name__.lower()
     with trial.scratch() as folder, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ResourceWarning
-        )  # of what was interrupted
+        warnings.simplefilter("ignore", ResourceWarning)  # of what was interrupted
         operation = kind(folder)
         operation.prepare()
         places: list[str] = []
