@@ -414,12 +414,16 @@ def test_repair_says_that_it_cannot_mend_folders_that_were_exchanged(tmp_path):
     assert {each for each in before if before[each] != after[each]} <= {one / "lock"}
 
 
-def test_a_manifest_of_another_writer_is_damage_and_repair_goes_back(tmp_path):
-    rows = random_rows(4)
+def committed_twice(path):
+    """The folders of two writers of a store, each with two commits of an example."""
     for number in (1, 2):
         for at in (0, 2):
-            part(tmp_path / "s", f"{number}/2", [number + at], rows[:1])
-    one, two = (tmp_path / "s" / f"writer-{number}-of-2" for number in (1, 2))
+            part(path, f"{number}/2", [number + at], random_rows(1))
+    return [path / f"writer-{number}-of-2" for number in (1, 2)]
+
+
+def test_a_manifest_of_another_writer_is_damage_and_repair_goes_back(tmp_path):
+    one, two = committed_twice(tmp_path / "s")
     exchange(one / "manifest-00000002.json", two / "manifest-00000002.json")
     assert not whence.verify(tmp_path / "s").is_sound
     done = whence.repair(tmp_path / "s")
@@ -430,11 +434,7 @@ def test_a_manifest_of_another_writer_is_damage_and_repair_goes_back(tmp_path):
 
 
 def test_an_older_manifest_of_another_writer_is_damage_and_repair_removes_it(tmp_path):
-    rows = random_rows(4)
-    for number in (1, 2):
-        for at in (0, 2):
-            part(tmp_path / "s", f"{number}/2", [number + at], rows[:1])
-    one, two = (tmp_path / "s" / f"writer-{number}-of-2" for number in (1, 2))
+    one, two = committed_twice(tmp_path / "s")
     shutil.copy(two / "manifest-00000001.json", one)
     (found,) = whence.verify(tmp_path / "s").damage
     assert found.path == one / "manifest-00000001.json"

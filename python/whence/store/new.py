@@ -66,7 +66,7 @@ class NewStore:
         self._checkpoint, self._bytes = 0, 0
         with store_errors(path):
             _check(name, path)  # before a lock is left in a folder of something else
-            self._is_ours = not path.exists()
+            self._made_folder = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             sync_directory(path.parent)
         self._lock = Lock(path)
@@ -154,7 +154,9 @@ class NewStore:
             with contextlib.suppress(OSError):
                 if not Manifest.exists(self.path):  # an interrupted commit may have made it
                     self._clear()
-                    if self._is_ours and [each.name for each in self.path.iterdir()] == ["lock"]:
+                    if self._made_folder and [each.name for each in self.path.iterdir()] == [
+                        "lock"
+                    ]:
                         shutil.rmtree(self.path)
         self._lock.close()
 
